@@ -1,0 +1,81 @@
+"""What is saved comes back the same, and what is broken is refused by name."""
+
+import json
+
+import pytest
+import torch
+
+from tfswa_lab.models.separator import build_separator
+from tfswa_lab.models.storage import SIZES, WEIGHTS, load_separator, save_separator
+
+MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
+
+
+@pytest.fixture
+def separator():
+    torch.manual_seed(0)
+    return build_separator(
+        ("vocals", "other"), "complex", 4, 128, 32, True, sample_rate=16_000, **MINI
+    )
+
+
+def test_a_saved_separator_gives_the_same_samples(separator, tmp_path):
+    separator(torch.randn(2, 2, 2000))  # moves the batch statistics, which must be saved too
+    mixture = torch.randn(1, 2, 3000)
+    loaded = load_separator(save_separator(separator, tmp_path / "model"))
+    assert torch.equal(loaded(mixture), separator.eval()(mixture))
+    assert loaded.stems == ("vocals", "other")
+    assert loaded.sample_rate == 16_000
+    assert loaded.mixture_consistency
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [SIZES, WEIGHTS]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=SIZES):
+        load_separator(tmp_path)
+
+
+def test_a_truncated_file_is_refused(separator, tmp_path):
+    weights = save_separator(separator, tmp_path) / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=WEIGHTS):
+        load_separator(tmp_path)
+
+
+def test_a_pickle_is_never_executed(separator, tmp_path):
+    save_separator(separator, tmp_path)
+    torch.save({"anything": torch.zeros(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=WEIGHTS):
+        load_separator(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"model": "Unknown"}, {"sizes": {"depth": 3}}])
+def test_foreign_sizes_are_refused(separator, tmp_path, change):
+    sizes = save_separator(separator, tmp_path) / SIZES
+    sizes.write_text(json.dumps(json.loads(sizes.read_text()) | change))
+    with pytest.raises(ValueError, match=SIZES):
+        load_separator(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(separator, tmp_path):
+    save_separator(separator, tmp_path / "a")
+    other = build_separator(("vocals",), n_fft=128, hop_length=32, **MINI)
+    save_separator(other, tmp_path / "b")
+    (tmp_path / "b" / WEIGHTS).rename(tmp_path / "a" / WEIGHTS)
+    with pytest.raises(ValueError, match="copy both files"):
+        load_separator(tmp_path / "a")
+
+
+def test_an_interrupted_save_keeps_the_good_model(separator, tmp_path, monkeypatch):
+    save_separator(separator, tmp_path)
+    before = (tmp_path / WEIGHTS).read_bytes()
+
+    def dies(tensors, path):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tfswa_lab.models.storage.save_file", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save_separator(separator, tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == before
+    load_separator(tmp_path)

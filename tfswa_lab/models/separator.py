@@ -1,0 +1,151 @@
+"""The separator: a mask network between a spectrogram and its inverse, waveforms on both ends.
+
+Axis letters: `b` batch, `n` stems, `c` audio channels (2), `s` samples, `t` frames, `f` bins.
+
+Notebook: 03_tfswa_unet
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from tfswa_lab.models.tfswa_unet import TFSWAUNet
+from tfswa_lab.stft import SpectrogramNormalizer, STFTProcessor
+
+
+def magnitude_mask(output: Tensor, stems: int) -> Tensor:
+    """Real masks `(b, n, c, f, t)` in (0, 1) from `(b, n·c, t, f)`; the mixture keeps its phase."""
+    return rearrange(output, "b (n c) t f -> b n c f t", n=stems)
+
+
+def complex_mask(output: Tensor, stems: int) -> Tensor:
+    """Complex masks `(b, n, c, f, t)` from `(b, n·c·2, t, f)`, each part in (-1, 1)."""
+    parts = rearrange(2 * output - 1, "b (n c ri) t f -> b n c f t ri", n=stems, ri=2)
+    return torch.view_as_complex(parts.contiguous())
+
+
+# kind of mask: (network outputs per stem, how they become masks)
+MASKS = {"magnitude": (2, magnitude_mask), "complex": (4, complex_mask)}
+
+
+def output_channels(stems: tuple[str, ...], mask: str) -> int:
+    """How many outputs a network needs: 2 a stem for magnitude masks, 4 for complex ones.
+
+    >>> output_channels(("vocals", "other"), "complex")
+    8
+    """
+    if mask not in MASKS:
+        raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(MASKS)}")
+    return MASKS[mask][0] * len(stems)
+
+
+class Separator(nn.Module):
+    """Waveform of a stereo mixture in, waveforms of its stems out.
+
+    The network sees the mixture's magnitudes (2 input channels) or its real and imaginary parts
+    (4), each bin normalised; its outputs, which end in the network's own sigmoid, are masks per
+    stem and audio channel on the mixture's complex spectrogram.
+
+    Args:
+        model: maps `(b, 2 or 4, t, f)` to `(b, output_channels(stems, mask), t, f)` in (0, 1) and
+            tells its `sizes`.
+        stft: the transform on both ends.
+        stems: names of the outputs, in order.
+        mask: "magnitude" or "complex".
+        mixture_consistency: spread what the estimates miss of the mixture evenly over them, so
+            that they sum to it.
+        sample_rate: in Hz; remembered for those who read files.
+
+    Raises:
+        ValueError: the network's channels fit neither stems nor mask, or consistency is asked of
+            a single stem.
+
+    Source: mixture consistency after Wisdom et al., ICASSP 2019, eq. 5.
+
+    Notebook: 03_tfswa_unet
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stft: STFTProcessor,
+        stems: tuple[str, ...],
+        mask: str = "magnitude",
+        mixture_consistency: bool = False,
+        sample_rate: int = 44_100,
+    ):
+        super().__init__()
+        self.stems = tuple(stems)
+        self.mask = mask
+        self.mixture_consistency = mixture_consistency
+        self.sample_rate = sample_rate
+        self.stft = stft
+        self.normalizer = SpectrogramNormalizer()
+        self.model = model
+        self._check_channels()
+
+    def _check_channels(self) -> None:
+        needed = output_channels(self.stems, self.mask)
+        sizes = self.model.sizes
+        if sizes["out_channels"] != needed:
+            raise ValueError(
+                f"{self.mask} masks for {len(self.stems)} stems need out_channels={needed}, "
+                f"the model has {sizes['out_channels']}"
+            )
+        if sizes["in_channels"] not in (2, 4):
+            raise ValueError(
+                "a stereo mixture feeds in_channels=2 (magnitudes) or 4 (real and imaginary "
+                f"parts), the model has {sizes['in_channels']}"
+            )
+        if self.mixture_consistency and len(self.stems) < 2:
+            raise ValueError("mixture_consistency would turn a single stem into the mixture")
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        """Mixture `(b, 2, s)` to estimates `(b, n, 2, s)`."""
+        if mixture.ndim != 3 or mixture.shape[1] != 2:
+            raise ValueError(f"expected a mixture (b, 2, samples), got {tuple(mixture.shape)}")
+        spectrogram = self.stft(mixture)
+        estimates = self.stft.inverse(
+            self.masks(spectrogram) * spectrogram[:, None], mixture.shape[-1]
+        )
+        if self.mixture_consistency:
+            missing = mixture - estimates.sum(1)
+            estimates = estimates + missing[:, None] / len(self.stems)
+        return estimates
+
+    def masks(self, spectrogram: Tensor) -> Tensor:
+        """Masks `(b, n, 2, f, t)` for a mixture's complex spectrogram `(b, 2, f, t)`."""
+        if self.model.sizes["in_channels"] == 2:
+            features = rearrange(spectrogram.abs(), "b c f t -> b c t f")
+        else:
+            features = self.stft.to_model_input(spectrogram)
+        normalised, _ = self.normalizer(features)
+        return MASKS[self.mask][1](self.model(normalised), len(self.stems))
+
+
+def build_separator(
+    stems: tuple[str, ...],
+    mask: str = "magnitude",
+    in_channels: int = 2,
+    n_fft: int = 2048,
+    hop_length: int = 512,
+    mixture_consistency: bool = False,
+    sample_rate: int = 44_100,
+    **sizes,
+) -> Separator:
+    """A separator around a fresh TFSWA-UNet whose output channels follow from the stems.
+
+    Args:
+        sizes: dims, depths, window_size, num_heads of `TFSWAUNet`, e.g. `**SMALL`.
+
+    Notebook: 03_tfswa_unet
+
+    >>> from tfswa_lab.models.tfswa_unet import TINY
+    >>> build_separator(("vocals", "other"), **TINY)(torch.randn(1, 2, 9000)).shape
+    torch.Size([1, 2, 2, 9000])
+    """
+    model = TFSWAUNet(in_channels, output_channels(stems, mask), **sizes)
+    stft = STFTProcessor(n_fft, hop_length)
+    return Separator(model, stft, stems, mask, mixture_consistency, sample_rate)

@@ -1,0 +1,105 @@
+"""Separators on disk: the weights as safetensors, the sizes as JSON beside them.
+
+Nothing is unpickled, so a foreign file can be wrong but not hostile.
+
+Notebook: 03_tfswa_unet
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tfswa_lab.models.separator import Separator
+from tfswa_lab.models.tfswa_unet import TFSWAUNet
+from tfswa_lab.stft import STFTProcessor
+
+WEIGHTS = "separator.safetensors"
+SIZES = "separator.json"
+MODELS = {"TFSWAUNet": TFSWAUNet}
+
+
+def save_separator(separator: Separator, folder: str | Path) -> Path:
+    """Write a separator into `folder`; each file appears whole or not at all.
+
+    Notebook: 03_tfswa_unet
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous() for name, tensor in separator.state_dict().items()}
+    save_file(weights, _part(folder / WEIGHTS))
+    _part(folder / SIZES).write_text(json.dumps(describe(separator), indent=2) + "\n")
+    for name in (WEIGHTS, SIZES):
+        _part(folder / name).replace(folder / name)
+    return folder
+
+
+def describe(separator: Separator) -> dict:
+    """Everything but the weights that `load_separator` needs, in JSON's types."""
+    return {
+        "model": type(separator.model).__name__,
+        "sizes": separator.model.sizes,
+        "n_fft": separator.stft.n_fft,
+        "hop_length": separator.stft.hop_length,
+        "stems": separator.stems,
+        "mask": separator.mask,
+        "mixture_consistency": separator.mixture_consistency,
+        "sample_rate": separator.sample_rate,
+    }
+
+
+def load_separator(folder: str | Path) -> Separator:
+    """Read what `save_separator` wrote, on the CPU and in evaluation mode.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not what it should be, or weights and sizes do not fit.
+
+    Notebook: 03_tfswa_unet
+    """
+    folder = Path(folder)
+    for name in (SIZES, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing; a model is a folder written by save_separator, "
+                f"with {SIZES} and {WEIGHTS} in it"
+            )
+    separator = _from_description(folder / SIZES)
+    _load_weights(separator, folder / WEIGHTS)
+    return separator.eval()
+
+
+def _from_description(path: Path) -> Separator:
+    try:
+        d = json.loads(path.read_text())
+        model = MODELS[d["model"]](**d["sizes"])
+        return Separator(
+            model,
+            STFTProcessor(d["n_fft"], d["hop_length"]),
+            d["stems"],
+            d["mask"],
+            d["mixture_consistency"],
+            d["sample_rate"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} does not describe a separator ({error!r}); save the model again"
+        ) from error
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} does not hold the weights that {SIZES} describes ({error}); "
+            "copy both files of one model again"
+        ) from error
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")

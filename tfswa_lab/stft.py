@@ -1,0 +1,170 @@
+"""From waveforms to spectrograms and back, and how a network likes them scaled.
+
+Axis letters: `b` batch, `c` channels, `s` samples, `f` frequency bins, `t` frames. `torch.stft`
+gives `(…, f, t)`, the models take `(b, c, t, f)`: `to_model_input` and `from_model_output` are
+the one place that transposes.
+
+Notebook: 01_sound_to_spectrogram
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class STFTProcessor(nn.Module):
+    """Short-time Fourier transform with an exact way back, over any leading dimensions.
+
+    Frames are centred and the ends padded with zeros (not mirrored: mirroring needs more than
+    `n_fft // 2` samples), so a signal of `s` samples has `1 + s // hop_length` frames for any
+    `s >= 1`.
+
+    Args:
+        n_fft: window length in samples; `n_fft // 2 + 1` frequency bins.
+        hop_length: distance of two frames in samples, at most `n_fft // 3`.
+
+    Source: Griffin & Lim, "Signal estimation from modified short-time Fourier transform",
+    IEEE TASSP 1984, eq. 6 (the inverse).
+
+    Notebook: 01_sound_to_spectrogram
+
+    >>> stft = STFTProcessor(n_fft=2048, hop_length=512)
+    >>> stft(torch.zeros(2, 2, 44_100)).shape
+    torch.Size([2, 2, 1025, 87])
+    """
+
+    def __init__(self, n_fft: int = 2048, hop_length: int = 512):
+        super().__init__()
+        if not 0 < hop_length <= n_fft // 3:
+            raise ValueError(
+                f"hop_length={hop_length} must lie between 1 and n_fft // 3 = {n_fft // 3}: "
+                "farther apart, only the vanishing edge of a window sees a signal's last samples"
+            )
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """Waveform `(…, s)` to complex spectrogram `(…, f, t)`."""
+        if waveform.shape[-1] == 0:
+            raise ValueError(f"a waveform needs at least one sample, got {tuple(waveform.shape)}")
+        spectrogram = torch.stft(
+            waveform.reshape(-1, waveform.shape[-1]),
+            self.n_fft,
+            self.hop_length,
+            window=self.window.to(waveform.dtype),
+            pad_mode="constant",
+            return_complex=True,
+        )
+        return spectrogram.reshape(*waveform.shape[:-1], *spectrogram.shape[-2:])
+
+    def inverse(self, spectrogram: Tensor, length: int) -> Tensor:
+        """Complex spectrogram `(…, f, t)` to waveform `(…, s)` of exactly `length` samples."""
+        leading = spectrogram.shape[:-2]
+        waveform = torch.istft(
+            spectrogram.reshape(-1, *spectrogram.shape[-2:]),
+            self.n_fft,
+            self.hop_length,
+            window=self.window.to(spectrogram.real.dtype),
+            length=length,
+        )
+        return waveform.reshape(*leading, length)
+
+    def to_model_input(self, spectrogram: Tensor) -> Tensor:
+        """Complex `(b, c, f, t)` to real `(b, 2c, t, f)`: real and imaginary part per channel."""
+        return rearrange(torch.view_as_real(spectrogram), "b c f t ri -> b (c ri) t f")
+
+    def from_model_output(self, output: Tensor) -> Tensor:
+        """Real `(b, 2c, t, f)` to complex `(b, c, f, t)`, the inverse of `to_model_input`."""
+        pairs = rearrange(output, "b (c ri) t f -> b c f t ri", ri=2)
+        return torch.view_as_complex(pairs.contiguous())
+
+    def reconstruction_error(self, waveform: Tensor) -> float:
+        """Relative error `‖istft(stft(x)) − x‖ / ‖x‖`: small, and never zero.
+
+        >>> x = torch.sin(torch.arange(10_000.0))
+        >>> 0 < STFTProcessor().reconstruction_error(x) < 1e-6
+        True
+        """
+        returned = self.inverse(self(waveform), waveform.shape[-1])
+        return ((returned - waveform).norm() / waveform.norm()).item()
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation, both broadcastable to `(b, c, t, f)`."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class SpectrogramNormalizer(nn.Module):
+    """Give every frequency bin zero mean and unit variance over each example's own frames.
+
+    Music falls by tens of dB from bass to treble; a convolution that sees raw bins learns the bass.
+
+    Args:
+        eps: added to the standard deviation, so that silence stays silent.
+
+    Notebook: 01_sound_to_spectrogram
+
+    >>> normalizer = SpectrogramNormalizer()
+    >>> x = torch.rand(1, 2, 50, 9)
+    >>> y, statistics = normalizer(x)
+    >>> torch.allclose(normalizer.denormalize(y, statistics), x, atol=1e-6)
+    True
+    """
+
+    def __init__(self, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+
+    def statistics(self, x: Tensor) -> Statistics:
+        """Statistics `(b, c, 1, f)` of `x` `(b, c, t, f)` over its frames."""
+        return Statistics(x.mean(2, keepdim=True), x.std(2, keepdim=True, correction=0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Statistics]:
+        """Normalised `x` `(b, c, t, f)` and the statistics that undo it."""
+        statistics = self.statistics(x)
+        return (x - statistics.mean) / (statistics.std + self.eps), statistics
+
+    def denormalize(self, y: Tensor, statistics: Statistics) -> Tensor:
+        """Undo `forward`."""
+        return y * (statistics.std + self.eps) + statistics.mean
+
+
+class RunningSpectrogramNormalizer(SpectrogramNormalizer):
+    """The same per bin, over batch and frames, with running statistics for evaluation.
+
+    In training mode the batch is normalised by its own statistics, which also move the running
+    ones (exponential average, as in batch normalisation); in evaluation mode the running ones
+    are used. They are buffers, so `state_dict` carries them.
+
+    Args:
+        channels: c.
+        bins: f.
+        momentum: weight of the newest batch.
+        eps: added to the standard deviation.
+
+    Notebook: 01_sound_to_spectrogram
+    """
+
+    def __init__(self, channels: int, bins: int, momentum: float = 0.1, eps: float = 1e-5):
+        super().__init__(eps)
+        self.momentum = momentum
+        self.register_buffer("running_mean", torch.zeros(1, channels, 1, bins))
+        self.register_buffer("running_var", torch.ones(1, channels, 1, bins))
+
+    def statistics(self, x: Tensor) -> Statistics:
+        """Statistics `(1, c, 1, f)`: of this batch in training, running ones in evaluation."""
+        if not self.training:
+            return Statistics(self.running_mean, self.running_var.sqrt())
+        mean = x.mean((0, 2), keepdim=True)
+        variance = x.var((0, 2), keepdim=True, correction=0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance, self.momentum)
+        return Statistics(mean, variance.sqrt())
