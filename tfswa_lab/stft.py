@@ -46,7 +46,6 @@ class STFTProcessor(nn.Module):
             )
         self.n_fft = n_fft
         self.hop_length = hop_length
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
         """Waveform `(…, s)` to complex spectrogram `(…, f, t)`."""
@@ -56,7 +55,7 @@ class STFTProcessor(nn.Module):
             waveform.reshape(-1, waveform.shape[-1]),
             self.n_fft,
             self.hop_length,
-            window=self.window.to(waveform.dtype),
+            window=self._window(waveform),
             pad_mode="constant",
             return_complex=True,
         )
@@ -69,10 +68,13 @@ class STFTProcessor(nn.Module):
             spectrogram.reshape(-1, *spectrogram.shape[-2:]),
             self.n_fft,
             self.hop_length,
-            window=self.window.to(spectrogram.real.dtype),
+            window=self._window(spectrogram.real),
             length=length,
         )
         return waveform.reshape(*leading, length)
+
+    def _window(self, like: Tensor) -> Tensor:
+        return torch.hann_window(self.n_fft, dtype=like.dtype, device=like.device)
 
     def to_model_input(self, spectrogram: Tensor) -> Tensor:
         """Complex `(b, c, f, t)` to real `(b, 2c, t, f)`: real and imaginary part per channel."""

@@ -1,0 +1,53 @@
+"""What several rooms' tests share: the embedded band, the real stems, and when to skip."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card: make gpu"))
+
+
+@pytest.fixture(scope="session")
+def band_root() -> Path:
+    """The embedded band, made now if it is absent."""
+    from tfswa_lab.data.band import ensure_band
+
+    return ensure_band()
+
+
+@pytest.fixture(scope="session")
+def audio_root() -> Path:
+    """Real recordings, with `music_delta` and `mir1k` in it; they are not part of the project."""
+    folder = Path(os.environ.get("TFSWA_LAB_AUDIO", CHECKOUT.parent / "shared" / "audio"))
+    if not folder.is_dir():
+        pytest.skip(f"no real stems in {folder}; set TFSWA_LAB_AUDIO")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def music_delta(audio_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real FLAC stems as a MUSDB18-shaped WAV tree; the mixture is their integer sum."""
+    root = tmp_path_factory.mktemp("music_delta")
+    source = audio_root / "music_delta"
+    for flac in sorted(source.glob("*/*/*.flac")):
+        wav = (root / flac.relative_to(source)).with_suffix(".wav")
+        wav.parent.mkdir(parents=True, exist_ok=True)
+        samples, rate = soundfile.read(flac, dtype="int16")
+        soundfile.write(wav, samples, rate)
+    for track in root.glob("*/*"):
+        stems = [soundfile.read(stem, dtype="int16") for stem in track.glob("*.wav")]
+        mixture = sum(samples.astype(np.int32) for samples, _ in stems)
+        soundfile.write(track / "mixture.wav", mixture.astype(np.int16), stems[0][1])
+    return root

@@ -1,0 +1,105 @@
+"""Files in and out, levels, and bad input by name."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from tfswa_lab import audio
+
+
+def tone(seconds=0.5, rate=44_100, frequency=1000.0):
+    s = torch.arange(int(seconds * rate))
+    return 0.5 * torch.sin(2 * torch.pi * frequency * s / rate).expand(2, -1)
+
+
+def test_what_is_written_is_read_back_to_half_a_16_bit_step(tmp_path):
+    path = audio.write(tmp_path / "new" / "tone.wav", tone())
+    waveform, rate = audio.read(path)
+    assert rate == 44_100
+    assert (waveform - tone()).abs().max() <= 1 / 32_768
+    assert [p.name for p in path.parent.iterdir()] == ["tone.wav"]
+
+
+def test_seeking_reads_the_same_samples_as_slicing(tmp_path):
+    path = audio.write(tmp_path / "tone.wav", tone())
+    whole, _ = audio.read(path)
+    part, _ = audio.read(path, start=1234, frames=500)
+    assert torch.equal(part, whole[:, 1234:1734])
+
+
+def test_a_tone_survives_resampling_at_its_level_and_frequency():
+    resampled = audio.resample(tone(1.0), 44_100, 16_000)
+    assert resampled.shape == (2, 16_000)
+    spectrum = torch.fft.rfft(resampled[0]).abs()
+    assert spectrum.argmax() == 1000
+    assert abs(audio.rms_db(resampled) - audio.rms_db(tone(1.0))) < 0.05
+
+
+def test_a_tone_above_the_new_limit_is_removed():
+    gone = audio.resample(tone(1.0, frequency=12_000), 44_100, 16_000)
+    assert audio.rms_db(gone[:, 1000:-1000]) < -60
+
+
+def test_one_filter_serves_every_call():
+    audio._resampler.cache_clear()
+    for _ in range(5):
+        audio.resample(tone(), 44_100, 22_050)
+    assert audio._resampler.cache_info().misses == 1
+
+
+def test_mono_becomes_stereo_and_five_channels_are_refused():
+    assert torch.equal(audio.to_stereo(torch.ones(1, 3)), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="got 5"):
+        audio.to_stereo(torch.ones(5, 3))
+
+
+def test_levels():
+    assert audio.rms_db(torch.zeros(2, 4)) == -float("inf")
+    assert audio.peak_db(torch.tensor([[1.0, -1.0]])) == 0.0
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.wav"):
+        audio.read(tmp_path / "missing.wav")
+    (tmp_path / "text.wav").write_text("this is not audio")
+    with pytest.raises(ValueError, match=r"text\.wav is not readable"):
+        audio.read(tmp_path / "text.wav")
+    soundfile.write(tmp_path / "empty.wav", np.zeros((0, 2)), 44_100)
+    with pytest.raises(ValueError, match=r"empty\.wav holds no samples"):
+        audio.read(tmp_path / "empty.wav")
+    soundfile.write(tmp_path / "nan.wav", np.full((9, 2), np.nan), 44_100, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"nan\.wav contains NaN"):
+        audio.read(tmp_path / "nan.wav")
+
+
+@pytest.mark.parametrize(
+    ("waveform", "message"),
+    [
+        (torch.zeros(5), "channels, samples"),
+        (torch.full((2, 5), torch.nan), "NaN"),
+        (torch.full((2, 5), 1.5), "peak 1.500 would clip"),
+    ],
+)
+def test_what_would_damage_a_file_is_refused_and_the_old_one_kept(tmp_path, waveform, message):
+    path = audio.write(tmp_path / "song.wav", tone())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        audio.write(path, waveform)
+    assert path.read_bytes() == before
+
+
+def test_ffmpeg_beside_the_interpreter_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    with pytest.raises(FileNotFoundError, match="ffmpeg is not on PATH"):
+        audio.ensure_ffmpeg()
+    for program in ("ffmpeg", "ffprobe"):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
+    audio.ensure_ffmpeg()
+    assert shutil.which("ffprobe") == str(tmp_path / "ffprobe")
+    assert os.environ["PATH"].count(str(tmp_path)) == 2  # "nothing", and the folder added once

@@ -1,0 +1,61 @@
+"""`tfswa-lab separate` as a user types it."""
+
+import pytest
+import soundfile
+import torch
+from typer.testing import CliRunner
+
+from tfswa_lab import audio
+from tfswa_lab.cli import app
+from tfswa_lab.models.separator import build_separator
+from tfswa_lab.models.storage import save_separator
+
+MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    separator = build_separator(
+        ("vocals", "other"), n_fft=512, hop_length=128, mixture_consistency=True, **MINI
+    )
+    return save_separator(separator, tmp_path / "model")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["separate", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("rate", "samples", "channels"), [(44_100, 60_001, 2), (48_000, 30_000, 1), (16_000, 1, 2)]
+)
+def test_any_rate_and_length_gives_stems_of_that_rate_and_length(
+    model, tmp_path, rate, samples, channels
+):
+    song = audio.write(tmp_path / "song.wav", 0.1 * torch.randn(channels, samples), rate)
+    result = run(song, "--model", model, "--out", tmp_path / "out", "--segment-seconds", 0.5)
+    assert result.exit_code == 0, result.output
+    mixture, _ = audio.read(song)
+    stems = [audio.read(tmp_path / "out" / f"song_{s}.wav") for s in ("vocals", "other")]
+    assert [r for _, r in stems] == [rate, rate]
+    assert all(stem.shape == (2, samples) for stem, _ in stems)
+    if rate == 44_100:  # consistent, and not resampled: the stems sum to the song
+        total = stems[0][0] + stems[1][0]
+        torch.testing.assert_close(total, mixture, atol=3 / 32_768, rtol=0)
+
+
+def test_a_missing_song_and_a_missing_model_are_named(model, tmp_path):
+    result = run(tmp_path / "no.wav", "--model", model, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "no.wav" in result.output
+    song = audio.write(tmp_path / "song.wav", torch.zeros(2, 1000))
+    result = run(song, "--model", tmp_path / "nowhere", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "separator.json" in result.output
+
+
+def test_nan_in_the_song_is_refused_before_any_stem_is_written(model, tmp_path):
+    soundfile.write(tmp_path / "nan.wav", torch.full((99, 2), torch.nan).numpy(), 44_100, "FLOAT")
+    result = run(tmp_path / "nan.wav", "--model", model, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,115 @@
+"""Identities and peers of the transform, and what the normalisers promise."""
+
+import numpy as np
+import pytest
+import scipy.signal
+import torch
+
+from tfswa_lab.stft import RunningSpectrogramNormalizer, SpectrogramNormalizer, STFTProcessor
+
+
+def test_the_documented_shape():
+    assert STFTProcessor()(torch.randn(2, 2, 44_100)).shape == (2, 2, 1025, 87)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 2), (2, 4, 2)])
+def test_any_leading_dimensions_give_what_each_signal_gives_alone(leading):
+    stft = STFTProcessor(256, 64)
+    x = torch.randn(*leading, 1000)
+    together = stft(x)
+    alone = torch.stack([stft(row) for row in x.reshape(-1, 1000)])
+    torch.testing.assert_close(together, alone.reshape(together.shape))
+    torch.testing.assert_close(stft.inverse(together, 1000), x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("n_fft", "hop"), [(2048, 512), (2048, 441), (2048, 682), (64, 21)])
+def test_the_round_trip_is_good_to_1e_6_for_any_length(n_fft, hop):
+    torch.manual_seed(0)
+    stft = STFTProcessor(n_fft, hop)
+    lengths = [*range(1, 40), *range(40, 3 * n_fft, n_fft // 7), 44_031, 44_032, 44_033, 100_001]
+    errors = [stft.reconstruction_error(torch.randn(length)) for length in lengths]
+    assert max(errors) <= 1e-6
+    assert max(errors) > 0
+
+
+def test_frames_equal_a_loop_of_windowed_ffts():
+    n_fft, hop = 64, 16
+    x = np.random.default_rng(0).standard_normal(500)
+    padded = np.pad(x, n_fft // 2)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+    frames = [np.fft.rfft(padded[i : i + n_fft] * window) for i in range(0, len(x) + 1, hop)]
+    ours = STFTProcessor(n_fft, hop)(torch.from_numpy(x))
+    np.testing.assert_allclose(ours.numpy(), np.stack(frames, axis=1), atol=1e-12)
+
+
+def test_frames_equal_scipys():
+    x = np.random.default_rng(0).standard_normal(4096)
+    window = scipy.signal.get_window("hann", 512)
+    _, _, peer = scipy.signal.stft(x, window=window, nperseg=512, noverlap=384, boundary="zeros")
+    ours = STFTProcessor(512, 128)(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(ours, peer * window.sum(), atol=1e-10)
+
+
+def test_a_tone_lands_in_its_bin():
+    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(44_100) / 44_100)
+    spectrogram = STFTProcessor()(tone).abs()
+    assert (spectrogram[:, 10:-10].argmax(0) == round(1000 * 2048 / 44_100)).all()
+
+
+def test_model_layout_and_back():
+    spectrogram = torch.randn(2, 2, 33, 7, dtype=torch.complex64)
+    stft = STFTProcessor(64, 16)
+    x = stft.to_model_input(spectrogram)
+    assert x.shape == (2, 4, 7, 33)
+    assert torch.equal(x[1, 2, 5, 9], spectrogram[1, 1, 9, 5].real)
+    assert torch.equal(x[1, 3, 5, 9], spectrogram[1, 1, 9, 5].imag)
+    assert torch.equal(stft.from_model_output(x), spectrogram)
+
+
+def test_what_cannot_be_inverted_is_refused():
+    with pytest.raises(ValueError, match="hop_length=1024 must lie"):
+        STFTProcessor(2048, 1024)
+    with pytest.raises(ValueError, match="at least one sample"):
+        STFTProcessor()(torch.zeros(2, 0))
+
+
+def test_each_bin_gets_zero_mean_and_unit_variance():
+    x = 10 * torch.rand(2, 2, 200, 9) + torch.arange(9)
+    y, statistics = SpectrogramNormalizer()(x)
+    torch.testing.assert_close(y.mean(2), torch.zeros(2, 2, 9), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.std(2, correction=0), torch.ones(2, 2, 9), atol=1e-4, rtol=0)
+    torch.testing.assert_close(SpectrogramNormalizer().denormalize(y, statistics), x)
+
+
+def test_silence_and_a_single_frame_stay_finite():
+    y, _ = SpectrogramNormalizer()(torch.zeros(1, 2, 1, 5))
+    assert (y == 0).all()
+
+
+def test_running_statistics_follow_torch_batch_norm():
+    """Peer: BatchNorm1d over the flattened (channel, bin) pairs, without Bessel's correction."""
+    torch.manual_seed(0)
+    ours, peer = RunningSpectrogramNormalizer(2, 5, eps=0), torch.nn.BatchNorm1d(10, affine=False)
+    for _ in range(3):
+        x = 3 * torch.randn(4, 2, 6, 5) + 1
+        flat = x.permute(0, 2, 1, 3).reshape(24, 10)
+        y, statistics = ours(x)
+        torch.testing.assert_close(
+            y.permute(0, 2, 1, 3).reshape(24, 10), peer(flat), atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(ours.denormalize(y, statistics), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.running_mean.flatten(), peer.running_mean)
+    twin = RunningSpectrogramNormalizer(2, 5, eps=0)
+    twin.load_state_dict(ours.state_dict())
+    assert torch.equal(twin.eval()(x)[0], ours.eval()(x)[0])
+
+
+def test_evaluation_uses_the_running_statistics_and_leaves_them_alone():
+    normalizer = RunningSpectrogramNormalizer(1, 3)
+    normalizer(torch.randn(2, 1, 50, 3) * 5)
+    normalizer.eval()
+    before = normalizer.running_mean.clone()
+    one, _ = normalizer(torch.ones(1, 1, 4, 3))
+    two, _ = normalizer(torch.ones(3, 1, 9, 3))
+    torch.testing.assert_close(one[0, 0, 0], two[0, 0, 0])
+    assert torch.equal(normalizer.running_mean, before)

@@ -1,0 +1,1 @@
+"""Tracks, stems and the embedded band."""
