@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+# `gpu.py` rehearses on a CPU without touching the results that are kept.
+RESULTS = Path(os.environ.get("TFSWA_LAB_RESULTS", Path(__file__).parent / "results"))
 
 
 def machine() -> dict:
-    """Processor, cores, and the versions that a timing depends on."""
+    """Processor, cores, card, and the versions that a timing depends on."""
     return {
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),

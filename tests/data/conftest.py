@@ -1,7 +1,6 @@
 """Tiny MUSDB18-shaped trees of noise, whose samples are known as integers."""
 
 import importlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,13 +58,3 @@ def lone_tree(tmp_path, make_track) -> Path:
     """A train folder with one track, `Noise - 0`, free to be damaged."""
     make_track(tmp_path / "train" / "Noise - 0")
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def real_audio() -> Path:
-    """The folder with real stems and real singing."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "audio"
-    folder = Path(os.environ.get("TFSWA_LAB_AUDIO", beside))
-    if not folder.is_dir():
-        pytest.skip(f"no real audio in {folder}: set TFSWA_LAB_AUDIO")
-    return folder

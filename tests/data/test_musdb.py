@@ -80,12 +80,12 @@ def test_only_the_files_that_are_needed_must_exist(lone_tree):
 
 
 @pytest.mark.audio
-def test_real_stems_add_up_to_the_mixture(real_audio, tmp_path):
+def test_real_stems_add_up_to_the_mixture(audio_root, tmp_path):
     for name in ("Music Delta - Reggae", "Music Delta - Rock"):
         (tmp_path / "train" / name).mkdir(parents=True)
         mixture = 0
         for stem in STEMS:
-            source = real_audio / "music_delta" / "train" / name / f"{stem}.flac"
+            source = audio_root / "music_delta" / "train" / name / f"{stem}.flac"
             samples, rate = soundfile.read(source, dtype="int16")
             soundfile.write(tmp_path / "train" / name / f"{stem}.wav", samples, rate)
             mixture = mixture + samples

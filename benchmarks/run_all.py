@@ -1,0 +1,44 @@
+"""Run the benchmarks that need no card, one process after the other.
+
+python benchmarks/run_all.py [NAME ...]
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def scripts(gpu: bool) -> list[Path]:
+    """The scripts here that record a result.
+
+    One that needs a card says `GPU = True`, takes `--device`, and is run by `gpu.py`.
+    """
+    found = []
+    for path in sorted(FOLDER.glob("*.py")):
+        text = path.read_text()
+        records = re.search(r"^from record import record", text, re.MULTILINE)
+        needs_card = re.search(r"^GPU = True$", text, re.MULTILINE)
+        if records and bool(needs_card) == gpu:
+            found.append(path)
+    return found
+
+
+def main(names: list[str]) -> None:
+    """Run the named scripts, or all; exit 1 if one fails, after the others have run."""
+    failed = []
+    for script in scripts(gpu=False):
+        if names and script.stem not in names:
+            continue
+        print(f"== {script.stem}", flush=True)
+        if subprocess.run([sys.executable, script], check=False).returncode:
+            failed.append(script.stem)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

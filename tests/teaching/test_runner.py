@@ -1,0 +1,124 @@
+"""The strict runner: each way in which a lesson can break without papermill noticing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from nbclient.exceptions import DeadKernelError
+from nbformat.v4 import new_code_cell, new_notebook
+
+from tfswa_lab.teaching.runner import WidgetError, run_notebook
+
+SEED = "quick = True\ndevice = 'auto'\ndata_root = ''\nseed = 0  # of the random generator"
+
+
+def write_notebook(path: Path, *sources: str) -> Path:
+    cells = [new_code_cell(SEED, metadata={"tags": ["parameters"]})]
+    cells += [new_code_cell(source) for source in sources]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, path)
+    return path
+
+
+def run(path: Path, timeout_seconds: float = 60, **parameters):
+    return run_notebook(path, path.parent / "out" / path.name, parameters, timeout_seconds)
+
+
+def test_good_notebook_runs_in_its_folder_with_its_parameters_in_this_interpreter(tmp_path):
+    path = write_notebook(
+        tmp_path / "good.ipynb",
+        "import sys, pathlib, ipywidgets",
+        f"assert seed == 7 and sys.executable == {sys.executable!r}",
+        f"assert pathlib.Path.cwd() == pathlib.Path({str(tmp_path)!r}).resolve()",
+        "ipywidgets.interact(lambda x: print(1 / x), x=(1, 5));",
+    )
+    before = path.read_bytes()
+    result = run(path, seed=7)
+    assert result.name == "good"
+    assert result.seconds > 0
+    assert path.read_bytes() == before
+    assert nbformat.read(tmp_path / "out/good.ipynb", 4).cells[-1].outputs
+
+
+def test_peak_memory_is_the_kernels_even_if_the_peak_was_short(tmp_path):
+    idle = run(write_notebook(tmp_path / "idle.ipynb", "pass"))
+    # 300 MB for an instant, between two looks of the watching thread.
+    spike = run(write_notebook(tmp_path / "spike.ipynb", "x = b'x' * 300_000_000; del x"))
+    difference = spike.peak_bytes - idle.peak_bytes
+    assert 0.9 * 300e6 < difference < 1.3 * 300e6
+
+
+def test_misspelt_parameter_fails(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", "pass")
+    with pytest.raises(ValueError, match=r"no parameter \['sede'\].*'seed'"):
+        run(path, sede=1)
+
+
+def test_exception_fails_and_leaves_the_executed_copy(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", "1 / 0")
+    with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
+        run(path)
+    assert "ZeroDivisionError" in (tmp_path / "out/n.ipynb").read_text()
+
+
+CALLBACKS = {
+    "interact": "ipywidgets.interact(lambda x: 1 / x, x=(0, 0));",
+    "interactive_output": (
+        "s = ipywidgets.IntSlider(value=0)\n"
+        "display(ipywidgets.interactive_output(lambda x: 1 / x, {'x': s}))"
+    ),
+    "moved slider": (
+        "w = ipywidgets.interactive(lambda x: 1 / x, x=ipywidgets.IntSlider(value=1))\n"
+        "display(w)\nw.children[0].value = 0"
+    ),
+}
+
+
+@pytest.mark.parametrize("source", CALLBACKS.values(), ids=CALLBACKS)
+def test_exception_inside_a_widget_callback_fails(tmp_path, source):
+    path = write_notebook(tmp_path / "n.ipynb", "import ipywidgets", source)
+    with pytest.raises(WidgetError, match="ZeroDivisionError: division by zero"):
+        run(path)
+
+
+def test_exception_inside_an_observer_fails(tmp_path):
+    source = "s = ipywidgets.IntSlider()\ns.observe(lambda change: 1 / 0, 'value')\ns.value = 3"
+    path = write_notebook(tmp_path / "n.ipynb", "import ipywidgets", source)
+    with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
+        run(path)
+
+
+def test_timeout_counts_for_the_whole_notebook(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", *["import time; time.sleep(2)"] * 15)
+    with pytest.raises(TimeoutError, match=r"n\.ipynb: not finished after 3 s"):
+        run(path, timeout_seconds=3)
+
+
+def test_dead_kernel_is_not_called_a_timeout(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", "import os; os._exit(1)")
+    with pytest.raises(DeadKernelError, match="died"):
+        run(path)
+
+
+def test_missing_notebook_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.ipynb"):
+        run(tmp_path / "absent.ipynb")
+
+
+def test_command_runs_all_of_them_and_exits_1_if_one_fails(tmp_path):
+    write_notebook(tmp_path / "a.ipynb", "1 / 0")
+    write_notebook(tmp_path / "b.ipynb", "assert not quick and device == 'cpu'")
+    command = [sys.executable, "-m", "tfswa_lab.teaching.runner", "--full", "--device", "cpu"]
+    command += ["--notebooks", str(tmp_path), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    runs = json.loads((tmp_path / "out/times.json").read_text())
+    assert [run["name"] for run in runs] == ["a", "b"]
+    assert "ZeroDivisionError" in runs[0]["error"]
+    assert not runs[1]["error"]
+    assert runs[1]["peak_bytes"] > 0

@@ -1,0 +1,1 @@
+"""What the lessons show, play and check."""

@@ -1,0 +1,104 @@
+"""The first cells of every lesson: where the music is, which versions, which seconds of a song.
+
+Axis letters: `n` stems, `c` channels, `s` samples.
+
+Notebook: 00_start_here
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tfswa_lab.audio import SAMPLE_RATE, STEMS, rms_db
+
+SILENCE_DB = -60.0  # a stem below this level has nothing to teach
+
+
+class Excerpt(NamedTuple):
+    """A few seconds of one track: `mixture` `(2, s)` and `stems` `(n, 2, s)`."""
+
+    track: str
+    start_seconds: float
+    mixture: Tensor
+    stems: Tensor
+
+
+def lesson_root(data_root: str) -> Path:
+    """The folder of songs a lesson works on: the embedded band, or your own.
+
+    Args:
+        data_root: "" for the band (made on first use), else a MUSDB18-shaped folder:
+            `train/` and `test/`, one folder per track in each.
+
+    Raises:
+        FileNotFoundError: `data_root` is no such folder.
+
+    Notebook: 00_start_here
+    """
+    if not data_root:
+        from tfswa_lab.data.band import ensure_band
+
+        return Path(ensure_band())
+    root = Path(data_root).expanduser().resolve()
+    if not ((root / "train").is_dir() and (root / "test").is_dir()):
+        raise FileNotFoundError(
+            f"data_root={data_root!r} ({root}) must contain the folders train/ and test/ with one "
+            'folder per track; data_root = "" is the embedded band, which needs no download'
+        )
+    return root
+
+
+def versions(device: torch.device, packages: Sequence[str] = ("torch", "numpy")) -> str:
+    """One line that makes a bug report answerable: versions and device.
+
+    Notebook: 00_start_here
+    """
+    found = [f"{name} {version(name)}" for name in ("tfswa-lab", *packages)]
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return " · ".join([f"Python {platform.python_version()}", *found, f"{device} ({card})"])
+
+
+def loudest_excerpt(tracks: Any, stem: str = "vocals", seconds: float = 6.0) -> Excerpt:
+    """The loudest stretch of one stem, in the first track where that stem plays at all.
+
+    Instrumentals have silent vocals, and songs begin with long introductions: a fixed excerpt
+    would often have nothing to show.
+
+    Args:
+        tracks: a `MUSDB18Dataset` of full tracks (`segment_seconds=None`) with all four stems.
+        stem: whose level decides.
+        seconds: length of the excerpt; a shorter track is taken whole.
+
+    Raises:
+        ValueError: the stem is unknown, or silent in every track.
+
+    Notebook: 01_sound_to_spectrogram
+    """
+    if stem not in STEMS:
+        raise ValueError(f"stem={stem!r} must be one of {', '.join(STEMS)}")
+    for index in range(len(tracks)):
+        item = tracks[index]
+        target = item["stems"][STEMS.index(stem)]
+        if rms_db(target) < SILENCE_DB:
+            continue
+        start = _loudest_start(target, round(seconds * SAMPLE_RATE))
+        cut = slice(start, start + round(seconds * SAMPLE_RATE))
+        track, mixture, stems = item["track"], item["mixture"], item["stems"]
+        return Excerpt(track, start / SAMPLE_RATE, mixture[..., cut], stems[..., cut])
+    raise ValueError(f"{stem} is silent in all {len(tracks)} tracks; choose another stem or split")
+
+
+def _loudest_start(waveform: Tensor, length: int, step: int = SAMPLE_RATE // 10) -> int:
+    """First sample of the window of `length` with the most energy, on a grid of `step`."""
+    energy = waveform.double().square().sum(0).cumsum(0)
+    energy = torch.cat([energy.new_zeros(1), energy])
+    starts = torch.arange(0, max(1, waveform.shape[-1] - length + 1), step)
+    ends = (starts + length).clamp(max=waveform.shape[-1])
+    return int(starts[(energy[ends] - energy[starts]).argmax()])

@@ -1,0 +1,214 @@
+"""Execute lessons strictly: whatever a reader would call broken fails here.
+
+papermill alone exits 0 when a parameter is misspelt (it runs with the defaults) and when a
+widget callback raises (the traceback lands in the widget's own output). Here both are errors.
+
+    python -m tfswa_lab.teaching.runner --full --device cuda 03_tfswa_unet
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import papermill
+import psutil
+import typer
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
+from nbformat import NotebookNode
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class NotebookRun:
+    """What one execution cost: host memory of the kernel, `error` empty if all went well."""
+
+    name: str
+    seconds: float
+    peak_bytes: int | None
+    error: str = ""
+
+
+class WidgetError(RuntimeError):
+    """A widget callback raised while the notebook itself ran to the end."""
+
+
+def run_notebook(
+    path: str | Path,
+    output: str | Path,
+    parameters: Mapping[str, object],
+    timeout_seconds: float,
+) -> NotebookRun:
+    """Execute one notebook in its own folder, in a fresh kernel of this interpreter.
+
+    Args:
+        path: the notebook; it is read, never written.
+        output: where the executed copy goes, also when execution fails.
+        parameters: values for its cell tagged `parameters`.
+        timeout_seconds: limit for the whole notebook.
+
+    Raises:
+        ValueError: the notebook has no such parameter.
+        papermill.PapermillExecutionError: a cell raised.
+        WidgetError: a widget callback raised.
+        TimeoutError: the notebook took longer than `timeout_seconds`.
+    """
+    path, output = Path(path), Path(output)
+    refuse_unknown_parameters(path, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    watch = _KernelWatch(timeout_seconds)
+    start = time.perf_counter()
+    try:
+        notebook = papermill.execute_notebook(
+            str(path),
+            str(output),
+            parameters=dict(parameters),
+            cwd=path.parent,
+            kernel_name="python3",
+            kernel_manager_class=_kernel_manager(watch.follow),
+            progress_bar=False,
+        )
+    except DeadKernelError as error:
+        if watch.expired:
+            raise TimeoutError(f"{path.name}: not finished after {timeout_seconds} s") from error
+        raise
+    finally:
+        watch.stop()
+    seconds = time.perf_counter() - start
+    if errors := widget_errors(notebook):
+        raise WidgetError(f"{path.name}: a widget callback raised {'; '.join(errors)}")
+    return NotebookRun(path.stem, seconds, watch.peak_bytes)
+
+
+def refuse_unknown_parameters(path: Path, parameters: Mapping[str, object]) -> None:
+    """Stop at a misspelt parameter, which would otherwise leave the default in force."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such notebook")
+    known = set(papermill.inspect_notebook(str(path)))
+    if unknown := set(parameters) - known:
+        raise ValueError(
+            f"{path.name} has no parameter {sorted(unknown)}; its parameters are {sorted(known)}"
+        )
+
+
+def widget_errors(notebook: NotebookNode) -> list[str]:
+    """The exceptions that widget callbacks raised, one line each: `ZeroDivisionError: …`."""
+    saved = notebook.metadata.get("widgets", {}).values()
+    states = [model["state"] for widgets in saved for model in widgets["state"].values()]
+    outputs = [output for state in states for output in state.get("outputs", [])]
+    return [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+
+
+def _kernel_manager(follow: Callable[[int], None]) -> type[AsyncKernelManager]:
+    """A manager that starts this interpreter, whatever the user has registered as python3."""
+
+    class Kernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict())
+
+        async def start_kernel(self, **options) -> None:
+            await super().start_kernel(**options)
+            follow(self.provisioner.pid)
+
+    return Kernel
+
+
+class _KernelWatch(threading.Thread):
+    """Beside a running kernel: note its memory, end it at the deadline.
+
+    papermill's own limit counts per cell; a lesson's limit is for the whole lesson.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self.expired = False
+        self._timeout_seconds = timeout_seconds
+        self._ended = threading.Event()
+
+    def follow(self, pid: int) -> None:
+        self._kernel = psutil.Process(pid)
+        self.start()
+
+    def run(self) -> None:
+        deadline = time.monotonic() + self._timeout_seconds
+        try:
+            while not self._ended.wait(0.1):
+                self.peak_bytes = max(self.peak_bytes, _resident_bytes(self._kernel))
+                if time.monotonic() > deadline:
+                    self.expired = True
+                    self._kernel.kill()
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            return  # the kernel has gone, and with it what there was to watch
+
+    def stop(self) -> None:
+        self._ended.set()
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    """Resident memory: the highest so far where the system keeps it (Linux), else the present."""
+    status = Path(f"/proc/{process.pid}/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(peak[1]) * 1024
+    return process.memory_info().rss
+
+
+def try_notebook(
+    path: Path, output: Path, parameters: Mapping[str, object], timeout_seconds: float
+) -> NotebookRun:
+    """Like `run_notebook`, but a failure becomes a line in the table, so that the rest can run."""
+    start = time.perf_counter()
+    try:
+        return run_notebook(path, output, parameters, timeout_seconds)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1:] or [""]
+        text = f"{type(error).__name__}: {reason[0]}"
+        return NotebookRun(path.stem, time.perf_counter() - start, None, text)
+
+
+def runs_table(runs: list[NotebookRun]) -> Table:
+    """Run time and peak memory per notebook, for the terminal."""
+    table = Table("notebook", "seconds", "peak MiB", "result")
+    for run in runs:
+        peak = "" if run.peak_bytes is None else f"{run.peak_bytes / MIB:.0f}"
+        result = Text(run.error or "ok", style="red" if run.error else "green")
+        table.add_row(run.name, f"{run.seconds:.1f}", peak, result)
+    return table
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="03_tfswa_unet …; all if none")] = None,
+    quick: Annotated[bool, typer.Option("--quick/--full", help="seconds on a CPU, or all")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    data_root: Annotated[str, typer.Option(help="MUSDB18-shaped folder; the band if none")] = "",
+    notebooks: Annotated[Path, typer.Option(help="folder of the lessons")] = Path("notebooks"),
+    output: Annotated[Path, typer.Option(help="for executed copies")] = Path("build/notebooks"),
+    timeout: Annotated[float, typer.Option(help="limit per lesson in seconds")] = 600.0,
+) -> None:
+    """Execute lessons, print time and peak memory of each, and write times.json."""
+    paths = [notebooks / f"{name}.ipynb" for name in names or ()]
+    paths = paths or sorted(notebooks.glob("*.ipynb"))
+    data = str(Path(data_root).resolve()) if data_root else ""
+    parameters = {"quick": quick, "device": device, "data_root": data}
+    runs = [try_notebook(path, output / path.name, parameters, timeout) for path in paths]
+    Console().print(runs_table(runs))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "times.json").write_text(json.dumps([asdict(run) for run in runs], indent=2) + "\n")
+    sys.exit(any(run.error for run in runs))
+
+
+if __name__ == "__main__":
+    typer.run(main)
