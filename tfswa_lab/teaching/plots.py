@@ -53,7 +53,7 @@ def plot_waveform(
     Notebook: 00_start_here
     """
     fig, ax = _axes(ax, (8, 1.8))
-    mono = torch.atleast_2d(waveform).detach().cpu().mean(0)
+    mono = torch.atleast_2d(waveform).detach().cpu().mean(0).numpy()
     seconds = start_seconds + np.arange(len(mono)) / rate
     ax.plot(seconds, mono, color=STEM_COLOURS.get(stem, OTHER_COLOUR), linewidth=0.6)
     ax.set(xlabel="time in s", ylabel="amplitude", xlim=(seconds[0], seconds[-1] + 1 / rate))
@@ -149,7 +149,7 @@ def _time_frequency(
     spacing = rate / 2 / (bins - 1)
     hz = (np.arange(bins + 1) - 0.5) * spacing
     seconds = (np.arange(frames + 1) - 0.5) * hop_length / rate
-    mesh = ax.pcolormesh(seconds, hz.clip(0), values, rasterized=True, **colours)
+    mesh = ax.pcolormesh(seconds, hz.clip(0), values.numpy(), rasterized=True, **colours)
     ax.set(xlabel="time in s", ylabel="frequency in Hz", xlim=(0, seconds[-1]), ylim=(0, rate / 2))
     if scale == "log":
         ax.set_yscale("log")
@@ -171,9 +171,8 @@ def plot_matrix(
     Notebook: 02_attention_blocks
     """
     fig, ax = _axes(ax, (4, 3.4))
-    image = ax.imshow(
-        matrix.detach().cpu().float(), cmap="cividis", vmin=0, interpolation="nearest"
-    )
+    weights = matrix.detach().cpu().float().numpy()
+    image = ax.imshow(weights, cmap="cividis", vmin=0, interpolation="nearest")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     fig.colorbar(image, ax=ax, label=label)
     _title(ax, title)

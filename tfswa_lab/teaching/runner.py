@@ -9,6 +9,7 @@ widget callback raises (the traceback lands in the widget's own output). Here bo
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import threading
@@ -16,12 +17,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Empty
 from typing import Annotated
 
 import papermill
 import psutil
 import typer
 from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
@@ -29,6 +33,7 @@ from nbformat import NotebookNode
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from traitlets import Type
 
 MIB = 2**20
 
@@ -113,11 +118,33 @@ def widget_errors(notebook: NotebookNode) -> list[str]:
     return [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
 
 
+class _AttentiveChannel(AsyncZMQSocketChannel):
+    """A channel that looks again every half second.
+
+    While a cell with a widget runs, jupyter_client writes to the same socket past its asyncio
+    wrapper, which may then miss that the cell's reply has come, and wait for ever.
+    """
+
+    async def get_msg(self, timeout: float | None = None) -> dict:
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        while not await self.socket.poll(500):
+            if time.monotonic() > deadline:
+                raise Empty
+        return await self._recv()
+
+
+class _AttentiveClient(AsyncKernelClient):
+    """The usual client, with that channel for the replies."""
+
+    shell_channel_class = Type(_AttentiveChannel)
+
+
 def _kernel_manager(follow: Callable[[int], None]) -> type[AsyncKernelManager]:
     """A manager that starts this interpreter, whatever the user has registered as python3."""
 
     class Kernel(AsyncKernelManager):
         kernel_spec = KernelSpec(**get_kernel_dict())
+        client_factory = Type(_AttentiveClient)
 
         async def start_kernel(self, **options) -> None:
             await super().start_kernel(**options)

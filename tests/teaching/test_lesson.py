@@ -1,0 +1,72 @@
+"""The first cells: which folder, which seconds, which versions."""
+
+import pytest
+import torch
+
+from tfswa_lab.audio import SAMPLE_RATE
+from tfswa_lab.data.musdb import MUSDB18Dataset
+from tfswa_lab.teaching.lesson import lesson_root, loudest_excerpt, versions
+
+
+def song(vocals: torch.Tensor) -> dict:
+    stems = torch.stack([vocals, *(0.01 * torch.randn(3, *vocals.shape))])
+    return {"track": f"song {len(vocals)}", "mixture": stems.sum(0), "stems": stems}
+
+
+def test_the_excerpt_is_where_the_voice_is_loudest():
+    vocals = 1e-3 * torch.randn(2, 10 * SAMPLE_RATE)
+    vocals[:, 6 * SAMPLE_RATE : 8 * SAMPLE_RATE] += 0.3
+    excerpt = loudest_excerpt([song(vocals)], "vocals", seconds=2.0)
+    assert excerpt.start_seconds == pytest.approx(6.0, abs=0.1)
+    assert excerpt.mixture.shape == (2, 2 * SAMPLE_RATE)
+    assert excerpt.stems.shape == (4, 2, 2 * SAMPLE_RATE)
+    torch.testing.assert_close(excerpt.stems.sum(0), excerpt.mixture)
+
+
+def test_instrumentals_are_passed_over():
+    silent = song(torch.zeros(2, SAMPLE_RATE))
+    sung = song(0.1 * torch.randn(2, SAMPLE_RATE)) | {"track": "sung"}
+    assert loudest_excerpt([silent, silent, sung], "vocals", 0.5).track == "sung"
+    assert loudest_excerpt([silent, sung], "drums", 0.5).track != "sung"
+    with pytest.raises(ValueError, match="vocals is silent in all 2 tracks"):
+        loudest_excerpt([silent, silent], "vocals", 0.5)
+
+
+def test_a_short_track_is_taken_whole():
+    excerpt = loudest_excerpt([song(torch.randn(2, 1000))], "vocals", seconds=6.0)
+    assert (excerpt.start_seconds, excerpt.mixture.shape) == (0.0, (2, 1000))
+
+
+def test_a_misspelt_stem_is_named():
+    with pytest.raises(ValueError, match="stem='voice'"):
+        loudest_excerpt([], "voice")
+
+
+def test_the_band_has_something_to_show_in_every_stem(band_root):
+    songs = MUSDB18Dataset(lesson_root(""), "test", segment_seconds=None)
+    for stem in ("vocals", "drums", "bass", "other"):
+        assert loudest_excerpt(songs, stem, 4.0).mixture.shape == (2, 4 * SAMPLE_RATE)
+
+
+@pytest.mark.audio
+def test_real_songs_with_silent_vocals_are_passed_over(music_delta):
+    root = lesson_root(str(music_delta))
+    for split in ("train", "test"):
+        songs = MUSDB18Dataset(root, split, segment_seconds=None)
+        excerpt = loudest_excerpt(songs, "vocals", 4.0)
+        assert excerpt.stems[0].abs().max() > 0.05
+
+
+def test_a_folder_that_is_no_data_set_is_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match="must contain the folders train/ and test/"):
+        lesson_root(str(tmp_path))
+    (tmp_path / "test").mkdir()
+    assert lesson_root(str(tmp_path)) == tmp_path.resolve()
+
+
+def test_versions_name_what_a_bug_report_needs():
+    line = versions(torch.device("cpu"))
+    assert "Python 3" in line
+    assert f"torch {torch.__version__}" in line
+    assert "cpu" in line

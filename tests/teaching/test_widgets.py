@@ -1,0 +1,32 @@
+"""Widgets call the function with their values, and hide no mistake."""
+
+import pytest
+from ipywidgets import IntSlider, Text
+
+from tfswa_lab.teaching.widgets import explore
+
+
+def test_the_function_follows_the_controls():
+    seen = []
+    box = explore(
+        lambda n_fft, stem: seen.append((n_fft, stem)), n_fft=IntSlider(3), stem=Text("x")
+    )
+    box.children[0].value = 5
+    assert seen == [(3, "x"), (5, "x")]
+    assert [control.description for control in box.children[:2]] == ["n fft", "stem"]
+    assert box.children[0].continuous_update is False
+
+
+def test_own_descriptions_stay():
+    box = explore(lambda n: None, n=IntSlider(description="window"))
+    assert box.children[0].description == "window"
+
+
+def test_a_control_that_the_function_does_not_take_is_an_error():
+    with pytest.raises(TypeError, match="n_fft"):
+        explore(lambda n_fft: None, n_ftt=IntSlider())
+
+
+def test_errors_are_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        explore(lambda n: 1 / n, n=IntSlider(0))
