@@ -27,8 +27,8 @@ def test_instrumentals_are_passed_over():
     silent = song(torch.zeros(2, SAMPLE_RATE))
     sung = song(0.1 * torch.randn(2, SAMPLE_RATE)) | {"track": "sung"}
     assert loudest_excerpt([silent, silent, sung], "vocals", 0.5).track == "sung"
-    assert loudest_excerpt([silent, sung], "drums", 0.5).track != "sung"
-    with pytest.raises(ValueError, match="vocals is silent in all 2 tracks"):
+    assert loudest_excerpt([silent, sung], "drums", 0.5).track == "sung"
+    with pytest.raises(ValueError, match="in none of 2 tracks"):
         loudest_excerpt([silent, silent], "vocals", 0.5)
 
 

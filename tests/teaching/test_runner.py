@@ -76,6 +76,10 @@ CALLBACKS = {
         "w = ipywidgets.interactive(lambda x: 1 / x, x=ipywidgets.IntSlider(value=1))\n"
         "display(w)\nw.children[0].value = 0"
     ),
+    "explore": (
+        "from tfswa_lab.teaching.widgets import explore\n"
+        "explore(lambda x: 1 / x, x=ipywidgets.IntSlider(0))"
+    ),
 }
 
 
@@ -84,6 +88,16 @@ def test_exception_inside_a_widget_callback_fails(tmp_path, source):
     path = write_notebook(tmp_path / "n.ipynb", "import ipywidgets", source)
     with pytest.raises(WidgetError, match="ZeroDivisionError: division by zero"):
         run(path)
+
+
+def test_cells_with_widgets_do_not_wait_for_ever(tmp_path):
+    """Each such cell once had one chance in fifty to hang: its reply was never seen."""
+    cell = (
+        "s = ipywidgets.IntSlider()\n"
+        "f = lambda x: [print(i, flush=True) for i in range(9)]\n"
+        "ipywidgets.interactive_output(f, {'x': s})"
+    )
+    run(write_notebook(tmp_path / "n.ipynb", "import ipywidgets", *[cell] * 60))
 
 
 def test_exception_inside_an_observer_fails(tmp_path):

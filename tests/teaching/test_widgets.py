@@ -27,6 +27,14 @@ def test_a_control_that_the_function_does_not_take_is_an_error():
         explore(lambda n_fft: None, n_ftt=IntSlider())
 
 
-def test_errors_are_not_swallowed():
-    with pytest.raises(ZeroDivisionError):
-        explore(lambda n: 1 / n, n=IntSlider(0))
+def test_an_error_is_shown_below_the_controls():
+    box = explore(lambda n: 1 / n, n=IntSlider(0))
+    (error,) = box.children[-1].outputs
+    assert (error["output_type"], error["ename"]) == ("error", "ZeroDivisionError")
+    box.children[0].value = 2
+    assert box.children[-1].outputs == ()
+
+
+def test_what_is_printed_is_shown():
+    box = explore(lambda n: print(n), n=IntSlider(3))
+    assert box.children[-1].outputs == ({"output_type": "stream", "name": "stdout", "text": "3\n"},)

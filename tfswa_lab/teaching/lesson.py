@@ -66,7 +66,7 @@ def versions(device: torch.device, packages: Sequence[str] = ("torch", "numpy"))
 
 
 def loudest_excerpt(tracks: Any, stem: str = "vocals", seconds: float = 6.0) -> Excerpt:
-    """The loudest stretch of one stem, in the first track where that stem plays at all.
+    """The loudest stretch of one stem, in the first track where all stems can be heard in it.
 
     Instrumentals have silent vocals, and songs begin with long introductions: a fixed excerpt
     would often have nothing to show.
@@ -77,7 +77,7 @@ def loudest_excerpt(tracks: Any, stem: str = "vocals", seconds: float = 6.0) -> 
         seconds: length of the excerpt; a shorter track is taken whole.
 
     Raises:
-        ValueError: the stem is unknown, or silent in every track.
+        ValueError: the stem is unknown, or no track has such a stretch.
 
     Notebook: 01_sound_to_spectrogram
     """
@@ -85,14 +85,15 @@ def loudest_excerpt(tracks: Any, stem: str = "vocals", seconds: float = 6.0) -> 
         raise ValueError(f"stem={stem!r} must be one of {', '.join(STEMS)}")
     for index in range(len(tracks)):
         item = tracks[index]
-        target = item["stems"][STEMS.index(stem)]
-        if rms_db(target) < SILENCE_DB:
-            continue
-        start = _loudest_start(target, round(seconds * SAMPLE_RATE))
+        start = _loudest_start(item["stems"][STEMS.index(stem)], round(seconds * SAMPLE_RATE))
         cut = slice(start, start + round(seconds * SAMPLE_RATE))
-        track, mixture, stems = item["track"], item["mixture"], item["stems"]
-        return Excerpt(track, start / SAMPLE_RATE, mixture[..., cut], stems[..., cut])
-    raise ValueError(f"{stem} is silent in all {len(tracks)} tracks; choose another stem or split")
+        stems = item["stems"][..., cut]
+        if min(map(rms_db, stems)) > SILENCE_DB:
+            return Excerpt(item["track"], start / SAMPLE_RATE, item["mixture"][..., cut], stems)
+    raise ValueError(
+        f"in none of {len(tracks)} tracks can all of {', '.join(STEMS)} be heard where the {stem} "
+        "are loudest; choose another stem, split or data_root"
+    )
 
 
 def _loudest_start(waveform: Tensor, length: int, step: int = SAMPLE_RATE // 10) -> int:
