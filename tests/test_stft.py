@@ -19,7 +19,7 @@ def test_any_leading_dimensions_give_what_each_signal_gives_alone(leading):
     together = stft(x)
     alone = torch.stack([stft(row) for row in x.reshape(-1, 1000)])
     torch.testing.assert_close(together, alone.reshape(together.shape))
-    torch.testing.assert_close(stft.inverse(together, 1000), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(stft.istft(together, 1000), x, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("n_fft", "hop"), [(2048, 512), (2048, 441), (2048, 682), (64, 21)])
@@ -71,6 +71,10 @@ def test_what_cannot_be_inverted_is_refused():
         STFTProcessor(2048, 1024)
     with pytest.raises(ValueError, match="at least one sample"):
         STFTProcessor()(torch.zeros(2, 0))
+    spectrogram = STFTProcessor(256, 64)(torch.zeros(1000))
+    for stft, length in ((STFTProcessor(256, 32), 1000), (STFTProcessor(256, 64), 1100)):
+        with pytest.raises(ValueError, match="check its hop, its axes, and the length"):
+            stft.istft(spectrogram, length)
 
 
 def test_each_bin_gets_zero_mean_and_unit_variance():

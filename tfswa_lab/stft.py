@@ -48,6 +48,10 @@ class STFTProcessor(nn.Module):
         self.hop_length = hop_length
 
     def forward(self, waveform: Tensor) -> Tensor:
+        """Calling the processor is `stft`."""
+        return self.stft(waveform)
+
+    def stft(self, waveform: Tensor) -> Tensor:
         """Waveform `(…, s)` to complex spectrogram `(…, f, t)`."""
         if waveform.shape[-1] == 0:
             raise ValueError(f"a waveform needs at least one sample, got {tuple(waveform.shape)}")
@@ -61,8 +65,19 @@ class STFTProcessor(nn.Module):
         )
         return spectrogram.reshape(*waveform.shape[:-1], *spectrogram.shape[-2:])
 
-    def inverse(self, spectrogram: Tensor, length: int) -> Tensor:
-        """Complex spectrogram `(…, f, t)` to waveform `(…, s)` of exactly `length` samples."""
+    def istft(self, spectrogram: Tensor, length: int) -> Tensor:
+        """Complex spectrogram `(…, f, t)` to waveform `(…, s)` of exactly `length` samples.
+
+        Raises:
+            ValueError: the spectrogram is not that of a signal of this length.
+        """
+        expected = (self.n_fft // 2 + 1, 1 + length // self.hop_length)
+        if spectrogram.shape[-2:] != expected:
+            raise ValueError(
+                f"{length} samples have {expected} bins and frames with n_fft={self.n_fft} and "
+                f"hop_length={self.hop_length}, the spectrogram has {(*spectrogram.shape[-2:],)}; "
+                "check its hop, its axes, and the length"
+            )
         leading = spectrogram.shape[:-2]
         waveform = torch.istft(
             spectrogram.reshape(-1, *spectrogram.shape[-2:]),
@@ -92,7 +107,7 @@ class STFTProcessor(nn.Module):
         >>> 0 < STFTProcessor().reconstruction_error(x) < 1e-6
         True
         """
-        returned = self.inverse(self(waveform), waveform.shape[-1])
+        returned = self.istft(self.stft(waveform), waveform.shape[-1])
         return ((returned - waveform).norm() / waveform.norm()).item()
 
 

@@ -16,8 +16,8 @@ def power_mask(S):
 def griffin_lim(magnitude, stft, length, rounds):
     phase = 6.28 * torch.rand_like(magnitude)
     for _ in range(rounds):
-        phase = stft(stft.inverse(torch.polar(magnitude, phase), length)).angle()
-    return stft.inverse(torch.polar(magnitude, phase), length)
+        phase = stft(stft.istft(torch.polar(magnitude, phase), length)).angle()
+    return stft.istft(torch.polar(magnitude, phase), length)
 
 
 def balance(stems, level_db):

@@ -40,7 +40,7 @@ def masks_in_loops(output, spectrogram, stft, length):
     for n in range(channels // 2):
         for c in range(2):
             masked = output[:, 2 * n + c].transpose(1, 2) * spectrogram[:, c]
-            stems[:, n, c] = stft.inverse(masked, length)
+            stems[:, n, c] = stft.istft(masked, length)
     return stems
 
 

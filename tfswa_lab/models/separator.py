@@ -107,7 +107,7 @@ class Separator(nn.Module):
         if mixture.ndim != 3 or mixture.shape[1] != 2:
             raise ValueError(f"expected a mixture (b, 2, samples), got {tuple(mixture.shape)}")
         spectrogram = self.stft(mixture)
-        estimates = self.stft.inverse(
+        estimates = self.stft.istft(
             self.masks(spectrogram) * spectrogram[:, None], mixture.shape[-1]
         )
         if self.mixture_consistency:

@@ -79,7 +79,7 @@ def _stems_hint(
 ) -> str | None:
     def stems(fold: str, values: Tensor) -> Tensor:
         masks = rearrange(values, f"b {fold} t f -> b n c f t", c=2)
-        return stft.inverse(masks * spectrogram[:, None], length)
+        return stft.istft(masks * spectrogram[:, None], length)
 
     hint = mismatch(got, stems("(n c)", output))
     if hint is None:
