@@ -153,8 +153,8 @@ def _time_frequency(
     ax.set(xlabel="time in s", ylabel="frequency in Hz", xlim=(0, seconds[-1]), ylim=(0, rate / 2))
     if scale == "log":
         ax.set_yscale("log")
-        ax.set_ylim(max(LOWEST_HZ, spacing / 2), rate / 2)
         ax.set_yticks([100, 1_000, 10_000], ["100", "1k", "10k"])
+        ax.set_ylim(max(LOWEST_HZ, spacing / 2), rate / 2)  # after the ticks, which widen it
     return mesh
 
 
