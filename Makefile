@@ -12,6 +12,7 @@
 # PYTHON=…         interpreters to try for .venv, the first suitable one is taken
 # TORCH_INDEX=…    package index to take torch from, for instance one with CPU-only builds
 .POSIX:
+.PHONY: lab test notebooks bench gpu wheels band tidy clean
 
 PYTHON ?= python3.11 python3.12 python3.13 python3
 TORCH_INDEX ?=

@@ -24,8 +24,7 @@ from tfswa_lab.data.musdb import MUSDB18Dataset
 
 MINUTES = 3
 SECONDS = 6.0
-CHUNKS = 20  # random places
-REPEATS = 10  # of our reader at each place; musdb's is slow enough to be timed once
+CHUNKS = 30  # random places
 Reader = Callable[[int], Sequence[np.ndarray]]  # place -> samples of each file
 MUSDB_ORDER = ("drums", "bass", "other", "vocals")
 
@@ -43,21 +42,19 @@ def make_tree(root: Path) -> None:
     soundfile.write(folder / "mixture.wav", mixture, audio.SAMPLE_RATE)
 
 
-def seconds_of(read: Reader, index: int, repeats: int) -> float:
-    """Wall-clock seconds of one call, the mean of `repeats`."""
+def seconds_of(read: Reader, index: int) -> float:
+    """Wall-clock seconds of one call."""
     begin = time.perf_counter()
-    for _ in range(repeats):
-        read(index)
-    return (time.perf_counter() - begin) / repeats
+    read(index)
+    return time.perf_counter() - begin
 
 
 def compare(ours: Reader, theirs: Reader) -> dict:
-    """Time both readers at the same random places, in turns; medians over the places."""
-    times = []
+    """Time both readers at the same random places, once each, in turns; medians over the places."""
     for index in range(CHUNKS):
         for our_samples, their_samples in zip(ours(index), theirs(index), strict=True):
             np.testing.assert_array_equal(our_samples, their_samples.T)
-        times.append((seconds_of(ours, index, REPEATS), seconds_of(theirs, index, 1)))
+    times = [(seconds_of(ours, index), seconds_of(theirs, index)) for index in range(CHUNKS)]
     our_seconds, their_seconds = np.median(times, axis=0)
     return {
         "tfswa_lab_ms": round(1000 * our_seconds, 2),

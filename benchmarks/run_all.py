@@ -1,4 +1,4 @@
-"""Run the benchmarks that need no card, one process after the other.
+"""Run all benchmarks on the CPU, one process after the other.
 
 python benchmarks/run_all.py [NAME ...]
 """
@@ -14,16 +14,16 @@ FOLDER = Path(__file__).parent
 
 
 def scripts(gpu: bool) -> list[Path]:
-    """The scripts here that record a result.
+    """The scripts here that record a result; with `gpu`, those that take `--device`.
 
-    One that needs a card says `GPU = True`, takes `--device`, and is run by `gpu.py`.
+    These say `GPU = True`, and `gpu.py` runs them on the card.
     """
     found = []
     for path in sorted(FOLDER.glob("*.py")):
         text = path.read_text()
         records = re.search(r"^from record import record", text, re.MULTILINE)
-        needs_card = re.search(r"^GPU = True$", text, re.MULTILINE)
-        if records and bool(needs_card) == gpu:
+        takes_device = re.search(r"^GPU = True$", text, re.MULTILINE)
+        if records and (takes_device or not gpu):
             found.append(path)
     return found
 

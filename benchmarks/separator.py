@@ -1,14 +1,15 @@
 """How fast does the small separator run, and which block takes the time?
 
-    python benchmarks/separator.py
+    python benchmarks/separator.py [--device cuda]
 
-One process, evaluation mode, float32, a segment of three seconds. The peer is the
-same network with the attention scores written out (`ScaledDotProductAttention`) in place of
-torch's fused kernel, in the same run.
+One process, evaluation mode, float32, a segment of three seconds. The peer is the same network
+with the attention scores written out (`ScaledDotProductAttention`) in place of torch's fused
+kernel; the two are timed in turns.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections import defaultdict
@@ -18,6 +19,7 @@ from unittest import mock
 import torch
 from record import record
 
+from tfswa_lab.device import pick_device
 from tfswa_lab.models.attention import (
     FrequencySequenceAttention,
     ScaledDotProductAttention,
@@ -27,6 +29,7 @@ from tfswa_lab.models.attention import (
 from tfswa_lab.models.separator import Separator, build_separator
 from tfswa_lab.models.tfswa_unet import SMALL
 
+GPU = True  # takes --device
 STEMS = ("vocals", "drums", "bass", "other")
 SECONDS = 3.0
 REPEATS = 5
@@ -37,15 +40,18 @@ KINDS = {
 }
 
 
-def timed(separator: Separator, mixture: torch.Tensor) -> float:
-    """Median seconds of a separation, after one warm-up."""
+def now(device: torch.device) -> float:
+    """The time in seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_of(separator: Separator, mixture: torch.Tensor) -> float:
+    """Seconds of one separation."""
+    start = now(mixture.device)
     separator(mixture)
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        separator(mixture)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return now(mixture.device) - start
 
 
 @contextmanager
@@ -59,22 +65,34 @@ def written_out_attention():
         yield
 
 
+def real_time_factors(separator: Separator, mixture: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Median, least and most of seconds computed per second of sound; the first round warms up."""
+    times = defaultdict(list)
+    for _ in range(REPEATS + 1):
+        times["fused"].append(seconds_of(separator, mixture))
+        with written_out_attention():
+            times["written out"].append(seconds_of(separator, mixture))
+    summaries = {"median": statistics.median, "least": min, "most": max}
+    return {
+        kind: {name: round(f(spent[1:]) / SECONDS, 4) for name, f in summaries.items()}
+        for kind, spent in times.items()
+    }
+
+
 def seconds_inside(separator: Separator, modules: dict, mixture: torch.Tensor) -> dict[str, float]:
     """Seconds spent inside each named module during one separation."""
-    spent, handles = defaultdict(float), []
+    spent, handles, device = defaultdict(float), [], mixture.device
 
     def before(module, inputs):
-        module.started = time.perf_counter()
+        module.started = now(device)
 
     for module, name in modules.items():
 
         def after(module, inputs, output, name=name):
-            spent[name] += time.perf_counter() - module.started
+            spent[name] += now(device) - module.started
 
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    start = time.perf_counter()
-    separator(mixture)
-    spent["all"] = time.perf_counter() - start
+    spent["all"] = seconds_of(separator, mixture)
     for handle in handles:
         handle.remove()
     return spent
@@ -108,24 +126,27 @@ def by_kind(separator: Separator) -> dict:
 @torch.inference_mode()
 def main() -> None:
     """Measure, record, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    device = pick_device(parser.parse_args().device)
     torch.manual_seed(0)
-    separator = build_separator(STEMS, **SMALL).eval()
-    mixture = 0.1 * torch.randn(1, 2, round(SECONDS * separator.sample_rate))
-    fused = timed(separator, mixture)
-    with written_out_attention():
-        written_out = timed(separator, mixture)
+    separator = build_separator(STEMS, **SMALL).eval().to(device)
+    mixture = 0.1 * torch.randn(1, 2, round(SECONDS * separator.sample_rate), device=device)
+    factors = real_time_factors(separator, mixture)
     result = {
         "parameters": separator.model.get_num_parameters(),
         "sizes": separator.model.sizes,
         "segment_seconds": SECONDS,
-        "real_time_factor": round(fused / SECONDS, 3),
-        "real_time_factor_written_out_attention": round(written_out / SECONDS, 3),
+        "threads": torch.get_num_threads(),
+        "real_time_factor": factors,
         "share_by_stage": shares(separator, by_stage(separator), mixture),
         "share_by_kind": shares(separator, by_kind(separator), mixture),
     }
-    record("separator", result)
-    print(f"| attention | real-time factor |\n|---|---|\n| fused | {fused / SECONDS:.2f} |")
-    print(f"| written out | {written_out / SECONDS:.2f} |\n\n| part | share |\n|---|---|")
+    record("separator" if device.type == "cpu" else "separator-gpu", result)
+    print("| attention | real-time factor | least | most |\n|---|---|---|---|")
+    for kind, f in factors.items():
+        print(f"| {kind} | {f['median']:.3g} | {f['least']:.3g} | {f['most']:.3g} |")
+    print("\n| part | share |\n|---|---|")
     for name, share in (result["share_by_stage"] | result["share_by_kind"]).items():
         print(f"| {name} | {share:.1%} |")
 

@@ -51,6 +51,35 @@ def test_one_filter_serves_every_call():
     assert audio._resampler.cache_info().misses == 1
 
 
+@pytest.mark.parametrize("rates", [(44_099, 44_100), (44_056, 44_100), (22_051, 44_100)])
+def test_rates_without_a_common_ratio_resample_in_bounded_memory(rates):
+    rate_in, rate_out = rates
+    resampled = audio.resample(tone(1.0, rate_in), rate_in, rate_out)
+    assert resampled.shape == (2, rate_out)
+    expected = tone(1.0, rate_out)
+    assert (resampled - expected)[:, 500:-500].abs().max() < 5e-3
+
+
+def test_double_precision_stays_and_is_finer():
+    for dtype, limit in ((torch.float32, 1e-3), (torch.float64, 1e-3)):
+        resampled = audio.resample(tone(1.0).to(dtype), 44_100, 48_000)
+        assert resampled.dtype == dtype
+        assert (resampled - tone(1.0, 48_000))[:, 500:-500].abs().max() < limit
+
+
+def test_no_samples_stay_none_and_a_rate_of_zero_is_refused():
+    assert audio.resample(torch.zeros(2, 0), 44_100, 16_000).shape == (2, 0)
+    with pytest.raises(ValueError, match="positive whole numbers"):
+        audio.resample(tone(), 44_100, 0)
+
+
+def test_a_file_type_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    for name, rate in (("song.xyz", 44_100), ("song", 44_100), ("song.wav", 0)):
+        with pytest.raises(ValueError, match="cannot be written"):
+            audio.write(tmp_path / name, tone(), rate)
+    assert not any(tmp_path.iterdir())
+
+
 def test_mono_becomes_stereo_and_five_channels_are_refused():
     assert torch.equal(audio.to_stereo(torch.ones(1, 3)), torch.ones(2, 3))
     with pytest.raises(ValueError, match="got 5"):

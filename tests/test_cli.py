@@ -54,6 +54,13 @@ def test_a_missing_song_and_a_missing_model_are_named(model, tmp_path):
     assert "separator.json" in result.output
 
 
+def test_an_output_folder_that_is_a_file_is_refused_before_the_work(model, tmp_path):
+    song = audio.write(tmp_path / "song.wav", torch.zeros(2, 1000))
+    result = run(song, "--model", model, "--out", song)
+    assert result.exit_code == 2
+    assert "name a folder" in result.output
+
+
 def test_nan_in_the_song_is_refused_before_any_stem_is_written(model, tmp_path):
     soundfile.write(tmp_path / "nan.wav", torch.full((99, 2), torch.nan).numpy(), 44_100, "FLOAT")
     result = run(tmp_path / "nan.wav", "--model", model, "--out", tmp_path / "out")

@@ -97,9 +97,36 @@ def test_every_exercise_has_a_solution(path):
         assert len(exercises) == 3
 
 
+QUICK = {"quick": True, "seed": 0, "device": "cpu", "data_root": ""}
+
+
 @pytest.mark.notebook
 @lessons
 def test_runs_in_quick_mode(path, band_root, tmp_path):
-    parameters = {"quick": True, "seed": 0, "device": "cpu", "data_root": ""}
-    run = run_notebook(path, tmp_path / path.name, parameters, timeout_seconds=600)
+    run = run_notebook(path, tmp_path / path.name, QUICK, timeout_seconds=600)
     assert run.peak_bytes <= 4 * 2**30
+
+
+@pytest.mark.notebook
+@pytest.mark.audio
+@lessons
+def test_runs_on_real_songs(path, music_delta, tmp_path):
+    run_notebook(path, tmp_path / path.name, QUICK | {"data_root": str(music_delta)}, 600)
+
+
+@pytest.fixture(scope="session")
+def students_folder(tmp_path_factory) -> Path:
+    """The lessons without their solutions, as a class gets them."""
+    folder = tmp_path_factory.mktemp("students")
+    for path in NOTEBOOKS:
+        notebook = read(path)
+        keep = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", ())]
+        notebook.cells = keep
+        nbformat.write(notebook, folder / path.name)
+    return folder
+
+
+@pytest.mark.notebook
+@lessons
+def test_runs_without_its_solutions(path, students_folder, band_root, tmp_path):
+    run_notebook(students_folder / path.name, tmp_path / path.name, QUICK, 600)

@@ -77,6 +77,22 @@ def test_what_cannot_be_inverted_is_refused():
             stft.istft(spectrogram, length)
 
 
+def test_odd_windows_and_silence_have_no_answer():
+    with pytest.raises(ValueError, match="must be even"):
+        STFTProcessor(255, 64)
+    with pytest.raises(ValueError, match="silent"):
+        STFTProcessor().reconstruction_error(torch.zeros(1000))
+
+
+def test_running_statistics_cannot_be_poisoned():
+    normalizer = RunningSpectrogramNormalizer(2, 5)
+    before = normalizer.running_mean.clone()
+    for bad in (torch.zeros(1, 2, 4, 1), torch.full((1, 2, 4, 5), torch.nan)):
+        with pytest.raises(ValueError, match=r"expected|NaN"):
+            normalizer(bad)
+    assert torch.equal(normalizer.running_mean, before)
+
+
 def test_each_bin_gets_zero_mean_and_unit_variance():
     x = 10 * torch.rand(2, 2, 200, 9) + torch.arange(9)
     y, statistics = SpectrogramNormalizer()(x)

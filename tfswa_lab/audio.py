@@ -7,6 +7,7 @@ Notebook: 01_sound_to_spectrogram
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -14,12 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import scipy.signal
 import soundfile
 import torch
 from torch import Tensor
 
 SAMPLE_RATE = 44_100
 STEMS = ("vocals", "drums", "bass", "other")
+LARGEST_RATIO = 2_000  # of two rates, reduced; 48 000 : 44 100 is 160 : 147
 
 
 def read(path: str | Path, start: int = 0, frames: int = -1) -> tuple[Tensor, int]:
@@ -76,7 +79,8 @@ def write(path: str | Path, waveform: Tensor, rate: int = SAMPLE_RATE) -> Path:
     listing, so louder samples are an error.
 
     Raises:
-        ValueError: the waveform is not `(c, s)`, not finite, or exceeds [-1, 1].
+        ValueError: the waveform is not `(c, s)`, not finite, or exceeds [-1, 1]; or libsndfile
+            knows no such file type or cannot write it with this rate.
 
     Notebook: 01_sound_to_spectrogram
     """
@@ -90,30 +94,64 @@ def write(path: str | Path, waveform: Tensor, rate: int = SAMPLE_RATE) -> Path:
         raise ValueError(f"{path}: peak {peak:.3f} would clip; scale the waveform below 1.0 first")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
-    soundfile.write(part, waveform.detach().cpu().T.numpy(), rate, subtype="PCM_16")
+    try:
+        soundfile.write(part, waveform.detach().cpu().float().T.numpy(), rate, subtype="PCM_16")
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path} cannot be written as 16-bit audio at {rate} Hz ({error}); "
+            "use a name that ends in .wav or .flac and a usual rate"
+        ) from error
     part.replace(path)
     return path
 
 
 @lru_cache(maxsize=8)
-def _resampler(rate_in: int, rate_out: int) -> torch.nn.Module:
+def _resampler(
+    rate_in: int, rate_out: int, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
     # Imported here: a broken torchaudio must not close the rooms that never resample.
     from torchaudio.transforms import Resample
 
-    return Resample(rate_in, rate_out)
+    # The filter is computed in the precision that it is given, and should be better than float32.
+    return Resample(rate_in, rate_out, dtype=torch.float64).to(device, dtype)
 
 
 def resample(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
     """Change the sample rate of `(…, s)` with one cached windowed-sinc filter per pair of rates.
 
-    >>> resample(torch.zeros(2, 48_000), 48_000, 16_000).shape
-    torch.Size([2, 16000])
+    Args:
+        waveform: `(…, s)`, any floating type.
+        rate_in: its rate in Hz.
+        rate_out: the rate wanted in Hz.
+
+    Returns:
+        `(…, ⌈s · rate_out / rate_in⌉)` on the same device.
+
+    Raises:
+        ValueError: a rate is not a positive whole number.
 
     Notebook: 01_sound_to_spectrogram
+
+    >>> resample(torch.zeros(2, 48_000), 48_000, 16_000).shape
+    torch.Size([2, 16000])
     """
-    if rate_in == rate_out:
+    if not (min(rate_in, rate_out) > 0 and rate_in == int(rate_in) and rate_out == int(rate_out)):
+        raise ValueError(f"rates must be positive whole numbers of Hz, got {rate_in}, {rate_out}")
+    if rate_in == rate_out or not waveform.shape[-1]:
         return waveform
-    return _resampler(rate_in, rate_out).to(waveform.device)(waveform)
+    if max(rate_in, rate_out) // math.gcd(rate_in, rate_out) > LARGEST_RATIO:
+        return _resample_odd(waveform, rate_in, rate_out)
+    return _resampler(rate_in, rate_out, waveform.dtype, waveform.device)(waveform)
+
+
+def _resample_odd(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
+    """For rates without a small ratio, such as 44 099 Hz: torchaudio's filter takes gigabytes."""
+    divisor = math.gcd(rate_in, rate_out)
+    samples = scipy.signal.resample_poly(
+        waveform.detach().cpu().double().numpy(), rate_out // divisor, rate_in // divisor, axis=-1
+    )
+    return torch.from_numpy(samples).to(waveform)
 
 
 def to_stereo(waveform: Tensor) -> Tensor:
@@ -121,6 +159,8 @@ def to_stereo(waveform: Tensor) -> Tensor:
 
     Raises:
         ValueError: there are more than two channels, and no rule says how to mix them.
+
+    Notebook: 01_sound_to_spectrogram
     """
     if waveform.shape[-2] not in (1, 2):
         raise ValueError(f"expected 1 or 2 channels, got {waveform.shape[-2]}; downmix first")
@@ -132,6 +172,8 @@ def rms_db(waveform: Tensor) -> float:
 
     >>> round(rms_db(0.5 * torch.ones(2, 100)), 2)
     -6.02
+
+    Notebook: 00_start_here
     """
     return 20 * waveform.double().square().mean().sqrt().log10().item()
 
@@ -141,6 +183,8 @@ def peak_db(waveform: Tensor) -> float:
 
     >>> round(peak_db(torch.tensor([[0.0, -0.5]])), 2)
     -6.02
+
+    Notebook: 00_start_here
     """
     return 20 * waveform.double().abs().max().log10().item()
 
@@ -153,6 +197,8 @@ def ensure_ffmpeg() -> None:
 
     Raises:
         FileNotFoundError: neither the system nor the environment has them.
+
+    Notebook: 00_start_here
     """
     beside = str(Path(sys.executable).parent)
     for program in ("ffmpeg", "ffprobe"):

@@ -23,14 +23,16 @@ def separate(
     song: Annotated[Path, typer.Argument(help="A WAV, FLAC, Ogg or MP3 file.")],
     model: Annotated[Path, typer.Option(help="A folder written by save_separator.")],
     out: Annotated[Path, typer.Option(help="Where the stems go, one WAV each.")],
-    segment_seconds: Annotated[float, typer.Option(min=0.5, help="What the model sees.")] = 6.0,
+    segment_seconds: Annotated[
+        float, typer.Option(min=0.5, max=600.0, help="What the model sees at once.")
+    ] = 6.0,
     overlap: Annotated[float, typer.Option(min=0.0, max=0.5, help="Of two segments.")] = 0.25,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
     """Separate a song of any length and sample rate into one file per stem."""
     try:
         files = separate_file(song, model, out, segment_seconds, overlap, device)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     for file in files:
         typer.echo(file)
@@ -48,6 +50,8 @@ def separate_file(
     from tfswa_lab.evaluation.separate import separate_track
     from tfswa_lab.models.storage import load_separator
 
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder for the stems")
     separator = load_separator(model).to(pick_device(device))
     mixture, rate = audio.read(song)
     resampled = audio.resample(audio.to_stereo(mixture), rate, separator.sample_rate)

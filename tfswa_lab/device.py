@@ -5,6 +5,8 @@ Notebook: 00_start_here
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 
@@ -12,17 +14,20 @@ def pick_device(name: str = "auto") -> torch.device:
     """The device a user asked for; "auto" is CUDA where there is a card, else the CPU.
 
     Raises:
-        ValueError: the name means nothing to torch, or there is no such card.
+        ValueError: it is neither the CPU nor a CUDA card, or there is no such card.
+
+    Notebook: 00_start_here
 
     >>> pick_device("cpu")
     device(type='cpu')
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} is unknown; use auto, cpu, or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}, but torch finds no CUDA card here; use cpu or auto")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device={name!r} is unknown; use auto, cpu, cuda, or cuda:0")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={name!r}, but torch finds no CUDA card of that number here; use cpu or auto"
+        )
     return device

@@ -27,6 +27,9 @@ class STFTProcessor(nn.Module):
         n_fft: window length in samples; `n_fft // 2 + 1` frequency bins.
         hop_length: distance of two frames in samples, at most `n_fft // 3`.
 
+    Raises:
+        ValueError: `n_fft` is odd, or the hop leaves samples that hardly any window sees.
+
     Source: Griffin & Lim, "Signal estimation from modified short-time Fourier transform",
     IEEE TASSP 1984, eq. 6 (the inverse).
 
@@ -39,6 +42,10 @@ class STFTProcessor(nn.Module):
 
     def __init__(self, n_fft: int = 2048, hop_length: int = 512):
         super().__init__()
+        if n_fft % 2:
+            raise ValueError(
+                f"n_fft={n_fft} must be even: the way back assumes n_fft // 2 + 1 bins"
+            )
         if not 0 < hop_length <= n_fft // 3:
             raise ValueError(
                 f"hop_length={hop_length} must lie between 1 and n_fft // 3 = {n_fft // 3}: "
@@ -101,12 +108,17 @@ class STFTProcessor(nn.Module):
         return torch.view_as_complex(pairs.contiguous())
 
     def reconstruction_error(self, waveform: Tensor) -> float:
-        """Relative error `‖istft(stft(x)) − x‖ / ‖x‖`: small, and never zero.
+        """Relative error `‖istft(stft(x)) − x‖ / ‖x‖`: rounding, and best printed as `1.3e-07`.
+
+        Raises:
+            ValueError: the waveform is silent, so there is nothing to be relative to.
 
         >>> x = torch.sin(torch.arange(10_000.0))
         >>> 0 < STFTProcessor().reconstruction_error(x) < 1e-6
         True
         """
+        if not waveform.any():
+            raise ValueError("a silent waveform has no relative error; measure on sound")
         returned = self.istft(self.stft(waveform), waveform.shape[-1])
         return ((returned - waveform).norm() / waveform.norm()).item()
 
@@ -166,6 +178,10 @@ class RunningSpectrogramNormalizer(SpectrogramNormalizer):
         momentum: weight of the newest batch.
         eps: added to the standard deviation.
 
+    Raises:
+        ValueError: when called with other channels or bins, or with values that are not finite
+            (these would stay in the running statistics for ever).
+
     Notebook: 01_sound_to_spectrogram
     """
 
@@ -177,10 +193,15 @@ class RunningSpectrogramNormalizer(SpectrogramNormalizer):
 
     def statistics(self, x: Tensor) -> Statistics:
         """Statistics `(1, c, 1, f)`: of this batch in training, running ones in evaluation."""
+        _, channels, _, bins = self.running_mean.shape
+        if x.shape[1] != channels or x.shape[3] != bins:
+            raise ValueError(f"expected (b, {channels}, t, {bins}), got {tuple(x.shape)}")
         if not self.training:
             return Statistics(self.running_mean, self.running_var.sqrt())
         mean = x.mean((0, 2), keepdim=True)
         variance = x.var((0, 2), keepdim=True, correction=0)
+        if not (mean.isfinite().all() and variance.isfinite().all()):
+            raise ValueError("the batch holds NaN or infinite values; find them before training")
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance, self.momentum)

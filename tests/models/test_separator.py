@@ -12,6 +12,7 @@ from tfswa_lab.models.separator import (
     magnitude_mask,
     output_channels,
 )
+from tfswa_lab.models.tfswa_resunet import TFSWAResUNet
 from tfswa_lab.stft import STFTProcessor
 
 STEMS = ("vocals", "drums", "bass", "other")
@@ -115,6 +116,23 @@ def test_a_louder_mixture_gives_equally_louder_stems():
 def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Separator(*arguments)
+
+
+@pytest.mark.parametrize("stems", ["vocals", (), ("bass", "bass"), ("../evil",), ("a/b",), ("",)])
+def test_names_that_could_not_be_files_are_refused(stems):
+    with pytest.raises(ValueError, match="stem"):
+        build_separator(stems, n_fft=128, hop_length=32, **MINI)
+
+
+def test_a_network_that_makes_no_masks_is_refused():
+    with pytest.raises(ValueError, match="TFSWAResUNet tells no sizes"):
+        Separator(TFSWAResUNet(num_tfswa=0), STFTProcessor(), ("vocals",))
+
+
+def test_nan_does_not_pass_silently():
+    separator = build_separator(("vocals",), n_fft=128, hop_length=32, **MINI)
+    with pytest.raises(ValueError, match="NaN"):
+        separator(torch.full((1, 2, 500), torch.nan))
 
 
 def test_a_mono_mixture_is_refused_with_its_shape():

@@ -49,12 +49,36 @@ def test_a_pickle_is_never_executed(separator, tmp_path):
         load_separator(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"model": "Unknown"}, {"sizes": {"depth": 3}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "Unknown"},
+        {"sizes": {"depth": 3}},
+        {"sizes": {"dims": [-8, 8, 8, 8]}},
+        {"sample_rate": -1},
+        {"sample_rate": "44100"},
+        {"stems": ["../../evil", "other"]},
+        {"stems": "ab"},
+    ],
+)
 def test_foreign_sizes_are_refused(separator, tmp_path, change):
     sizes = save_separator(separator, tmp_path) / SIZES
     sizes.write_text(json.dumps(json.loads(sizes.read_text()) | change))
     with pytest.raises(ValueError, match=SIZES):
         load_separator(tmp_path)
+
+
+def test_sizes_that_are_not_text_are_refused(separator, tmp_path):
+    (save_separator(separator, tmp_path) / SIZES).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=SIZES):
+        load_separator(tmp_path)
+
+
+def test_a_model_that_could_not_be_loaded_is_not_saved(separator, tmp_path):
+    separator.model = torch.nn.Identity()
+    with pytest.raises(ValueError, match="cannot save a Identity"):
+        save_separator(separator, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_weights_of_another_model_are_refused(separator, tmp_path):

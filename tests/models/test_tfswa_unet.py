@@ -59,21 +59,21 @@ def biases_that_a_batch_norm_cancels(model):
     return names
 
 
-def test_every_parameter_gets_a_finite_and_useful_gradient():
+@pytest.mark.parametrize(("sizes", "blocks"), [(MINI, 11), ({}, 22)])
+def test_every_parameter_gets_a_finite_and_useful_gradient(sizes, blocks):
     torch.manual_seed(0)
-    model = TFSWAUNet(**MINI)
-    target = torch.rand(2, 2, 32, 40)
-    (model(torch.randn(2, 2, 32, 40)) - target).square().mean().backward()
+    model = TFSWAUNet(**sizes).double()  # so that rounding is told from a small gradient
+    target = torch.rand(2, 2, 32, 40, dtype=torch.float64)
+    (model(torch.randn_like(target)) - target).square().mean().backward()
     cancelled = biases_that_a_batch_norm_cancels(model)
-    blocks = 11
     assert len(cancelled) == 1 + 3 + 3 + 1 + (2 + 3) * blocks
     largest = max(p.grad.abs().max() for p in model.parameters())
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient is not None, name
         assert gradient.isfinite().all(), name
-        useless = gradient.abs().max() < 1e-9 * largest
-        assert not useless or name in cancelled, name
+        relative = gradient.abs().max() / largest
+        assert (relative < 1e-13) if name in cancelled else (relative > 1e-9), name
 
 
 @pytest.mark.parametrize(("t", "f"), [(8, 8), (8, 129), (9, 8), (17, 33), (31, 40), (87, 65)])
@@ -150,9 +150,24 @@ def test_plain_checkpointing_would_count_statistics_twice():
     assert twin.num_batches_tracked == 2
 
 
-def test_three_dims_are_refused():
-    with pytest.raises(ValueError, match="four entries"):
-        TFSWAUNet(dims=(8, 16, 32))
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"dims": (8, 16, 32)}, "four entries"),
+        ({"depths": (1, 1, 0, 1)}, "at least 1"),
+        ({"window_size": 0}, "at least 1"),
+        ({"num_heads": 3}, "equal heads"),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        TFSWAUNet(**sizes)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (2, 16, 16)])
+def test_input_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="expected"):
+        TFSWAUNet(**MINI)(torch.zeros(shape))
 
 
 def test_tiny_preset_runs():

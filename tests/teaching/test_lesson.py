@@ -13,10 +13,16 @@ def song(vocals: torch.Tensor) -> dict:
     return {"track": f"song {len(vocals)}", "mixture": stems.sum(0), "stems": stems}
 
 
+class Songs(list):
+    """What `loudest_excerpt` needs of a data set."""
+
+    sample_rate = SAMPLE_RATE
+
+
 def test_the_excerpt_is_where_the_voice_is_loudest():
     vocals = 1e-3 * torch.randn(2, 10 * SAMPLE_RATE)
     vocals[:, 6 * SAMPLE_RATE : 8 * SAMPLE_RATE] += 0.3
-    excerpt = loudest_excerpt([song(vocals)], "vocals", seconds=2.0)
+    excerpt = loudest_excerpt(Songs([song(vocals)]), "vocals", seconds=2.0)
     assert excerpt.start_seconds == pytest.approx(6.0, abs=0.1)
     assert excerpt.mixture.shape == (2, 2 * SAMPLE_RATE)
     assert excerpt.stems.shape == (4, 2, 2 * SAMPLE_RATE)
@@ -26,20 +32,27 @@ def test_the_excerpt_is_where_the_voice_is_loudest():
 def test_instrumentals_are_passed_over():
     silent = song(torch.zeros(2, SAMPLE_RATE))
     sung = song(0.1 * torch.randn(2, SAMPLE_RATE)) | {"track": "sung"}
-    assert loudest_excerpt([silent, silent, sung], "vocals", 0.5).track == "sung"
-    assert loudest_excerpt([silent, sung], "drums", 0.5).track == "sung"
+    assert loudest_excerpt(Songs([silent, silent, sung]), "vocals", 0.5).track == "sung"
+    assert loudest_excerpt(Songs([silent, sung]), "drums", 0.5).track == "sung"
     with pytest.raises(ValueError, match="in none of 2 tracks"):
-        loudest_excerpt([silent, silent], "vocals", 0.5)
+        loudest_excerpt(Songs([silent, silent]), "vocals", 0.5)
 
 
 def test_a_short_track_is_taken_whole():
-    excerpt = loudest_excerpt([song(torch.randn(2, 1000))], "vocals", seconds=6.0)
+    excerpt = loudest_excerpt(Songs([song(torch.randn(2, 1000))]), "vocals", seconds=6.0)
     assert (excerpt.start_seconds, excerpt.mixture.shape) == (0.0, (2, 1000))
+
+
+def test_songs_of_another_rate_are_refused():
+    songs = Songs([song(torch.randn(2, 1000))])
+    songs.sample_rate = 48_000
+    with pytest.raises(ValueError, match="48000 Hz; pass sample_rate=44_100"):
+        loudest_excerpt(songs)
 
 
 def test_a_misspelt_stem_is_named():
     with pytest.raises(ValueError, match="stem='voice'"):
-        loudest_excerpt([], "voice")
+        loudest_excerpt(Songs([]), "voice")
 
 
 def test_the_band_has_something_to_show_in_every_stem(band_root):

@@ -7,6 +7,9 @@ Notebook: 03_tfswa_unet
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -30,15 +33,38 @@ def complex_mask(output: Tensor, stems: int) -> Tensor:
 MASKS = {"magnitude": (2, magnitude_mask), "complex": (4, complex_mask)}
 
 
+def check_stems(stems: Sequence[str]) -> tuple[str, ...]:
+    """The names of the stems, if they can also be names of files.
+
+    Raises:
+        ValueError: a single string, none, one twice, or one with anything but letters, digits,
+            spaces, dots, dashes and underscores in it.
+    """
+    if isinstance(stems, str):
+        raise ValueError(f"stems={stems!r} is a string; write ({stems!r},)")
+    stems = tuple(stems)
+    if not stems or len(set(stems)) < len(stems):
+        raise ValueError(f"stems={stems}: name one or more stems, each once")
+    for stem in stems:
+        if not isinstance(stem, str) or not re.fullmatch(r"\w[\w .-]*", stem):
+            raise ValueError(f"stem {stem!r} cannot be the name of a file; use letters and digits")
+    return stems
+
+
 def output_channels(stems: tuple[str, ...], mask: str) -> int:
     """How many outputs a network needs: 2 a stem for magnitude masks, 4 for complex ones.
 
     >>> output_channels(("vocals", "other"), "complex")
     8
+
+    Raises:
+        ValueError: the kind of mask is unknown.
+
+    Notebook: 03_tfswa_unet
     """
     if mask not in MASKS:
         raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(MASKS)}")
-    return MASKS[mask][0] * len(stems)
+    return MASKS[mask][0] * len(check_stems(stems))
 
 
 class Separator(nn.Module):
@@ -59,8 +85,9 @@ class Separator(nn.Module):
         sample_rate: in Hz; remembered for those who read files.
 
     Raises:
-        ValueError: the network's channels fit neither stems nor mask, or consistency is asked of
-            a single stem.
+        ValueError: the network's channels fit neither stems nor mask, it tells no sizes (as
+            `TFSWAResUNet`, which maps magnitudes and makes no masks), consistency is asked of a
+            single stem, or a name cannot be that of a file.
 
     Source: mixture consistency after Wisdom et al., ICASSP 2019, eq. 5.
 
@@ -77,7 +104,7 @@ class Separator(nn.Module):
         sample_rate: int = 44_100,
     ):
         super().__init__()
-        self.stems = tuple(stems)
+        self.stems = check_stems(stems)
         self.mask = mask
         self.mixture_consistency = mixture_consistency
         self.sample_rate = sample_rate
@@ -88,7 +115,9 @@ class Separator(nn.Module):
 
     def _check_channels(self) -> None:
         needed = output_channels(self.stems, self.mask)
-        sizes = self.model.sizes
+        sizes = getattr(self.model, "sizes", None)
+        if sizes is None:
+            raise ValueError(f"{type(self.model).__name__} tells no sizes: it makes no masks")
         if sizes["out_channels"] != needed:
             raise ValueError(
                 f"{self.mask} masks for {len(self.stems)} stems need out_channels={needed}, "
@@ -106,6 +135,8 @@ class Separator(nn.Module):
         """Mixture `(b, 2, s)` to estimates `(b, n, 2, s)`."""
         if mixture.ndim != 3 or mixture.shape[1] != 2:
             raise ValueError(f"expected a mixture (b, 2, samples), got {tuple(mixture.shape)}")
+        if not torch.isfinite(mixture).all():
+            raise ValueError("the mixture contains NaN or infinite samples; mend it first")
         spectrogram = self.stft(mixture)
         estimates = self.stft.istft(
             self.masks(spectrogram) * spectrogram[:, None], mixture.shape[-1]
@@ -139,6 +170,9 @@ def build_separator(
 
     Args:
         sizes: dims, depths, window_size, num_heads of `TFSWAUNet`, e.g. `**SMALL`.
+
+    Raises:
+        ValueError: sizes, stems or kind of mask make no sense.
 
     Notebook: 03_tfswa_unet
 

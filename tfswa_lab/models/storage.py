@@ -26,13 +26,19 @@ MODELS = {"TFSWAUNet": TFSWAUNet}
 def save_separator(separator: Separator, folder: str | Path) -> Path:
     """Write a separator into `folder`; each file appears whole or not at all.
 
+    Raises:
+        ValueError: its model is of a class that `load_separator` does not know.
+
     Notebook: 03_tfswa_unet
     """
+    if MODELS.get(type(separator.model).__name__) is not type(separator.model):
+        known = ", ".join(MODELS)
+        raise ValueError(f"cannot save a {type(separator.model).__name__}, only {known}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in separator.state_dict().items()}
     save_file(weights, _part(folder / WEIGHTS))
-    _part(folder / SIZES).write_text(json.dumps(describe(separator), indent=2) + "\n")
+    _part(folder / SIZES).write_text(json.dumps(describe(separator), indent=2) + "\n", "utf-8")
     for name in (WEIGHTS, SIZES):
         _part(folder / name).replace(folder / name)
     return folder
@@ -75,17 +81,18 @@ def load_separator(folder: str | Path) -> Separator:
 
 def _from_description(path: Path) -> Separator:
     try:
-        d = json.loads(path.read_text())
-        model = MODELS[d["model"]](**d["sizes"])
+        d = json.loads(path.read_text("utf-8"))
+        if not (isinstance(d["sample_rate"], int) and d["sample_rate"] > 0):
+            raise ValueError(f"sample_rate={d['sample_rate']!r} is not a number of Hz")
         return Separator(
-            model,
+            MODELS[d["model"]](**d["sizes"]),
             STFTProcessor(d["n_fft"], d["hop_length"]),
             d["stems"],
             d["mask"],
             d["mixture_consistency"],
             d["sample_rate"],
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} does not describe a separator ({error!r}); save the model again"
         ) from error

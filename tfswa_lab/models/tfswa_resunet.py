@@ -104,7 +104,9 @@ class TFSWAResUNet(nn.Module):
 
     The band is cut into four equal sub-bands, stacked as channels. One model per source. The paper
     feeds 1,024 of the 1,025 bins of a 2,048-point transform; here any number of bins is padded to
-    a multiple of 128 (and frames to one of 32), and the padding is cut off again.
+    a multiple of 128 (and frames to one of 32), and the padding is cut off again. It makes no
+    masks, so `Separator` does not take it: multiply its output with the mixture's phase,
+    `torch.polar(magnitude, mixture.angle())`, and invert that.
 
     Args:
         in_channels: audio channels of the magnitude spectrogram.

@@ -28,6 +28,9 @@ class TFSWAUNet(nn.Module):
     encoder's depths; the encoder's maps are added in the first block of each decoder stage.
     Blocks alternate between W-MSA and SW-MSA.
 
+    Sizes that cannot be halved three times are padded with zeros at the far ends, as before any
+    strided convolution; to the blocks these up to 7 frames and bins are part of the map.
+
     Args:
         in_channels: 2 (stereo magnitudes) or 4 (real and imaginary parts), or whatever is fed.
         out_channels: see `separator.output_channels`.
@@ -37,6 +40,9 @@ class TFSWAUNet(nn.Module):
         num_heads: heads of every attention; must divide every entry of `dims`.
         activation_checkpointing: recompute each block in the backward pass instead of keeping
             its activations.
+
+    Raises:
+        ValueError: not four levels, a size that is not positive, or heads that do not divide.
 
     Source: built from the published description of the parallel TFSWA-UNet.
 
@@ -59,6 +65,8 @@ class TFSWAUNet(nn.Module):
         super().__init__()
         if len(dims) != 4 or len(depths) != 4:
             raise ValueError(f"dims and depths need four entries each, got {dims} and {depths}")
+        if min(in_channels, out_channels, window_size, num_heads, *dims, *depths) < 1:
+            raise ValueError("channels, dims, depths, window_size and num_heads must be at least 1")
         self.sizes = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -93,6 +101,10 @@ class TFSWAUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, in_channels, t, f)` to `(b, out_channels, t, f)`."""
+        if x.ndim != 4 or x.shape[1] != self.sizes["in_channels"]:
+            raise ValueError(
+                f"expected (b, {self.sizes['in_channels']}, t, f), got {tuple(x.shape)}"
+            )
         t, f = x.shape[2:]
         x = self.stem(pad_for_three_halvings(x))
         skips = []

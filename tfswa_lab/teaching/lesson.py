@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tfswa_lab import __version__
 from tfswa_lab.audio import SAMPLE_RATE, STEMS, rms_db
 
 SILENCE_DB = -60.0  # a stem below this level has nothing to teach
@@ -60,7 +61,7 @@ def versions(device: torch.device, packages: Sequence[str] = ("torch", "numpy"))
 
     Notebook: 00_start_here
     """
-    found = [f"{name} {version(name)}" for name in ("tfswa-lab", *packages)]
+    found = [f"tfswa-lab {__version__}", *(f"{name} {version(name)}" for name in packages)]
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return " · ".join([f"Python {platform.python_version()}", *found, f"{device} ({card})"])
 
@@ -72,17 +73,20 @@ def loudest_excerpt(tracks: Any, stem: str = "vocals", seconds: float = 6.0) -> 
     would often have nothing to show.
 
     Args:
-        tracks: a `MUSDB18Dataset` of full tracks (`segment_seconds=None`) with all four stems.
+        tracks: a `MUSDB18Dataset` of full tracks (`segment_seconds=None`) with all four stems, at
+            44 100 Hz (`sample_rate=44_100` resamples others).
         stem: whose level decides.
         seconds: length of the excerpt; a shorter track is taken whole.
 
     Raises:
-        ValueError: the stem is unknown, or no track has such a stretch.
+        ValueError: the stem is unknown, the tracks have another rate, or none has such a stretch.
 
     Notebook: 01_sound_to_spectrogram
     """
     if stem not in STEMS:
         raise ValueError(f"stem={stem!r} must be one of {', '.join(STEMS)}")
+    if tracks.sample_rate != SAMPLE_RATE:
+        raise ValueError(f"tracks at {tracks.sample_rate} Hz; pass sample_rate=44_100 to resample")
     for index in range(len(tracks)):
         item = tracks[index]
         start = _loudest_start(item["stems"][STEMS.index(stem)], round(seconds * SAMPLE_RATE))
