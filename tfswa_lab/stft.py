@@ -124,7 +124,10 @@ class STFTProcessor(nn.Module):
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation, both broadcastable to `(b, c, t, f)`."""
+    """Mean and standard deviation, both broadcastable to `(b, c, t, f)`.
+
+    Notebook: 01_sound_to_spectrogram
+    """
 
     mean: Tensor
     std: Tensor

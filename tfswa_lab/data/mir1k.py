@@ -32,7 +32,10 @@ TRAIN_SINGERS = ("abjones", "amy")  # the split that papers report on; the other
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: its name, its audio file, its two label files and its length in samples."""
+    """One clip: its name, its audio file, its two label files and its length in samples.
+
+    Notebook: 00_start_here
+    """
 
     name: str
     path: Path

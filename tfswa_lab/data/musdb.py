@@ -53,6 +53,8 @@ def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
 
     Raises:
         ValueError: names the value, the nearest choice and all choices.
+
+    Notebook: 00_start_here
     """
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)

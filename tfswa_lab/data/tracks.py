@@ -34,7 +34,10 @@ SHAPE = "root/{train,test}/<track>/{mixture,vocals,drums,bass,other}.wav"
 
 @dataclass(frozen=True)
 class Track:
-    """One song: where it lies, its sample rate in Hz and its length in samples."""
+    """One song: where it lies, its sample rate in Hz and its length in samples.
+
+    Notebook: 00_start_here
+    """
 
     name: str
     path: Path
@@ -84,7 +87,10 @@ class Track:
 
 
 class WavTrack(Track):
-    """A folder with one WAV file for each source: any stretch is one seek away."""
+    """A folder with one WAV file for each source: any stretch is one seek away.
+
+    Notebook: 00_start_here
+    """
 
     @classmethod
     def open(cls, folder: Path, sources: Sequence[str]) -> WavTrack:
@@ -103,7 +109,10 @@ class WavTrack(Track):
 
 
 class StemTrack(Track):
-    """One `.stem.mp4`: ffmpeg decodes it from its beginning up to the stretch, hence slowly."""
+    """One `.stem.mp4`: ffmpeg decodes it from its beginning up to the stretch, hence slowly.
+
+    Notebook: 00_start_here
+    """
 
     @classmethod
     def open(cls, path: Path) -> StemTrack:
@@ -244,6 +253,8 @@ def read_header(path: Path) -> Header:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not audio, empty, or truncated.
+
+    Notebook: 00_start_here
     """
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.wav"))
@@ -291,6 +302,8 @@ def read_mp4_headers(path: Path) -> dict[str, Header]:
 
     Raises:
         ValueError: it is not readable, or does not hold five audio streams.
+
+    Notebook: 00_start_here
     """
     audio.ensure_ffmpeg()
     import ffmpeg

@@ -18,6 +18,8 @@ def fade_window(length: int, fade: int) -> Tensor:
 
     >>> fade_window(6, 2).tolist()
     [0.25, 0.75, 1.0, 1.0, 0.75, 0.25]
+
+    Notebook: 03_tfswa_unet
     """
     ramp = (torch.arange(length) + 0.5) / max(fade, 1)
     return torch.minimum(ramp, ramp.flip(0)).clamp(max=1.0)
@@ -32,6 +34,8 @@ def segment_starts(length: int, segment: int, fade: int) -> list[int]:
     [0, 30, 60, 65]
     >>> segment_starts(25, 40, 10)
     [0]
+
+    Notebook: 03_tfswa_unet
     """
     last = max(length - segment, 0)
     return [*range(0, last, segment - fade), last]

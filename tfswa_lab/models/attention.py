@@ -107,7 +107,10 @@ class AttentionUnit(nn.Module):
 
 
 def mlp(dim: int, ratio: int) -> nn.Sequential:
-    """Widen, GELU, narrow, token by token."""
+    """Widen, GELU, narrow, token by token.
+
+    Notebook: 02_attention_blocks
+    """
     return nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
 
 
@@ -200,7 +203,10 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def pad_to_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
-    """Append zeros to `(b, c, t, f)` until t and f are multiples of the window."""
+    """Append zeros to `(b, c, t, f)` until t and f are multiples of the window.
+
+    Notebook: 02_attention_blocks
+    """
     window_t, window_f = window_size
     return F.pad(x, (0, -x.shape[3] % window_f, 0, -x.shape[2] % window_t))
 
@@ -241,6 +247,8 @@ def window_regions(size: int, window: int, shift: int, device: torch.device) -> 
 
     >>> window_regions(7, window=4, shift=2, device="cpu").tolist()
     [-1, -1, 0, 0, 0, 0, 1, -2]
+
+    Notebook: 02_attention_blocks
     """
     positions = torch.arange(size + -size % window, device=device)
     regions = torch.div(positions - shift, window, rounding_mode="floor")

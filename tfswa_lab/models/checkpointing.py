@@ -19,6 +19,8 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
     A momentum of zero rather than no statistics at all: checkpointing demands that the second run
     saves the same tensors as the first.
+
+    Notebook: 03_tfswa_unet
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]

@@ -19,12 +19,18 @@ from tfswa_lab.stft import SpectrogramNormalizer, STFTProcessor
 
 
 def magnitude_mask(output: Tensor, stems: int) -> Tensor:
-    """Real masks `(b, n, c, f, t)` in (0, 1) from `(b, n·c, t, f)`; the mixture keeps its phase."""
+    """Real masks `(b, n, c, f, t)` in (0, 1) from `(b, n·c, t, f)`; the mixture keeps its phase.
+
+    Notebook: 03_tfswa_unet
+    """
     return rearrange(output, "b (n c) t f -> b n c f t", n=stems)
 
 
 def complex_mask(output: Tensor, stems: int) -> Tensor:
-    """Complex masks `(b, n, c, f, t)` from `(b, n·c·2, t, f)`, each part in (-1, 1)."""
+    """Complex masks `(b, n, c, f, t)` from `(b, n·c·2, t, f)`, each part in (-1, 1).
+
+    Notebook: 03_tfswa_unet
+    """
     parts = rearrange(2 * output - 1, "b (n c ri) t f -> b n c f t ri", n=stems, ri=2)
     return torch.view_as_complex(parts.contiguous())
 
@@ -39,6 +45,8 @@ def check_stems(stems: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: a single string, none, one twice, or one with anything but letters, digits,
             spaces, dots, dashes and underscores in it.
+
+    Notebook: 03_tfswa_unet
     """
     if isinstance(stems, str):
         raise ValueError(f"stems={stems!r} is a string; write ({stems!r},)")

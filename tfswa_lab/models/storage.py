@@ -45,7 +45,10 @@ def save_separator(separator: Separator, folder: str | Path) -> Path:
 
 
 def describe(separator: Separator) -> dict:
-    """Everything but the weights that `load_separator` needs, in JSON's types."""
+    """Everything but the weights that `load_separator` needs, in JSON's types.
+
+    Notebook: 03_tfswa_unet
+    """
     return {
         "model": type(separator.model).__name__,
         "sizes": separator.model.sizes,

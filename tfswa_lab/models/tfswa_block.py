@@ -55,7 +55,10 @@ class TFSWABlock(nn.Module):
 
 
 class DownsampleBlock(nn.Sequential):
-    """Halve time and frequency: `(b, c_in, t, f)` to `(b, c_out, t/2, f/2)`."""
+    """Halve time and frequency: `(b, c_in, t, f)` to `(b, c_out, t/2, f/2)`.
+
+    Notebook: 03_tfswa_unet
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(
@@ -66,7 +69,10 @@ class DownsampleBlock(nn.Sequential):
 
 
 class UpsampleBlock(nn.Sequential):
-    """Double time and frequency: `(b, c_in, t, f)` to `(b, c_out, 2t, 2f)`."""
+    """Double time and frequency: `(b, c_in, t, f)` to `(b, c_out, 2t, 2f)`.
+
+    Notebook: 03_tfswa_unet
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(

@@ -24,7 +24,10 @@ HALVINGS = len(CHANNELS)
 
 
 class SequenceBlock(nn.Module):
-    """LayerNorm, attention without a residual, then an MLP with one (Fig. 3b); on `(b, l, c)`."""
+    """LayerNorm, attention without a residual, then an MLP with one (Fig. 3b); on `(b, l, c)`.
+
+    Notebook: 03_tfswa_unet
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int):
         super().__init__()
@@ -73,7 +76,10 @@ class TFSWAModule(nn.Module):
 
 
 class ResidualConvModule(nn.Module):
-    """Twice batch norm, GELU, 3×3 convolution, beside a 1×1 shortcut."""
+    """Twice batch norm, GELU, 3×3 convolution, beside a 1×1 shortcut.
+
+    Notebook: 03_tfswa_unet
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -93,7 +99,10 @@ class ResidualConvModule(nn.Module):
 
 
 def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Four residual modules; the first one changes the number of channels."""
+    """Four residual modules; the first one changes the number of channels.
+
+    Notebook: 03_tfswa_unet
+    """
     first = ResidualConvModule(in_channels, out_channels)
     rest = [ResidualConvModule(out_channels, out_channels) for _ in range(3)]
     return nn.Sequential(first, *rest)

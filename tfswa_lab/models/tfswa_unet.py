@@ -148,13 +148,18 @@ def pad_for_three_halvings(x: Tensor) -> Tensor:
 
     At least 16 frames, so that the bottleneck keeps two cells: over a single one, batch norm has
     no variance and refuses to train.
+
+    Notebook: 03_tfswa_unet
     """
     t, f = x.shape[2:]
     return F.pad(x, (0, -f % 8, 0, max(-t % 8, 16 - t)))
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal for linear layers, Kaiming for convolutions, zero for their biases."""
+    """Truncated normal for linear layers, Kaiming for convolutions, zero for their biases.
+
+    Notebook: 03_tfswa_unet
+    """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

@@ -23,7 +23,10 @@ SILENCE_DB = -60.0  # a stem below this level has nothing to teach
 
 
 class Excerpt(NamedTuple):
-    """A few seconds of one track: `mixture` `(2, s)` and `stems` `(n, 2, s)`."""
+    """A few seconds of one track: `mixture` `(2, s)` and `stems` `(n, 2, s)`.
+
+    Notebook: 00_start_here
+    """
 
     track: str
     start_seconds: float

@@ -61,13 +61,18 @@ def common_gain(clips: Mapping[str, Tensor]) -> float:
 
     >>> common_gain({"soft": torch.tensor([0.5]), "hot": torch.tensor([-1.25])})
     0.8
+
+    Notebook: 01_sound_to_spectrogram
     """
     peak = max(clip.abs().max().item() for clip in clips.values())
     return min(1.0, 1.0 / peak) if peak else 1.0
 
 
 def encode_vorbis(waveform: Tensor, rate: int = SAMPLE_RATE) -> bytes:
-    """A waveform `(c, s)` as an Ogg Vorbis file in memory."""
+    """A waveform `(c, s)` as an Ogg Vorbis file in memory.
+
+    Notebook: 01_sound_to_spectrogram
+    """
     buffer = io.BytesIO()
     soundfile.write(buffer, waveform.T.numpy(), rate, format="OGG", subtype="VORBIS")
     return buffer.getvalue()

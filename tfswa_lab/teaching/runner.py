@@ -4,6 +4,8 @@ papermill alone exits 0 when a parameter is misspelt (it runs with the defaults)
 widget callback raises (the traceback lands in the widget's own output). Here both are errors.
 
     python -m tfswa_lab.teaching.runner --full --device cuda 03_tfswa_unet
+
+Notebook: 00_start_here
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class NotebookRun:
-    """What one execution cost: host memory of the kernel, `error` empty if all went well."""
+    """What one execution cost: host memory of the kernel, `error` empty if all went well.
+
+    Notebook: 00_start_here
+    """
 
     name: str
     seconds: float
@@ -71,6 +76,8 @@ def run_notebook(
         papermill.PapermillExecutionError: a cell raised.
         WidgetError: a widget callback raised.
         TimeoutError: the notebook took longer than `timeout_seconds`.
+
+    Notebook: 00_start_here
     """
     path, output = Path(path), Path(output)
     refuse_unknown_parameters(path, parameters)
@@ -100,7 +107,10 @@ def run_notebook(
 
 
 def refuse_unknown_parameters(path: Path, parameters: Mapping[str, object]) -> None:
-    """Stop at a misspelt parameter, which would otherwise leave the default in force."""
+    """Stop at a misspelt parameter, which would otherwise leave the default in force.
+
+    Notebook: 00_start_here
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such notebook")
     known = set(papermill.inspect_notebook(str(path)))
