@@ -29,7 +29,7 @@ from tfswa_lab.models.attention import (
 from tfswa_lab.models.separator import Separator, build_separator
 from tfswa_lab.models.tfswa_unet import SMALL
 
-GPU = True  # takes --device
+GPU = True
 STEMS = ("vocals", "drums", "bass", "other")
 SECONDS = 3.0
 REPEATS = 5
