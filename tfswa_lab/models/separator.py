@@ -143,8 +143,6 @@ class Separator(nn.Module):
         """Mixture `(b, 2, s)` to estimates `(b, n, 2, s)`."""
         if mixture.ndim != 3 or mixture.shape[1] != 2:
             raise ValueError(f"expected a mixture (b, 2, samples), got {tuple(mixture.shape)}")
-        if not torch.isfinite(mixture).all():
-            raise ValueError("the mixture contains NaN or infinite samples; mend it first")
         spectrogram = self.stft(mixture)
         estimates = self.stft.istft(
             self.masks(spectrogram) * spectrogram[:, None], mixture.shape[-1]
