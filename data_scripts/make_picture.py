@@ -22,7 +22,7 @@ from tfswa_lab.models.attention import (
     TemporalSequenceAttention,
 )
 from tfswa_lab.stft import STFTProcessor
-from tfswa_lab.teaching.plots import STEM_COLOURS, power_db
+from tfswa_lab.teaching.plots import STEM_COLOURS, mean_power, power_db
 
 SONG = "test/Quiet Lanterns - Holding Every Window"
 SECONDS = 6
@@ -46,7 +46,7 @@ def draw_stems(axes: list[Axes]) -> None:
     for name in ("mixture", *audio.STEMS):
         waveform, rate = audio.read(folder / f"{name}.wav", frames=SECONDS * audio.SAMPLE_RATE)
         spectrograms[name] = stft(waveform)
-    reference = spectrograms["mixture"].abs().square().mean(0).max().item()
+    reference = mean_power(spectrograms["mixture"]).max().item()
     for ax, (name, spectrogram) in zip(axes, spectrograms.items(), strict=True):
         level = power_db(spectrogram, reference)
         hz = torch.linspace(0, rate / 2, level.shape[0])
