@@ -22,8 +22,9 @@ EXTRAS = {
     for extra, lines in PROJECT["optional-dependencies"].items()
 }
 
-CONDA_NAMES = {"torch": "pytorch", "soundfile": "pysoundfile"}
-NOT_ON_CONDA_FORGE = {"musdb", "stempeg", "torchaudio"}  # old or absent there: pip brings them
+CONDA_NAMES = {"torch": "pytorch", "soundfile": "pysoundfile", "mir-eval": "mir_eval"}
+# old or absent there: pip brings them
+NOT_ON_CONDA_FORGE = {"auraloss", "lightning-fabric", "musdb", "stempeg", "torchaudio"}
 MODULE_NAMES = {"pyyaml": "yaml"}
 
 # Programs that are run and never imported.

@@ -23,10 +23,10 @@ MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_si
 class Constant(nn.Module):
     """A network that answers with one number per output channel."""
 
-    def __init__(self, values):
+    def __init__(self, values, in_channels=2):
         super().__init__()
         self.values = torch.tensor(values)
-        self.sizes = {"in_channels": 2, "out_channels": len(values)}
+        self.sizes = {"in_channels": in_channels, "out_channels": len(values)}
 
     def forward(self, x):
         return self.values.view(1, -1, 1, 1).expand(x.shape[0], -1, *x.shape[2:])
@@ -106,17 +106,54 @@ def test_a_louder_mixture_gives_equally_louder_stems():
     torch.testing.assert_close(separator(4 * mixture), 4 * separator(mixture), atol=1e-3, rtol=1e-3)
 
 
+def test_bins_above_the_limit_are_silent_and_those_below_untouched():
+    stft = STFTProcessor(512, 128)
+    separator = Separator(Constant([1.0, 1.0]), stft, ("vocals",), bins=100)
+    spectrogram = stft(torch.randn(1, 2, 4000))
+    masks = separator.masks(spectrogram)
+    assert masks.shape == (1, 1, *spectrogram.shape[1:])
+    assert (masks[..., :100, :] == 1).all()
+    assert (masks[..., 100:, :] == 0).all()
+
+
+@pytest.mark.parametrize(("mask", "outputs"), [("magnitude", [1.0]), ("complex", [1.0, 0.5])])
+@pytest.mark.parametrize("in_channels", [1, 2])
+def test_mono_mixtures_have_one_mask_per_stem(mask, outputs, in_channels):
+    mixture = torch.randn(2, 1, 3000)
+    network = Constant(outputs, in_channels)
+    separator = Separator(network, STFTProcessor(), ("vocals",), mask, audio_channels=1)
+    torch.testing.assert_close(separator(mixture)[:, 0], mixture, atol=1e-5, rtol=0)
+
+
+def test_mixed_precision_ends_before_the_masks_meet_the_spectrogram():
+    torch.manual_seed(0)
+    separator = build_separator(("vocals", "other"), "complex", 4, 128, 32, **MINI).eval()
+    mixture = torch.randn(1, 2, 3000)
+    exact = separator(mixture)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = separator(mixture)
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).norm() < 0.05 * exact.norm()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((Constant([1.0] * 4), STFTProcessor(), ("vocals",)), "need out_channels=2"),
         ((Constant([1.0] * 2), STFTProcessor(), ("vocals",), "phase"), "mask='phase' is unknown"),
         ((Constant([1.0] * 2), STFTProcessor(), ("vocals",), "magnitude", True), "single stem"),
+        ((Constant([1.0] * 2, 3), STFTProcessor(), ("vocals",)), "the model has 3"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Separator(*arguments)
+
+
+@pytest.mark.parametrize("bins", [0, 66])
+def test_bins_that_do_not_exist_are_refused(bins):
+    with pytest.raises(ValueError, match="n_fft=128 has 1 to 65"):
+        build_separator(("vocals",), n_fft=128, hop_length=32, bins=bins, **MINI)
 
 
 @pytest.mark.parametrize("stems", ["vocals", (), ("bass", "bass"), ("../evil",), ("a/b",), ("",)])

@@ -1,6 +1,6 @@
 """The separator: a mask network between a spectrogram and its inverse, waveforms on both ends.
 
-Axis letters: `b` batch, `n` stems, `c` audio channels (2), `s` samples, `t` frames, `f` bins.
+Axis letters: `b` batch, `n` stems, `c` audio channels, `s` samples, `t` frames, `f` bins.
 
 Notebook: 03_tfswa_unet
 """
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -35,8 +36,8 @@ def complex_mask(output: Tensor, stems: int) -> Tensor:
     return torch.view_as_complex(parts.contiguous())
 
 
-# kind of mask: (network outputs per stem, how they become masks)
-MASKS = {"magnitude": (2, magnitude_mask), "complex": (4, complex_mask)}
+# kind of mask: (network outputs per stem and audio channel, how they become masks)
+MASKS = {"magnitude": (1, magnitude_mask), "complex": (2, complex_mask)}
 
 
 def check_stems(stems: Sequence[str]) -> tuple[str, ...]:
@@ -59,8 +60,8 @@ def check_stems(stems: Sequence[str]) -> tuple[str, ...]:
     return stems
 
 
-def output_channels(stems: tuple[str, ...], mask: str) -> int:
-    """How many outputs a network needs: 2 a stem for magnitude masks, 4 for complex ones.
+def output_channels(stems: tuple[str, ...], mask: str, audio_channels: int = 2) -> int:
+    """How many outputs a network needs: one a stem and audio channel, or two for complex masks.
 
     >>> output_channels(("vocals", "other"), "complex")
     8
@@ -72,30 +73,34 @@ def output_channels(stems: tuple[str, ...], mask: str) -> int:
     """
     if mask not in MASKS:
         raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(MASKS)}")
-    return MASKS[mask][0] * len(check_stems(stems))
+    return MASKS[mask][0] * audio_channels * len(check_stems(stems))
 
 
 class Separator(nn.Module):
-    """Waveform of a stereo mixture in, waveforms of its stems out.
+    """Waveform of a mixture in, waveforms of its stems out.
 
-    The network sees the mixture's magnitudes (2 input channels) or its real and imaginary parts
-    (4), each bin normalised; its outputs, which end in the network's own sigmoid, are masks per
-    stem and audio channel on the mixture's complex spectrogram.
+    The network sees the mixture's magnitudes (1 input channel per audio channel) or its real and
+    imaginary parts (2), each bin normalised; its outputs, which end in the network's own sigmoid,
+    are masks per stem and audio channel on the mixture's complex spectrogram.
 
     Args:
-        model: maps `(b, 2 or 4, t, f)` to `(b, output_channels(stems, mask), t, f)` in (0, 1) and
-            tells its `sizes`.
+        model: maps `(b, i, t, f)` to `(b, output_channels(stems, mask, audio_channels), t, f)` in
+            (0, 1), where i is `audio_channels` or twice that, and tells its `sizes`.
         stft: the transform on both ends.
         stems: names of the outputs, in order.
         mask: "magnitude" or "complex".
         mixture_consistency: spread what the estimates miss of the mixture evenly over them, so
             that they sum to it.
         sample_rate: in Hz; remembered for those who read files.
+        audio_channels: 2 for stereo, 1 for mono.
+        bins: the network sees and masks the lowest bins only, and the others are silent in every
+            estimate; None for all. A singing voice has little above 4 kHz, and half the bins are
+            half the work.
 
     Raises:
         ValueError: the network's channels fit neither stems nor mask, it tells no sizes (as
             `TFSWAResUNet`, which maps magnitudes and makes no masks), consistency is asked of a
-            single stem, or a name cannot be that of a file.
+            single stem, there are not so many bins, or a name cannot be that of a file.
 
     Source: mixture consistency after Wisdom et al., ICASSP 2019, eq. 5.
 
@@ -110,19 +115,25 @@ class Separator(nn.Module):
         mask: str = "magnitude",
         mixture_consistency: bool = False,
         sample_rate: int = 44_100,
+        audio_channels: int = 2,
+        bins: int | None = None,
     ):
         super().__init__()
         self.stems = check_stems(stems)
         self.mask = mask
         self.mixture_consistency = mixture_consistency
         self.sample_rate = sample_rate
+        self.audio_channels = audio_channels
+        self.bins = bins
         self.stft = stft
         self.normalizer = SpectrogramNormalizer()
         self.model = model
         self._check_channels()
+        if bins is not None and not 1 <= bins <= stft.n_fft // 2 + 1:
+            raise ValueError(f"bins={bins}: n_fft={stft.n_fft} has 1 to {stft.n_fft // 2 + 1}")
 
     def _check_channels(self) -> None:
-        needed = output_channels(self.stems, self.mask)
+        needed = output_channels(self.stems, self.mask, self.audio_channels)
         sizes = getattr(self.model, "sizes", None)
         if sizes is None:
             raise ValueError(f"{type(self.model).__name__} tells no sizes: it makes no masks")
@@ -131,18 +142,22 @@ class Separator(nn.Module):
                 f"{self.mask} masks for {len(self.stems)} stems need out_channels={needed}, "
                 f"the model has {sizes['out_channels']}"
             )
-        if sizes["in_channels"] not in (2, 4):
+        channels = self.audio_channels
+        if sizes["in_channels"] not in (channels, 2 * channels):
             raise ValueError(
-                "a stereo mixture feeds in_channels=2 (magnitudes) or 4 (real and imaginary "
-                f"parts), the model has {sizes['in_channels']}"
+                f"a mixture of {channels} channels feeds in_channels={channels} (magnitudes) or "
+                f"{2 * channels} (real and imaginary parts), the model has {sizes['in_channels']}"
             )
         if self.mixture_consistency and len(self.stems) < 2:
             raise ValueError("mixture_consistency would turn a single stem into the mixture")
 
     def forward(self, mixture: Tensor) -> Tensor:
-        """Mixture `(b, 2, s)` to estimates `(b, n, 2, s)`."""
-        if mixture.ndim != 3 or mixture.shape[1] != 2:
-            raise ValueError(f"expected a mixture (b, 2, samples), got {tuple(mixture.shape)}")
+        """Mixture `(b, c, s)` to estimates `(b, n, c, s)`."""
+        if mixture.ndim != 3 or mixture.shape[1] != self.audio_channels:
+            raise ValueError(
+                f"expected a mixture (b, {self.audio_channels}, samples), "
+                f"got {tuple(mixture.shape)}"
+            )
         spectrogram = self.stft(mixture)
         estimates = self.stft.istft(
             self.masks(spectrogram) * spectrogram[:, None], mixture.shape[-1]
@@ -153,29 +168,39 @@ class Separator(nn.Module):
         return estimates
 
     def masks(self, spectrogram: Tensor) -> Tensor:
-        """Masks `(b, n, 2, f, t)` for a mixture's complex spectrogram `(b, 2, f, t)`."""
-        if self.model.sizes["in_channels"] == 2:
-            features = rearrange(spectrogram.abs(), "b c f t -> b c t f")
+        """Masks `(b, n, c, f, t)` for a mixture's complex spectrogram `(b, c, f, t)`."""
+        seen = spectrogram[..., : self.bins, :]
+        if self.model.sizes["in_channels"] == self.audio_channels:
+            features = rearrange(seen.abs(), "b c f t -> b c t f")
         else:
-            features = self.stft.to_model_input(spectrogram)
+            features = self.stft.to_model_input(seen)
         normalised, _ = self.normalizer(features)
-        return MASKS[self.mask][1](self.model(normalised), len(self.stems))
+        # Mixed precision ends here: complex numbers are made of whole floats.
+        output = self.model(normalised).to(features.dtype)
+        masks = MASKS[self.mask][1](output, len(self.stems))
+        return F.pad(masks, (0, 0, 0, spectrogram.shape[-2] - seen.shape[-2]))
 
 
 def build_separator(
     stems: tuple[str, ...],
     mask: str = "magnitude",
-    in_channels: int = 2,
+    in_channels: int | None = None,
     n_fft: int = 2048,
     hop_length: int = 512,
     mixture_consistency: bool = False,
     sample_rate: int = 44_100,
+    audio_channels: int = 2,
+    bins: int | None = None,
     **sizes,
 ) -> Separator:
     """A separator around a fresh TFSWA-UNet whose output channels follow from the stems.
 
     Args:
+        in_channels: `audio_channels` for magnitudes, the default, or twice that for real and
+            imaginary parts.
         sizes: dims, depths, window_size, num_heads of `TFSWAUNet`, e.g. `**SMALL`.
+
+    All others are those of `Separator` and `STFTProcessor`.
 
     Raises:
         ValueError: sizes, stems or kind of mask make no sense.
@@ -186,6 +211,15 @@ def build_separator(
     >>> build_separator(("vocals", "other"), **TINY)(torch.randn(1, 2, 9000)).shape
     torch.Size([1, 2, 2, 9000])
     """
-    model = TFSWAUNet(in_channels, output_channels(stems, mask), **sizes)
-    stft = STFTProcessor(n_fft, hop_length)
-    return Separator(model, stft, stems, mask, mixture_consistency, sample_rate)
+    outputs = output_channels(stems, mask, audio_channels)
+    model = TFSWAUNet(in_channels or audio_channels, outputs, **sizes)
+    return Separator(
+        model,
+        STFTProcessor(n_fft, hop_length),
+        stems,
+        mask,
+        mixture_consistency,
+        sample_rate,
+        audio_channels,
+        bins,
+    )

@@ -58,6 +58,8 @@ def describe(separator: Separator) -> dict:
         "mask": separator.mask,
         "mixture_consistency": separator.mixture_consistency,
         "sample_rate": separator.sample_rate,
+        "audio_channels": separator.audio_channels,
+        "bins": separator.bins,
     }
 
 
@@ -94,6 +96,8 @@ def _from_description(path: Path) -> Separator:
             d["mask"],
             d["mixture_consistency"],
             d["sample_rate"],
+            d["audio_channels"],
+            d["bins"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
