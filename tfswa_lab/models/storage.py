@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tfswa_lab.models.mask_resunet import MaskResUNet
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
 from tfswa_lab.stft import STFTProcessor
 
 WEIGHTS = "separator.safetensors"
 SIZES = "separator.json"
-MODELS = {"TFSWAUNet": TFSWAUNet}
+MODELS = {"TFSWAUNet": TFSWAUNet, "MaskResUNet": MaskResUNet}
 
 
 def save_separator(separator: Separator, folder: str | Path) -> Path:
