@@ -5,7 +5,12 @@ import pytest
 import scipy.signal
 import torch
 
-from tfswa_lab.stft import RunningSpectrogramNormalizer, SpectrogramNormalizer, STFTProcessor
+from tfswa_lab.stft import (
+    LevelNormalizer,
+    RunningSpectrogramNormalizer,
+    SpectrogramNormalizer,
+    STFTProcessor,
+)
 
 
 def test_the_documented_shape():
@@ -133,3 +138,13 @@ def test_evaluation_uses_the_running_statistics_and_leaves_them_alone():
     two, _ = normalizer(torch.ones(3, 1, 9, 3))
     torch.testing.assert_close(one[0, 0, 0], two[0, 0, 0])
     assert torch.equal(normalizer.running_mean, before)
+
+
+def test_the_level_normalizer_takes_the_level_and_leaves_the_proportions():
+    x = torch.randn(2, 3, 20, 7) * torch.logspace(-3, 0, 7)
+    y, statistics = LevelNormalizer()(x)
+    torch.testing.assert_close(y.std((1, 2, 3), correction=0), torch.ones(2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(LevelNormalizer()(100 * x)[0], y, atol=1e-2, rtol=1e-2)
+    levels, expected = (y[0] - y[0].mean()).std((0, 1)), x[0].std((0, 1))
+    torch.testing.assert_close(levels / levels[-1], expected / expected[-1])
+    torch.testing.assert_close(LevelNormalizer().denormalize(y, statistics), x)

@@ -168,6 +168,28 @@ class SpectrogramNormalizer(nn.Module):
         return y * (statistics.std + self.eps) + statistics.mean
 
 
+class LevelNormalizer(SpectrogramNormalizer):
+    """The same with one mean and one deviation for all of an example: only its level is gone.
+
+    Bins keep their proportions, so silent ones stay silent, where `SpectrogramNormalizer` raises
+    their noise to the level of the music.
+
+    Args:
+        eps: added to the standard deviation, so that silence stays silent.
+
+    Notebook: 07_training
+
+    >>> loud = LevelNormalizer()(100 * torch.randn(2, 1, 50, 9))[0]
+    >>> bool(loud.std() < 1.1)
+    True
+    """
+
+    def statistics(self, x: Tensor) -> Statistics:
+        """Statistics `(b, 1, 1, 1)` of `x` `(b, c, t, f)`."""
+        axes = (1, 2, 3)
+        return Statistics(x.mean(axes, keepdim=True), x.std(axes, keepdim=True, correction=0))
+
+
 class RunningSpectrogramNormalizer(SpectrogramNormalizer):
     """The same per bin, over batch and frames, with running statistics for evaluation.
 

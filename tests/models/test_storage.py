@@ -7,6 +7,7 @@ import torch
 
 from tfswa_lab.models.separator import build_separator
 from tfswa_lab.models.storage import SIZES, WEIGHTS, load_separator, save_separator
+from tfswa_lab.stft import LevelNormalizer
 
 MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
 
@@ -28,6 +29,17 @@ def test_a_saved_separator_gives_the_same_samples(separator, tmp_path):
     assert loaded.sample_rate == 16_000
     assert loaded.mixture_consistency
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [SIZES, WEIGHTS]
+
+
+def test_the_normalizer_comes_back_and_a_foreign_one_is_refused(tmp_path):
+    separator = build_separator(
+        ("vocals",), n_fft=128, hop_length=32, normalizer=LevelNormalizer(), **MINI
+    )
+    again = load_separator(save_separator(separator, tmp_path))
+    assert type(again.normalizer) is LevelNormalizer
+    separator.normalizer = torch.nn.Identity()
+    with pytest.raises(ValueError, match="cannot save a Identity, only SpectrogramNormalizer"):
+        save_separator(separator, tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):

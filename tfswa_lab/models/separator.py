@@ -80,7 +80,7 @@ class Separator(nn.Module):
     """Waveform of a mixture in, waveforms of its stems out.
 
     The network sees the mixture's magnitudes (1 input channel per audio channel) or its real and
-    imaginary parts (2), each bin normalised; its outputs, which end in the network's own sigmoid,
+    imaginary parts (2), normalised; its outputs, which end in the network's own sigmoid,
     are masks per stem and audio channel on the mixture's complex spectrogram.
 
     Args:
@@ -96,6 +96,8 @@ class Separator(nn.Module):
         bins: the network sees and masks the lowest bins only, and the others are silent in every
             estimate; None for all. A singing voice has little above 4 kHz, and half the bins are
             half the work.
+        normalizer: scales what the network sees; by default each bin of each example on its own
+            (`SpectrogramNormalizer`).
 
     Raises:
         ValueError: the network's channels fit neither stems nor mask, it tells no sizes (as
@@ -117,6 +119,7 @@ class Separator(nn.Module):
         sample_rate: int = 44_100,
         audio_channels: int = 2,
         bins: int | None = None,
+        normalizer: nn.Module | None = None,
     ):
         super().__init__()
         self.stems = check_stems(stems)
@@ -126,7 +129,7 @@ class Separator(nn.Module):
         self.audio_channels = audio_channels
         self.bins = bins
         self.stft = stft
-        self.normalizer = SpectrogramNormalizer()
+        self.normalizer = SpectrogramNormalizer() if normalizer is None else normalizer
         self.model = model
         self._check_channels()
         if bins is not None and not 1 <= bins <= stft.n_fft // 2 + 1:
@@ -191,6 +194,7 @@ def build_separator(
     sample_rate: int = 44_100,
     audio_channels: int = 2,
     bins: int | None = None,
+    normalizer: nn.Module | None = None,
     **sizes,
 ) -> Separator:
     """A separator around a fresh TFSWA-UNet whose output channels follow from the stems.
@@ -222,4 +226,5 @@ def build_separator(
         sample_rate,
         audio_channels,
         bins,
+        normalizer,
     )

@@ -17,24 +17,25 @@ from torch import nn
 from tfswa_lab.models.mask_resunet import MaskResUNet
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
-from tfswa_lab.stft import STFTProcessor
+from tfswa_lab.stft import LevelNormalizer, SpectrogramNormalizer, STFTProcessor
 
 WEIGHTS = "separator.safetensors"
 SIZES = "separator.json"
-MODELS = {"TFSWAUNet": TFSWAUNet, "MaskResUNet": MaskResUNet}
+MODELS = {cls.__name__: cls for cls in (TFSWAUNet, MaskResUNet)}
+NORMALIZERS = {cls.__name__: cls for cls in (SpectrogramNormalizer, LevelNormalizer)}
 
 
 def save_separator(separator: Separator, folder: str | Path) -> Path:
     """Write a separator into `folder`; each file appears whole or not at all.
 
     Raises:
-        ValueError: its model is of a class that `load_separator` does not know.
+        ValueError: its model or normalizer is of a class that `load_separator` does not know.
 
     Notebook: 03_tfswa_unet
     """
-    if MODELS.get(type(separator.model).__name__) is not type(separator.model):
-        known = ", ".join(MODELS)
-        raise ValueError(f"cannot save a {type(separator.model).__name__}, only {known}")
+    for part, known in ((separator.model, MODELS), (separator.normalizer, NORMALIZERS)):
+        if type(part) not in known.values():
+            raise ValueError(f"cannot save a {type(part).__name__}, only {', '.join(known)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in separator.state_dict().items()}
@@ -61,6 +62,7 @@ def describe(separator: Separator) -> dict:
         "sample_rate": separator.sample_rate,
         "audio_channels": separator.audio_channels,
         "bins": separator.bins,
+        "normalizer": type(separator.normalizer).__name__,
     }
 
 
@@ -99,6 +101,7 @@ def _from_description(path: Path) -> Separator:
             d["sample_rate"],
             d["audio_channels"],
             d["bins"],
+            NORMALIZERS[d["normalizer"]](),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
