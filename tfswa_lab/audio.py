@@ -167,6 +167,21 @@ def to_stereo(waveform: Tensor) -> Tensor:
     return waveform.expand(*waveform.shape[:-2], 2, waveform.shape[-1])
 
 
+def to_channels(waveform: Tensor, channels: int) -> Tensor:
+    """What a separator for mono (1) or stereo (2) hears: stereo is averaged, mono is doubled.
+
+    >>> to_channels(torch.tensor([[1.0], [0.0]]), 1)
+    tensor([[0.5000]])
+
+    Raises:
+        ValueError: the waveform has more than two channels.
+
+    Notebook: 03_tfswa_unet
+    """
+    stereo = to_stereo(waveform)
+    return stereo if channels == 2 else stereo.mean(-2, keepdim=True)
+
+
 def rms_db(waveform: Tensor) -> float:
     """Root-mean-square level in dB relative to full scale; silence is -inf.
 

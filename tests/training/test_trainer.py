@@ -1,0 +1,281 @@
+"""The step against plain PyTorch, the loop against a run in one go, and what stops it."""
+
+import io
+import json
+import math
+
+import pytest
+import soundfile
+import torch
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import default_collate
+from toy_run import STEMS, ToyLoss, ToySongs, toy_separator, toy_trainer, weights
+
+from tfswa_lab.data.augment import Gain, SpectrogramMasking
+from tfswa_lab.models.storage import load_separator
+from tfswa_lab.training.non_finite import NonFiniteError
+from tfswa_lab.training.randomness import generator_for
+from tfswa_lab.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batches(count, size=4):
+    songs = ToySongs()
+    return [default_collate([songs[size * i + j] for j in range(size)]) for i in range(count)]
+
+
+def test_one_step_is_the_step_that_one_would_write_by_hand():
+    trainer = toy_trainer(learning_rate=3e-3, warmup_steps=2, gradient_clip_val=0.01)
+    (batch,) = batches(1)
+    scalars = trainer.train_step(batch)
+
+    separator = toy_separator()
+    optimizer = torch.optim.AdamW(separator.parameters(), 3e-3 / 2, weight_decay=1e-2)
+    estimates = separator(batch["mixture"])
+    loss = (estimates - batch["stems"]).abs().mean((2, 3)).mean(0).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(separator.parameters(), 0.01)
+    optimizer.step()
+
+    assert norm > 0.01, "nothing was clipped"
+    assert scalars["loss"] == loss.item()
+    assert scalars["grad_norm"] == norm.item()
+    assert scalars["lr"] == 3e-3 / 2
+    for name, tensor in separator.state_dict().items():
+        assert torch.equal(trainer.separator.state_dict()[name], tensor), name
+
+
+def test_accumulated_parts_make_the_step_of_the_whole():
+    parts = batches(3)
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("mixture", "stems")}
+    whole |= {"track": ["x"] * 12, "start_seconds": torch.zeros(12)}
+    trainers = [toy_trainer(accumulate=1), toy_trainer(accumulate=1)]
+    scalars = [trainers[0].train_step(*parts), trainers[1].train_step(whole)]
+    assert scalars[0]["loss"] == pytest.approx(scalars[1]["loss"], rel=1e-6)
+    for name, tensor in weights(trainers[1]).items():
+        torch.testing.assert_close(weights(trainers[0])[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_the_average_follows_its_recursion():
+    trainer = toy_trainer(ema_decay=0.25)
+    name = "model.layers.4.weight"
+    average = None
+    for k, batch in enumerate(batches(5)):
+        trainer.train_step(batch)
+        newest = trainer.separator.state_dict()[name].clone()
+        decay = min(0.25, (1 + k) / (10 + k))  # 2/11, 3/12, then 0.25
+        average = newest if k == 0 else decay * average + (1 - decay) * newest
+    torch.testing.assert_close(trainer.ema.module.state_dict()[name], average)
+    assert not trainer.ema.module.training
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_an_average_of_one_step_is_the_model_itself_with_its_statistics(norm):
+    trainer = toy_trainer(norm=norm, ema_decay=0.0)
+    for batch in batches(3):
+        trainer.train_step(batch)
+    averaged = trainer.ema.module.state_dict()
+    for name, tensor in trainer.separator.state_dict().items():
+        assert torch.equal(averaged[name], tensor), name
+
+
+def test_running_statistics_are_averaged_like_weights():
+    trainer = toy_trainer(norm="batch", ema_decay=0.1)
+    average = None
+    for batch in batches(3):
+        trainer.train_step(batch)
+        newest = trainer.separator.model.layers[1].running_mean.clone()
+        average = newest if average is None else 0.1 * average + 0.9 * newest
+    torch.testing.assert_close(trainer.ema.module.model.layers[1].running_mean, average)
+
+
+def test_learning_lowers_the_loss_and_beats_the_mixture():
+    trainer = toy_trainer(valid_set=ToySongs(5), max_epochs=20, log_every_n_steps=5)
+    history = trainer.fit()
+    steps, losses = history["train/loss"]
+    assert steps == list(range(5, 101, 5))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert history["valid/sdr"][0] == list(range(5, 101, 5))  # once an epoch
+    assert history["valid/sdr"][1][-1] > history["valid/floor"][1][-1] + 3
+    assert history["train/lr"][1][-1] < 1e-4 < max(history["train/lr"][1])
+
+
+def test_augmentation_and_masking_depend_on_the_step_not_on_what_came_before(monkeypatch):
+    drawn = []
+
+    def augment(batch, generator):
+        drawn.append(torch.rand(1, generator=generator).item())
+        return Gain()(batch, generator)
+
+    masking = SpectrogramMasking(max_bins=8, max_frames=8)
+    first = toy_trainer(augment=augment, masking=masking)
+    for batch in batches(3):
+        first.train_step(batch)
+    late = toy_trainer(augment=augment, masking=masking)
+    late.step = 2
+    late.train_step(batches(3)[2])
+    assert len(set(drawn[:3])) == 3
+    assert drawn[3] == drawn[2]
+    assert drawn[0] == torch.rand(1, generator=generator_for(0, 0, 0, 0)).item()
+
+
+def test_masking_changes_training_and_leaves_validation_alone():
+    (batch,) = batches(1)
+    masked = toy_trainer(masking=SpectrogramMasking(max_bins=8, max_frames=20))
+    plain = toy_trainer()
+    assert masked.train_step(batch)["loss"] != plain.train_step(batch)["loss"]
+    again = plain.ema.module(batch["mixture"])
+    masked.ema.load_state_dict(plain.ema.state_dict())
+    assert torch.equal(masked.ema.module(batch["mixture"]), again)
+
+
+def test_the_best_average_is_kept_and_can_separate(tmp_path):
+    trainer = toy_trainer(tmp_path, valid_set=ToySongs(5), max_epochs=4)
+    history = trainer.fit()
+    best = load_separator(tmp_path / "best")
+    values = history["valid/sdr"][1]
+    assert trainer.best_sdr == max(values)
+    assert trainer.best_step == history["valid/sdr"][0][values.index(max(values))]
+    if trainer.best_step == trainer.step:
+        mixture = ToySongs()[0]["mixture"][None]
+        assert torch.equal(best(mixture), trainer.ema.module(mixture))
+
+
+def test_without_validation_the_last_average_is_kept(tmp_path):
+    trainer = toy_trainer(tmp_path, max_steps=3)
+    trainer.fit()
+    mixture = ToySongs()[0]["mixture"][None]
+    assert torch.equal(load_separator(tmp_path / "best")(mixture), trainer.ema.module(mixture))
+
+
+def test_patience_ends_a_run():
+    trainer = toy_trainer(
+        valid_set=ToySongs(5), max_epochs=50, learning_rate=1e-9, ema_decay=0.0, patience=3
+    )
+    trainer.best_sdr = 100.0  # never reached
+    trainer.fit()
+    assert trainer.finished
+    assert trainer.step == 3 * 5
+
+
+class Poison(ToyLoss):
+    """NaN as soon as song 3 is in the batch."""
+
+    def forward(self, estimates, targets):
+        total, terms = super().forward(estimates, targets)
+        return total * (math.nan if self.poisoned(targets) else 1), terms
+
+    def poisoned(self, targets):
+        return (targets - ToySongs()[3]["stems"]).abs().amax((1, 2, 3)).min() == 0
+
+
+def test_a_loss_that_is_not_finite_names_the_songs_and_keeps_the_batch(tmp_path):
+    trainer = toy_trainer(tmp_path, loss=Poison())
+    before = weights(trainer)
+    good, bad = batches(2)[1], batches(1)[0]
+    with pytest.raises(NonFiniteError, match=r"loss is nan in step 1.*song 3 at 0\.30 s") as error:
+        trainer.train_step(good, bad)
+    assert "song 4" not in str(error.value), "only the part that is to blame is named"
+    for name, tensor in weights(trainer).items():
+        assert torch.equal(tensor, before[name]), "no update was made"
+    (file,) = tmp_path.glob("non_finite_batch*")
+    assert str(file) in str(error.value)
+    with safe_open(file, "pt") as saved:
+        assert torch.equal(saved.get_tensor("stems"), bad["stems"])
+        assert json.loads(saved.metadata()["track"]) == bad["track"]
+
+
+class Steep(ToyLoss):
+    """A finite loss whose gradient is not: the root of zero."""
+
+    def forward(self, estimates, targets):
+        total, terms = super().forward(estimates, targets)
+        return total + (estimates * 0).sum().sqrt(), terms
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_gradient_that_is_not_finite_stops_the_run(precision):
+    trainer = toy_trainer(loss=Steep(), precision=precision)
+    with pytest.raises(NonFiniteError, match="norm of the gradients is nan"):
+        trainer.train_step(*batches(1))
+
+
+def test_half_precision_skips_steps_until_its_scale_cannot_be_to_blame():
+    trainer = toy_trainer(loss=Steep(), precision="16-mixed")
+    before = weights(trainer)
+    for _ in range(16):  # 65 536 halved sixteen times is 1
+        trainer.train_step(*batches(1))
+    with pytest.raises(NonFiniteError, match="step 17"):
+        trainer.train_step(*batches(1))
+    for name, tensor in weights(trainer).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_stays_close_and_leaves_the_waveform_whole(precision):
+    seen = []
+    mixed = toy_trainer(precision=precision, learning_rate=1e-3)
+    mixed.separator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    whole = toy_trainer(learning_rate=1e-3)
+    for batch in batches(4):
+        losses = [trainer.train_step(batch)["loss"] for trainer in (mixed, whole)]
+    assert seen == [torch.float32] * 4
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+
+
+def test_a_run_is_not_begun_over_another(tmp_path):
+    toy_trainer(tmp_path, max_steps=2).fit()
+    with pytest.raises(FileExistsError, match=r"holds a run already.*--resume"):
+        toy_trainer(tmp_path, max_steps=2).fit()
+
+
+def test_what_cannot_be_saved_is_refused_before_training(tmp_path):
+    separator = toy_separator()
+    separator.model = torch.nn.Sequential(separator.model)
+    with pytest.raises(ValueError, match="cannot save a Sequential"):
+        Trainer(separator, ToyLoss(), ToySongs(), output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"activation_checkpointing": True}, r"a ToyNet has no activation_checkpointing"),
+        ({"batch_size": 21}, r"a step takes 21 stretches .* has 20"),
+        ({"batch_size": 8, "accumulate": 3}, r"a step takes 24 stretches"),
+        ({"device": "cuda:99"}, r"cuda:99"),
+        ({"precision": "64-true"}, r"precision='64-true': choose among 32-true"),
+        ({"max_epochs": 0}, r"max_epochs=0: must be at least 1"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1.0"),
+        ({"ema_decay": 1.0}, r"ema_decay=1.0"),
+        ({"learning_rate": math.nan}, r"learning_rate=nan"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        toy_trainer(**config)
+
+
+def test_tensorboard_gets_scalars_sound_at_its_level_and_images(tmp_path):
+    trainer = toy_trainer(tmp_path, valid_set=ToySongs(5), max_epochs=1, log_every_n_steps=1)
+    history = trainer.fit()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) == set(history)
+    for name in ("train/loss", "train/vocals/waveform", "train/lr", "train/grad_norm"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5]
+    assert {"speed/steps_per_second", "memory_mib/process_rss", "valid/sdr/vocals"} < set(history)
+    names = {f"{stem}/{what}" for stem in STEMS for what in ("estimate", "target")} | {"mixture"}
+    assert set(tags["audio"]) == set(tags["images"]) == names
+    samples, _ = soundfile.read(io.BytesIO(events.Audio("mixture")[0].encoded_audio_string))
+    expected = ToySongs(5)[2]["mixture"][0]
+    torch.testing.assert_close(torch.from_numpy(samples).float(), expected, atol=1e-4, rtol=0)

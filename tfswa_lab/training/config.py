@@ -1,0 +1,165 @@
+"""The numbers of a training run that are not the model's: one frozen dataclass, checked at once.
+
+Notebook: 07_training
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train: steps, optimiser, precision, and when to look and to save.
+
+    A step is one update of the weights. It sees `batch_size * accumulate` stretches, whatever the
+    number of devices: each takes its share, so a run means the same on one card as on eight.
+
+    Args:
+        max_epochs: passes over the training set.
+        max_steps: an earlier end, None for none. The learning rate reaches zero at whichever end.
+        batch_size: stretches per forward pass, over all devices.
+        accumulate: forward passes whose gradients are averaged into one step.
+        learning_rate: AdamW's, at its highest.
+        weight_decay: AdamW's.
+        warmup_steps: steps in which the learning rate rises linearly; a cosine follows.
+        gradient_clip_val: largest norm of all gradients together, 0 for any.
+        ema_decay: of the averaged weights that are validated and saved, 0 for the last weights.
+        precision: 32-true, bf16-mixed or 16-mixed.
+        activation_checkpointing: recompute activations in the backward pass to save memory.
+        log_every_n_steps: steps between two points of a curve.
+        val_every_n_steps: steps between two validations, None for once an epoch.
+        patience: validations without a better score before the run stops, None for never.
+        checkpoint_every_n_steps: steps between two checkpoints, None for once an epoch.
+        checkpoint_every_n_minutes: another one whenever the last is this old.
+        num_workers: processes that read audio ahead, for each device.
+        device: cpu, cuda, or auto.
+        devices: how many of them in this machine; torchrun and `fabric run` decide themselves.
+        seed: of the order of the stretches and of the augmentation.
+
+    Raises:
+        ValueError: a number is out of range, or the precision is unknown.
+
+    Notebook: 07_training
+
+    >>> TrainingConfig(learning_rate=-1)
+    Traceback (most recent call last):
+    ...
+    ValueError: learning_rate=-1: must be above 0
+    """
+
+    max_epochs: int = 100
+    max_steps: int | None = None
+    batch_size: int = 4
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    warmup_steps: int = 100
+    gradient_clip_val: float = 5.0
+    ema_decay: float = 0.999
+    precision: str = "32-true"
+    activation_checkpointing: bool = False
+    log_every_n_steps: int = 10
+    val_every_n_steps: int | None = None
+    patience: int | None = None
+    checkpoint_every_n_steps: int | None = None
+    checkpoint_every_n_minutes: float = 10.0
+    num_workers: int = 0
+    device: str = "cpu"
+    devices: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        for name in ("learning_rate", "checkpoint_every_n_minutes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+        for name in _FROM_ZERO:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if not self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay={self.ema_decay}: from 0 to below 1, else nothing is learnt"
+            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: choose among {', '.join(PRECISIONS)}")
+
+
+_AT_LEAST_ONE = (
+    "max_epochs",
+    "max_steps",
+    "batch_size",
+    "accumulate",
+    "log_every_n_steps",
+    "val_every_n_steps",
+    "patience",
+    "checkpoint_every_n_steps",
+    "devices",
+)
+_FROM_ZERO = (
+    "weight_decay",
+    "warmup_steps",
+    "gradient_clip_val",
+    "ema_decay",
+    "num_workers",
+    "seed",
+)
+
+# What a resumed run may set anew; all else would make it another run.
+MAY_CHANGE = {
+    "max_epochs",
+    "max_steps",
+    "activation_checkpointing",
+    "log_every_n_steps",
+    "val_every_n_steps",
+    "patience",
+    "checkpoint_every_n_steps",
+    "checkpoint_every_n_minutes",
+    "num_workers",
+    "device",
+    "devices",
+    "data_root",
+}
+
+
+def check_same_run(saved: dict, current: dict) -> None:
+    """Refuse to go on with a run under settings that would make it another one.
+
+    Args:
+        saved: nested settings out of a checkpoint.
+        current: those of the run that wants to resume.
+
+    Raises:
+        ValueError: names every setting that differs, with both values.
+
+    Notebook: 07_training
+    """
+    old, new = _flat(saved), _flat(current)
+    differing = [
+        f"{name} was {old.get(name)}, is {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint is of another run: {'; '.join(differing)}; resume with the same "
+            "settings, or start a new run"
+        )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings as `{"separator.sizes.dims": [8, 16, 24, 32]}`, in JSON's types."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.loads(json.dumps(value))
+    return flat

@@ -1,0 +1,135 @@
+"""Devices, processes and precision: everything that a run asks of Lightning Fabric.
+
+Notebook: 07_training
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
+from torch import nn
+
+from tfswa_lab.device import pick_device
+
+
+class Autocast(MixedPrecision):
+    """Mixed precision inside the network; the waveforms that enter it stay whole.
+
+    Fabric would round them as well, which is right for images and wrong here: with its 8 bits,
+    bfloat16 adds noise only 56 dB below the music before the first layer has seen it.
+
+    Notebook: 07_training
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        """The batch as it is."""
+        return data
+
+
+def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") -> Fabric:
+    """This process's part in a run: its device, its rank, and how it talks to the others.
+
+    One process per device. More than one are started here, by running the same command again,
+    unless torchrun or `fabric run` has done that; then their number counts, not `devices`.
+
+    Raises:
+        ValueError: the device is unknown or absent, or a card lacks the precision.
+
+    Notebook: 07_training
+    """
+    chosen = pick_device(device)
+    if precision == "bf16-mixed" and best_mixed_precision(device) != precision:
+        raise ValueError(
+            f"{torch.cuda.get_device_name(chosen)} has no bfloat16; use precision 16-mixed"
+        )
+    here, nodes = devices, 1
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // here
+    fabric = Fabric(
+        accelerator=chosen.type,
+        devices=here if chosen.index is None else [chosen.index],
+        num_nodes=nodes,
+        strategy="ddp" if here * nodes > 1 else "auto",
+        plugins=[Precision() if precision == "32-true" else Autocast(precision, chosen.type)],
+    )
+    if "LT_CLI_USED" not in os.environ:  # `fabric run` has launched already
+        fabric.launch()
+    return fabric
+
+
+def best_mixed_precision(device: str) -> str:
+    """Where bfloat16 exists, it: of float32's range, it needs no scaler.
+
+    Notebook: 07_training
+
+    >>> best_mixed_precision("cpu")
+    'bf16-mixed'
+    """
+    old_card = pick_device(device).type == "cuda" and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
+    return "16-mixed" if old_card else "bf16-mixed"
+
+
+def synchronised(separator: nn.Module, fabric: Fabric) -> nn.Module:
+    """Batch norms that see the whole batch where several cards share it.
+
+    Otherwise each normalises by its own part, and a run changes with the number of cards. torch
+    has no such batch norm for CPUs.
+
+    Notebook: 07_training
+    """
+    if fabric.world_size > 1 and fabric.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(separator)
+    return separator
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have a network recompute its activations in the backward pass.
+
+    Raises:
+        ValueError: it cannot.
+
+    Notebook: 07_training
+    """
+    if not hasattr(model, "activation_checkpointing"):
+        raise ValueError(f"a {type(model).__name__} has no activation_checkpointing; leave it out")
+    model.activation_checkpointing = True
+
+
+def gathered(fabric: Fabric, item: Any) -> list:
+    """The same kind of item from every process, in the order of their ranks, for every process.
+
+    Notebook: 07_training
+    """
+    if fabric.world_size == 1:
+        return [item]
+    items = [None] * fabric.world_size
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def share_buffers(fabric: Fabric, module: nn.Module) -> None:
+    """The first process's running statistics for all, so that all score the same network.
+
+    Notebook: 07_training
+    """
+    if fabric.world_size > 1:
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def any_process(fabric: Fabric, *flags: bool) -> list[bool]:
+    """For each flag, whether it is set in some process: all must take the same turn.
+
+    Notebook: 07_training
+    """
+    if fabric.world_size == 1:
+        return list(flags)
+    votes = fabric.all_reduce(torch.tensor(flags, dtype=torch.float32), reduce_op="max")
+    return [vote > 0 for vote in votes.tolist()]

@@ -1,0 +1,79 @@
+"""What a terminal shows of a run: how far, how good, how fast, how much memory.
+
+Notebook: 07_training
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+MIB = 2**20
+
+
+def memory_mib(device: torch.device) -> dict[str, float]:
+    """Memory in MiB by kind: what torch allocated and reserved on a card, else the process's RSS.
+
+    >>> list(memory_mib(torch.device("cpu")))
+    ['process_rss']
+
+    Notebook: 07_training
+    """
+    if device.type != "cuda":
+        return {"process_rss": psutil.Process().memory_info().rss / MIB}
+    return {
+        "allocated": torch.cuda.memory_allocated(device) / MIB,
+        "reserved": torch.cuda.memory_reserved(device) / MIB,
+    }
+
+
+def progress_bar(step: int, total: int, shown: bool) -> tqdm:
+    """A bar from `step` on; where it is not shown, it costs nothing.
+
+    Notebook: 07_training
+    """
+    return tqdm(initial=step, total=total, unit="it", disable=not shown, dynamic_ncols=True)
+
+
+def advance(bar: tqdm, scalars: dict[str, float], device: torch.device) -> None:
+    """One step more, with loss, learning rate and memory beside the speed.
+
+    Notebook: 07_training
+    """
+    if not bar.disable:
+        memory = " ".join(f"{name} {mib:.0f} MiB" for name, mib in memory_mib(device).items())
+        note = f"loss {scalars['loss']:.4g} lr {scalars['lr']:.2g} {memory}"
+        bar.set_postfix_str(note, refresh=False)
+    bar.update()
+
+
+class Pace:
+    """How fast steps are made, and how much of the time they wait for data.
+
+    Notebook: 07_training
+    """
+
+    def __init__(self):
+        self.waited = 0.0
+        self.steps = 0
+        self.since = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what fetches the data of one step."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Steps per second and the share of waiting since the last reading."""
+        seconds = time.perf_counter() - self.since
+        scalars = {"steps_per_second": self.steps / seconds, "data_share": self.waited / seconds}
+        self.__init__()
+        return scalars

@@ -1,0 +1,119 @@
+"""Which stretches make up which batch: an order that depends on seed and epoch alone.
+
+Notebook: 07_training
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tfswa_lab.training.randomness import generator_for
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of indices of a shuffled epoch, of which each process takes its share.
+
+    The batches together are the same for any number of processes, so a run can go on with another
+    number of devices, and `start_at` continues an epoch where it was left: no index comes twice,
+    none is skipped. What does not fill a last step waits for the next epoch's order.
+
+    Args:
+        length: size of the data set.
+        batch_size: indices per batch, over all processes.
+        accumulate: batches per step.
+        seed: of the order.
+        rank: which process this is.
+        processes: how many there are.
+
+    Raises:
+        ValueError: the data set is smaller than a step, or processes cannot share a batch evenly.
+
+    Notebook: 07_training
+
+    >>> [len(batch) for batch in ShuffledBatches(10, 4)]
+    [4, 4]
+    >>> [len(batch) for batch in ShuffledBatches(10, 4, rank=1, processes=2)]
+    [2, 2]
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        if length < batch_size * accumulate:
+            raise ValueError(
+                f"a step takes {batch_size * accumulate} stretches (batch_size={batch_size}, "
+                f"accumulate={accumulate}), the training set has {length}; lower the batch size "
+                "or draw more samples_per_track"
+            )
+        if batch_size % processes:
+            raise ValueError(f"batch_size={batch_size} cannot be shared by {processes} devices")
+        self.batch_size = batch_size
+        self.batches = length // (batch_size * accumulate) * accumulate
+        self.length = length
+        self.seed = seed
+        self.rank = rank
+        self.processes = processes
+        self.start_at(0, 0)
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Choose the epoch and the first batch of the next iteration."""
+        self.epoch = epoch
+        self.first = batch
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.length, generator=generator_for(self.seed, self.epoch))
+        for batch in range(self.first, self.batches):
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield indices[self.rank :: self.processes].tolist()
+
+
+class TrainingLoader:
+    """Batches of a training set from any point of any epoch on.
+
+    A data set with `set_epoch` is told the epoch first; its items must depend on epoch and index
+    only, as those of `MUSDB18Dataset` do, for a resumed run to repeat them.
+
+    Args:
+        dataset: maps indices to items.
+        batches: which items go together.
+        num_workers: processes that read ahead, 0 to read when asked.
+        pin_memory: prepare batches for a fast copy to a card.
+
+    Notebook: 07_training
+    """
+
+    def __init__(
+        self, dataset: Dataset, batches: ShuffledBatches, num_workers: int, pin_memory: bool
+    ):
+        self.dataset = dataset
+        self.batches = batches
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=getattr(dataset, "collate_fn", None),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            # Of its own: each pass draws from it, and torch's would lead a resumed run astray.
+            generator=torch.Generator(),
+        )
+
+    def epoch(self, epoch: int, first_batch: int) -> Iterator[dict]:
+        """The batches of an epoch, from one of them on."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        self.batches.start_at(epoch, first_batch)
+        yield from self.loader

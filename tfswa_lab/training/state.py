@@ -1,0 +1,92 @@
+"""All that a run consists of, in plain containers, and the way back.
+
+Notebook: 07_training
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from tfswa_lab.models.storage import describe
+from tfswa_lab.training.config import check_same_run
+from tfswa_lab.training.launch import gathered
+from tfswa_lab.training.randomness import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from tfswa_lab.training.trainer import Trainer
+
+PACKAGES = ("tfswa-lab", "torch", "lightning-fabric", "numpy")
+PROGRESS = ("step", "best_sdr", "best_step", "stale")
+
+
+def settings(trainer: Trainer) -> dict:
+    """What makes this run this run: numbers of the training, sizes of the model and of the data.
+
+    Notebook: 07_training
+    """
+    return {
+        "training": asdict(trainer.config),
+        "separator": describe(trainer.separator),
+        "stretches": len(trainer.train_set),
+    }
+
+
+def run_state(trainer: Trainer) -> dict:
+    """Everything that the next step depends on; called by all processes together.
+
+    The place in the training set is not among it: it follows from the step.
+
+    Notebook: 07_training
+    """
+    precision = trainer.fabric.strategy.precision
+    return {
+        **{name: getattr(trainer, name) for name in PROGRESS},
+        "separator": trainer.separator.state_dict(),
+        "ema": trainer.ema.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict(),
+        "scaler": precision.state_dict(),
+        "random": gathered(trainer.fabric, random_state(trainer.fabric.device)),
+        "history": trainer.history,
+        "settings": settings(trainer),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of all that decides about the last bit.
+
+    Notebook: 07_training
+    """
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def restore(trainer: Trainer, state: dict) -> None:
+    """Put a fresh trainer where `run_state` was taken.
+
+    Processes that the saved run did not have keep their own random state. Other versions of the
+    packages are only warned of: the run goes on, but perhaps not bit for bit.
+
+    Raises:
+        ValueError: the state is of a run with other settings.
+
+    Notebook: 07_training
+    """
+    check_same_run(state["settings"], settings(trainer))
+    if state["versions"] != versions():
+        warnings.warn(f"saved with {state['versions']}, this is {versions()}", stacklevel=2)
+    trainer.separator.load_state_dict(state["separator"])
+    trainer.ema.load_state_dict(state["ema"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scheduler.load_state_dict(state["scheduler"])
+    trainer.fabric.strategy.precision.load_state_dict(state["scaler"])
+    for name in PROGRESS:
+        setattr(trainer, name, state[name])
+    trainer.logbook.history = state["history"]
+    rank = trainer.fabric.global_rank
+    if rank < len(state["random"]):
+        set_random_state(state["random"][rank], trainer.fabric.device)
