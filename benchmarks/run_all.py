@@ -16,14 +16,16 @@ FOLDER = Path(__file__).parent
 def scripts(gpu: bool) -> list[Path]:
     """The scripts here that record a result; with `gpu`, those that take `--device`.
 
-    These say `GPU = True`, and `gpu.py` runs them on the card.
+    These say `GPU = True`, and `gpu.py` runs them on the card. A script that says `BY_HAND = True`
+    needs music of your own and is left out.
     """
     found = []
     for path in sorted(FOLDER.glob("*.py")):
         text = path.read_text()
         records = re.search(r"^from record import record", text, re.MULTILINE)
         takes_device = re.search(r"^GPU = True$", text, re.MULTILINE)
-        if records and (takes_device or not gpu):
+        by_hand = re.search(r"^BY_HAND = True$", text, re.MULTILINE)
+        if records and not by_hand and (takes_device or not gpu):
             found.append(path)
     return found
 
