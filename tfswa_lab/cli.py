@@ -132,7 +132,7 @@ def train(
 
     Several cards: --devices 4, or torchrun --nproc-per-node 4 -m tfswa_lab.cli train …
 
-    SIGTERM ends a run after the step in hand, with a checkpoint.
+    Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint: --resume RUN goes on.
     """
     run_training({name: value for name, value in locals().items() if value is not None})
 

@@ -101,7 +101,7 @@ def flipped(content):
         (lambda content: content[: len(content) // 2], r"is cut off: it has \d+ of \d+ bytes"),
         (lambda content: content[:40], "is not a checkpoint of tfswa-lab"),
         (lambda content: b"", "is not a checkpoint of tfswa-lab"),
-        (lambda content: content + b"x", "is cut off|of"),
+        (lambda content: content + b"x", "has more than its end"),
         (flipped, "is damaged"),
         (lambda content: b"some text\n", "is not a checkpoint of tfswa-lab"),
         (lambda content: content[content.index(b"\n") + 1 :], "is not a checkpoint"),  # torch's
@@ -219,9 +219,22 @@ def test_a_finished_run_is_already_where_it_should_be_and_can_be_prolonged(tmp_p
     assert again.history == first.history
     for name, tensor in weights(first).items():
         assert torch.equal(weights(again)[name], tensor), name
-    longer = toy_trainer(tmp_path, max_epochs=2, log_every_n_steps=1)
+    settings = {"max_epochs": 2, "log_every_n_steps": 1}
+    longer = toy_trainer(tmp_path, **settings)
     longer.fit(tmp_path)
     assert longer.step == 10
+    rates = toy_trainer(**settings).fit()["train/lr"][1]
+    assert longer.history["train/lr"][1][-5:] == pytest.approx(rates[5:])
+
+
+def test_what_the_user_keeps_beside_the_checkpoints_stays(tmp_path):
+    trainer = toy_trainer(tmp_path, max_epochs=1, checkpoint_every_n_steps=1)
+    mine = tmp_path / "checkpoints" / "step_00000002_mine.ckpt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    trainer.fit()
+    assert mine.exists()
+    assert find_checkpoint(tmp_path).name == "step_00000005.ckpt"
 
 
 class OverflowsOnce(ToyLoss):

@@ -40,9 +40,11 @@ def one_thread():
 
 
 def test_killed_at_random_moments_a_run_ends_with_the_very_same_weights(tmp_path, one_thread):
-    folder, moments = tmp_path / "run", random.Random()
+    folder, seed = tmp_path / "run", time.time_ns()
+    print(f"killed at the moments of seed {seed}")
+    moments = random.Random(seed)
     resume = []
-    for end in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+    for end in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         known = set(folder.glob("checkpoints/step_*.ckpt"))
         process = start(folder, *resume)
         wait_for_a_new_checkpoint(process, folder, known)

@@ -76,11 +76,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first.
+    """The checkpoints of a run, oldest first; what else lies there under other names is yours.
 
     Notebook: 07_training
     """
-    return sorted((Path(run) / FOLDER).glob("step_*.ckpt"))
+    paths = (Path(run) / FOLDER).glob("step_*.ckpt")
+    return sorted(path for path in paths if re.fullmatch(r"step_\d{8,}\.ckpt", path.name))
 
 
 def find_checkpoint(place: str | Path) -> Path:
@@ -155,7 +156,8 @@ def _verified(path: Path) -> bytes:
         raise ValueError("is not a checkpoint of tfswa-lab")
     digest, size = first[1].decode(), int(first[2])
     if len(content) != size:
-        raise ValueError(f"is cut off: it has {len(content)} of {size} bytes")
+        state = "is cut off" if len(content) < size else "has more than its end"
+        raise ValueError(f"{state}: it has {len(content)} of {size} bytes")
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError("is damaged: its content does not match its digest")
     return content

@@ -1,4 +1,4 @@
-"""The polite end of a run: what a cluster sends before it takes the machine away.
+"""The polite end of a run: Ctrl-C, and what a cluster sends before it takes the machine away.
 
 Notebook: 07_training
 """
@@ -11,28 +11,35 @@ import threading
 
 
 class Termination:
-    """Puts off a SIGTERM until its block ends, so that a step and a checkpoint can end first.
+    """Puts off a SIGTERM or Ctrl-C until its block ends: the step, and a checkpoint, come first.
 
-    Handlers belong to the main thread; in any other, SIGTERM keeps its meaning.
+    A second one is not put off, since a step may take minutes. Handlers belong to the main thread;
+    in any other, signals keep their meaning.
 
     Notebook: 07_training
     """
 
     def __init__(self):
         self.requested = False
-        self._before = None
+        self._signal = signal.SIGTERM
+        self._before = {}
 
     def __enter__(self) -> Termination:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._remember)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._remember)
         return self
 
-    def _remember(self, *_) -> None:
+    def _remember(self, number: int, _frame: object) -> None:
         self.requested = True
+        self._signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def __exit__(self, *_) -> None:
-        if self._before is None:
-            return
-        signal.signal(signal.SIGTERM, self._before)
-        if self.requested:
-            os.kill(os.getpid(), signal.SIGTERM)
+        self._restore()
+        if self.requested and self._before:
+            os.kill(os.getpid(), self._signal)

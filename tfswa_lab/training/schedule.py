@@ -36,3 +36,17 @@ def make_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> 
     Notebook: 07_training
     """
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, total_steps))
+
+
+def resume_schedule(schedule: LambdaLR, state: dict) -> None:
+    """Go on from a saved schedule, along this one's curve.
+
+    A run that was given more steps has a longer cosine: its rate rises to the new curve at once,
+    where the saved one would be 0 at the old end.
+
+    Notebook: 07_training
+    """
+    schedule.load_state_dict(state)
+    factor = schedule.lr_lambdas[0](schedule.last_epoch)
+    for group, highest in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+        group["lr"] = factor * highest

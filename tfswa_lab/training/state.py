@@ -15,6 +15,7 @@ from tfswa_lab.models.storage import describe
 from tfswa_lab.training.config import check_same_run
 from tfswa_lab.training.launch import gathered
 from tfswa_lab.training.randomness import random_state, set_random_state
+from tfswa_lab.training.schedule import resume_schedule
 
 if TYPE_CHECKING:
     from tfswa_lab.training.trainer import Trainer
@@ -82,7 +83,7 @@ def restore(trainer: Trainer, state: dict) -> None:
     trainer.separator.load_state_dict(state["separator"])
     trainer.ema.load_state_dict(state["ema"])
     trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scheduler.load_state_dict(state["scheduler"])
+    resume_schedule(trainer.scheduler, state["scheduler"])  # after the optimizer: it sets the rate
     trainer.fabric.strategy.precision.load_state_dict(state["scaler"])
     for name in PROGRESS:
         setattr(trainer, name, state[name])

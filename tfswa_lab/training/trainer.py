@@ -172,7 +172,7 @@ class Trainer:
         )
         scalars = means(terms) | {"grad_norm": norm.item()}  # a step's one wait for a card
         self._refuse_non_finite(scalars, terms, batches)
-        scalars["lr"] = self.scheduler.get_last_lr()[0]
+        scalars["lr"] = self.optimizer.param_groups[0]["lr"]
 
         self.optimizer.step()  # but not where 16-mixed overflowed: its scaler adapts instead
         if math.isfinite(scalars["grad_norm"]):
@@ -217,7 +217,7 @@ class Trainer:
     def fit(self, resume: str | Path | None = None) -> dict[str, tuple[list[int], list[float]]]:
         """Train to the end; returns `history`.
 
-        A SIGTERM takes effect after the step in hand, once there is a checkpoint.
+        SIGTERM and Ctrl-C take effect after the step in hand, once there is a checkpoint.
 
         Args:
             resume: a run's folder or one of its checkpoints; None starts a run.
@@ -274,8 +274,9 @@ class Trainer:
             self._validate()
         minutes = (time.monotonic() - self._saved_at) / 60
         too_old = minutes >= config.checkpoint_every_n_minutes
-        termination.requested, old = any_process(self.fabric, termination.requested, too_old)
-        if old or termination.requested or self._due(config.checkpoint_every_n_steps):
+        stop, old = any_process(self.fabric, termination.requested, too_old)
+        termination.requested |= stop  # not "=": a signal may come during the vote
+        if old or stop or self._due(config.checkpoint_every_n_steps):
             self.save()
 
     def _due(self, every_n_steps: int | None) -> bool:
