@@ -3,8 +3,6 @@
 `BAND` was trained on the embedded band's synthetic songs alone, so nobody else has rights in it: a
 separator to work with offline. Its README.md is its card.
 
-Notebook: 07_training
-
 >>> from tfswa_lab.models.storage import load_separator
 >>> load_separator(BAND).stems
 ('vocals', 'drums', 'bass', 'other')
