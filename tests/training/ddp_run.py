@@ -1,4 +1,4 @@
-"""Two trainings, one per kind of norm, in as many processes as torchrun starts.
+"""Two trainings, one per kind of norm, and one that fails, in as many processes as torchrun starts.
 
 torchrun --nproc-per-node 2 ddp_run.py OUTPUT
 """
@@ -10,12 +10,33 @@ import torch
 from safetensors.torch import save_file
 from toy_run import NORMS, ToySongs, toy_trainer, weights
 
+from tfswa_lab.training.non_finite import NonFiniteError
+
 
 def train(norm, folder=None):
     """Two batches a step, so that gradients are exchanged only with the second."""
     trainer = toy_trainer(folder, norm, valid_set=ToySongs(5), accumulate=2, max_epochs=4)
     trainer.fit()
     return trainer
+
+
+class Poisoned(ToySongs):
+    """Song 3 holds a NaN."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        if index == 3:
+            item["mixture"][:, 0] = torch.nan
+        return item
+
+
+def refusal(folder):
+    """What a process says when one of them meets the poison."""
+    try:
+        toy_trainer(folder, train_set=Poisoned(), max_epochs=1).fit()
+    except NonFiniteError as error:
+        return str(error)
+    return "nothing"
 
 
 if __name__ == "__main__":
@@ -25,3 +46,5 @@ if __name__ == "__main__":
         trainer = train(norm, folder)
         name = f"rank_{trainer.fabric.global_rank}.safetensors"
         save_file(weights(trainer), folder / name, {"sdr": str(trainer.best_sdr)})
+    said = refusal(Path(sys.argv[1]) / "poisoned")
+    Path(sys.argv[1], f"rank_{trainer.fabric.global_rank}.txt").write_text(said)

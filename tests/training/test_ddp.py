@@ -81,3 +81,12 @@ def test_the_first_process_alone_writes_the_random_states_of_all(two):
     state = load_checkpoint(find_checkpoint(two / "group"))
     assert len(state["random"]) == 2
     assert len(list((two / "group" / "tensorboard").iterdir())) == 1
+
+
+def test_a_bad_song_stops_both_with_the_same_words(two):
+    said = [(two / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert "the loss is nan" in said[0]
+    assert "song 3 at" in said[0]
+    (file,) = (two / "poisoned").glob("non_finite_batch*")
+    assert str(file) in said[0]

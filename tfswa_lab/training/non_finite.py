@@ -17,23 +17,16 @@ class NonFiniteError(FloatingPointError):
     Args:
         what: e.g. "the loss is nan".
         step: updates done before.
-        batches: those that may have caused it, as the network saw them.
-        folder: where to write them, None for nowhere.
-        rank: the process, for the names of the files.
+        songs: descriptions of the batches that may have caused it, of all processes.
+        files: where these batches are.
 
     Notebook: 07_training
     """
 
-    def __init__(self, what: str, step: int, batches: list[dict], folder: Path | None, rank: int):
-        songs = "; ".join(describe_batch(batch) for batch in batches)
-        message = f"{what} in step {step + 1}. The batch: {songs}."
-        if folder is not None:
-            name = f"non_finite_batch_step_{step + 1}_rank_{rank}"
-            files = [
-                write_batch(folder / f"{name}_part_{part}.safetensors", batch)
-                for part, batch in enumerate(batches)
-            ]
-            message += f" Its samples are in {', '.join(map(str, files))}."
+    def __init__(self, what: str, step: int, songs: list[str], files: list[str]):
+        message = f"{what} in step {step + 1}. The batch: {'; '.join(songs)}."
+        if files:
+            message += f" Its samples are in {', '.join(files)}."
         super().__init__(f"{message} Lower the learning rate, or look for what is wrong with it.")
 
 
@@ -49,12 +42,31 @@ def describe_batch(batch: dict) -> str:
     return ", ".join(f"{track} at {float(start):.2f} s" for track, start in places)
 
 
-def write_batch(path: Path, batch: dict) -> Path:
-    """Write the tensors of a batch as safetensors, its songs as `metadata["track"]` (JSON).
+def write_batches(folder: Path | None, step: int, rank: int, batches: list[dict]) -> list[str]:
+    """Write the tensors of batches as safetensors, their songs as `metadata["track"]` (JSON).
+
+    Mixture and stems are those that the network and the loss got, augmented.
+
+    Args:
+        folder: of the run, None to write nothing.
+        step: updates done before.
+        rank: of the process.
+        batches: one file each.
+
+    Returns:
+        What there is to be looked at; where a file could not be written, why.
 
     Notebook: 07_training
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: batch[name].contiguous() for name in ("mixture", "stems", "start_seconds")}
-    save_file(tensors, path, metadata={"track": json.dumps(batch["track"])})
-    return path
+    written = []
+    for part, batch in enumerate(batches if folder else []):
+        path = folder / f"non_finite_batch_step_{step + 1}_rank_{rank}_part_{part}.safetensors"
+        tensors = {name: batch[name].contiguous() for name in ("mixture", "stems", "start_seconds")}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, path, metadata={"track": json.dumps(batch["track"])})
+        except OSError as error:  # must not hide why the run stops
+            written.append(f"no file ({error})")
+        else:
+            written.append(str(path))
+    return written

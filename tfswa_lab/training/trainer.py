@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,7 +42,7 @@ from tfswa_lab.training.launch import (
     synchronised,
 )
 from tfswa_lab.training.logbook import Logbook, means
-from tfswa_lab.training.non_finite import NonFiniteError
+from tfswa_lab.training.non_finite import NonFiniteError, describe_batch, write_batches
 from tfswa_lab.training.progress import Pace, advance, memory_mib, progress_bar
 from tfswa_lab.training.randomness import generator_for
 from tfswa_lab.training.sampler import ShuffledBatches, TrainingLoader
@@ -195,17 +195,24 @@ class Trainer:
     def _refuse_non_finite(
         self, scalars: dict[str, float], terms: list[dict], batches: Sequence[dict]
     ) -> None:
+        """Stop all processes, with the same words, where one has a loss that is no number."""
         loss, norm = scalars["loss"], scalars["grad_norm"]
-        suspects = range(len(batches))
-        if not math.isfinite(loss):
-            what = f"the loss is {loss}"
-            suspects = [part for part in suspects if not terms[part]["loss"].isfinite()]
-        elif not math.isfinite(norm) and not self._scaler_can_adapt():
-            what = f"the norm of the gradients is {norm}"
-        else:
+        (broken,) = any_process(self.fabric, not (math.isfinite(loss) and math.isfinite(norm)))
+        if not broken:
             return
-        shown = [self._prepared(batches, part)[0] for part in suspects]
-        raise NonFiniteError(what, self.step, shown, self.output_dir, self.fabric.global_rank)
+        culprits = [part for part, term in enumerate(terms) if not term["loss"].isfinite()]
+        losses = [loss for loss in gathered(self.fabric, loss) if not math.isfinite(loss)]
+        if losses:
+            what = f"the loss is {losses[0]}"
+        elif self._scaler_can_adapt():
+            return
+        else:
+            what, culprits = f"the norm of the gradients is {norm}", range(len(batches))
+        shown = [self._prepared(batches, part)[0] for part in culprits]
+        files = write_batches(self.output_dir, self.step, self.fabric.global_rank, shown)
+        songs = [describe_batch(batch) for batch in shown]
+        songs, files = (chain.from_iterable(gathered(self.fabric, own)) for own in (songs, files))
+        raise NonFiniteError(what, self.step, list(songs), list(files))
 
     def _scaler_can_adapt(self) -> bool:
         """Overflow is how 16-mixed finds its scale; at a scale of 1, scale is not the cause."""
