@@ -150,6 +150,23 @@ def test_the_best_average_is_kept_and_can_separate(tmp_path):
     assert scores["sdr"] == pytest.approx(trainer.best_sdr, abs=1e-6)
 
 
+def test_resumed_into_another_folder_the_best_is_there_as_well(tmp_path):
+    first = toy_trainer(tmp_path / "a", valid_set=ToySongs(5), max_epochs=1)
+    first.fit()
+    first.best_sdr = 100.0  # the rest of the run will not reach it
+    first.save()
+    toy_trainer(tmp_path / "b", valid_set=ToySongs(5), max_epochs=2).fit(tmp_path / "a")
+    load_separator(tmp_path / "b" / "best")
+
+
+def test_where_all_stems_are_silent_the_last_average_is_kept(tmp_path):
+    silence = [{**item, "stems": 0 * item["stems"]} for item in map(ToySongs().__getitem__, (0, 1))]
+    trainer = toy_trainer(tmp_path, valid_set=silence, max_epochs=1)
+    trainer.fit()
+    mixture = ToySongs()[0]["mixture"][None]
+    assert torch.equal(load_separator(tmp_path / "best")(mixture), trainer.ema.module(mixture))
+
+
 def test_without_validation_the_last_average_is_kept(tmp_path):
     trainer = toy_trainer(tmp_path, max_steps=3)
     trainer.fit()

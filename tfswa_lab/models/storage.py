@@ -33,9 +33,7 @@ def save_separator(separator: Separator, folder: str | Path) -> Path:
 
     Notebook: 03_tfswa_unet
     """
-    for part, known in ((separator.model, MODELS), (separator.normalizer, NORMALIZERS)):
-        if type(part) not in known.values():
-            raise ValueError(f"cannot save a {type(part).__name__}, only {', '.join(known)}")
+    check_savable(separator)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in separator.state_dict().items()}
@@ -44,6 +42,19 @@ def save_separator(separator: Separator, folder: str | Path) -> Path:
     for name in (WEIGHTS, SIZES):
         _part(folder / name).replace(folder / name)
     return folder
+
+
+def check_savable(separator: Separator) -> None:
+    """Refuse a separator with parts that `load_separator` could not make again.
+
+    Raises:
+        ValueError: its model or normalizer is of an unknown class.
+
+    Notebook: 03_tfswa_unet
+    """
+    for part, known in ((separator.model, MODELS), (separator.normalizer, NORMALIZERS)):
+        if type(part) not in known.values():
+            raise ValueError(f"cannot save a {type(part).__name__}, only {', '.join(known)}")
 
 
 def describe(separator: Separator) -> dict:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Generator, nn
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tfswa_lab.data.augment import SpectrogramMasking
 from tfswa_lab.models.separator import Separator
-from tfswa_lab.models.storage import save_separator
+from tfswa_lab.models.storage import check_savable, save_separator
 from tfswa_lab.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
@@ -98,7 +97,7 @@ class Trainer:
         self.stale = 0  # validations since the best one
         self._last_checkpoint = None  # read or written
         if self.output_dir:
-            rehearse_saving(separator)
+            check_savable(separator)  # better refused now than after hours
         self._set_up(separator, loss)
 
     def _set_up(self, separator: Separator, loss: nn.Module) -> None:
@@ -253,6 +252,8 @@ class Trainer:
             restore(self, load_checkpoint(self._last_checkpoint))
         if self.output_dir:
             refuse_another_run(self.output_dir, self._last_checkpoint)
+            if not (self.output_dir / "best").exists():  # resumed into another folder
+                self.best_sdr, self.stale = -math.inf, 0
         if self.output_dir and self.fabric.is_global_zero:
             folder = self.output_dir / "tensorboard"
             self.logbook = Logbook(folder, self.history, self.step)
@@ -309,7 +310,7 @@ class Trainer:
         scores = validate(self.ema.module, self.loss, self._valid_loader(), self.fabric)
         self.logbook.scalars(self.step, {f"valid/{name}": x for name, x in scores.items()})
         self.stale += 1
-        if scores["sdr"] > self.best_sdr:
+        if not scores["sdr"] <= self.best_sdr:  # NaN, where all stems are silent: the last is kept
             self.best_sdr, self.best_step, self.stale = scores["sdr"], self.step, 0
             self._keep()
 
@@ -340,15 +341,3 @@ class Trainer:
             save_checkpoint(self.output_dir, self.step, state, self._last_checkpoint)
         self._last_checkpoint = checkpoint_path(self.output_dir, self.step)
         self._saved_at = time.monotonic()
-
-
-def rehearse_saving(separator: Separator) -> None:
-    """Save a separator nowhere: better refused now than after hours.
-
-    Raises:
-        ValueError: `save_separator` does not know its parts.
-
-    Notebook: 07_training
-    """
-    with TemporaryDirectory() as folder:
-        save_separator(separator, folder)
