@@ -94,7 +94,7 @@ def train(
     segment_seconds: Annotated[float | None, DATA(help="Length of a stretch.")] = None,
     samples_per_track: Annotated[int | None, DATA(help="Stretches per song and epoch.")] = None,
     sample_rate: Annotated[int | None, DATA(help="Resample songs to this, in Hz.")] = None,
-    augment: Annotated[bool | None, DATA(help="Remix, gain, channel swap, polarity.")] = None,
+    augment: Annotated[bool | None, DATA(help="Gain, swap, polarity; remix from 2 on.")] = None,
     dims: Annotated[tuple | None, NETWORK(help="Channels per level.", **list_of(int))] = None,
     depths: Annotated[tuple | None, NETWORK(help="Blocks per level.", **list_of(int))] = None,
     window_size: Annotated[int | None, NETWORK(help="Side of an attention window.")] = None,

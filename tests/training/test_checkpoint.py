@@ -256,3 +256,19 @@ def test_the_scale_that_half_precision_found_is_restored(tmp_path):
     assert scaler.get_scale() == 65_536 / 2
     assert scaler.state_dict()["_growth_tracker"] == 5  # two steps, then three
     assert resumed.scheduler.last_epoch == resumed.ema.n_averaged == 5
+
+
+def test_a_full_disk_leaves_the_good_one_and_no_part(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path, max_epochs=1)
+    trainer.fit()
+    (good,) = list_checkpoints(tmp_path)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    trainer.step += 1
+    with pytest.raises(OSError, match=r"step_00000006.ckpt .*No space left.*make room and resume"):
+        trainer.save()
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
+    assert load_checkpoint(good)["step"] == 5

@@ -36,6 +36,9 @@ def save_checkpoint(run: str | Path, step: int, state: Mapping, before: Path | N
         state: tensors, numbers, strings, None, and tuples, lists and dicts of them.
         before: the checkpoint that this run wrote or read last; all others are removed.
 
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+
     Notebook: 07_training
     """
     path = checkpoint_path(run, step)
@@ -43,14 +46,7 @@ def save_checkpoint(run: str | Path, step: int, state: Mapping, before: Path | N
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getbuffer()
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(f"{MAGIC} {hashlib.sha256(content).hexdigest()} {len(content)}\n".encode())
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync_folder(path.parent)
+    _write_whole(path, content)
     kept = {kept.resolve() for kept in (path, before) if kept}
     for other in [*list_checkpoints(run), *path.parent.glob(".step_*.part")]:
         if other.resolve() not in kept:
@@ -64,6 +60,25 @@ def checkpoint_path(run: str | Path, step: int) -> Path:
     Notebook: 07_training
     """
     return Path(run) / FOLDER / f"step_{step:08d}.ckpt"
+
+
+def _write_whole(path: Path, content: memoryview) -> None:
+    """Header and content under another name, forced to the disk, then renamed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(f"{MAGIC} {hashlib.sha256(content).hexdigest()} {len(content)}\n".encode())
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        part.unlink(missing_ok=True)  # a full disk needs the room
+        raise OSError(
+            f"{path} ({len(content)} bytes) could not be written ({error}); make room and resume "
+            "from the checkpoint before it"
+        ) from error
+    part.replace(path)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -49,7 +49,7 @@ class TrainingConfig:
     >>> TrainingConfig(learning_rate=-1)
     Traceback (most recent call last):
     ...
-    ValueError: learning_rate=-1: must be above 0
+    ValueError: learning_rate=-1: must be above 0, and finite
     """
 
     max_epochs: int = 100
@@ -74,17 +74,17 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        for name in _COUNTS:
+            value, lowest = getattr(self, name), int(name not in _MAY_BE_ZERO)
+            if value is not None and not (lowest <= value < 2**63 and value == int(value)):
+                raise ValueError(f"{name}={value}: a whole number, {lowest} or more")
         for name in ("learning_rate", "checkpoint_every_n_minutes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
-        for name in _FROM_ZERO:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0, and finite")
+        for name in ("weight_decay", "gradient_clip_val"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if not self.ema_decay < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a finite number, 0 or more")
+        if not 0 <= self.ema_decay < 1:
             raise ValueError(
                 f"ema_decay={self.ema_decay}: from 0 to below 1, else nothing is learnt"
             )
@@ -92,7 +92,8 @@ class TrainingConfig:
             raise ValueError(f"precision={self.precision!r}: choose among {', '.join(PRECISIONS)}")
 
 
-_AT_LEAST_ONE = (
+_MAY_BE_ZERO = ("warmup_steps", "num_workers", "seed")
+_COUNTS = (
     "max_epochs",
     "max_steps",
     "batch_size",
@@ -102,14 +103,7 @@ _AT_LEAST_ONE = (
     "patience",
     "checkpoint_every_n_steps",
     "devices",
-)
-_FROM_ZERO = (
-    "weight_decay",
-    "warmup_steps",
-    "gradient_clip_val",
-    "ema_decay",
-    "num_workers",
-    "seed",
+    *_MAY_BE_ZERO,
 )
 
 # What a resumed run may set anew; all else would make it another run.

@@ -5,6 +5,7 @@ Notebook: 07_training
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -37,11 +38,15 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
     unless torchrun or `fabric run` has done that; then their number counts, not `devices`.
 
     Raises:
-        ValueError: the device is unknown or absent, or a card lacks the precision.
+        ValueError: the device is unknown or absent, there are not so many, or a card lacks the
+            precision.
 
     Notebook: 07_training
     """
     chosen = pick_device(device)
+    present = torch.cuda.device_count() if chosen.type == "cuda" else math.inf
+    if devices > (present if chosen.index is None else 1):
+        raise ValueError(f"devices={devices}, but device={device!r} is not so many; lower it")
     if precision == "bf16-mixed" and best_mixed_precision(device) != precision:
         raise ValueError(
             f"{torch.cuda.get_device_name(chosen)} has no bfloat16; use precision 16-mixed"

@@ -29,7 +29,8 @@ class Preset(TrainingConfig):
         target_stems: what to separate; `other` is all that is not named.
         segment_seconds: length of a stretch.
         samples_per_track: stretches of each song in an epoch.
-        augment: gain, channel swap, polarity, and stems of different songs together.
+        augment: gain, channel swap and polarity, and stems of different songs together where a
+            process has two or more in a batch.
         l1_weight: of `L1SpectrogramLoss`.
         mrstft_weight: of `MultiResolutionSTFTLoss`.
         waveform_weight: of `L1WaveformLoss`.
