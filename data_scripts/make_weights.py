@@ -57,7 +57,7 @@ def train(root: Path, steps: int, device: str) -> Separator:
         root, "train", segment_seconds=3.0, samples_per_track=8, valid_fraction=0
     )
     config = TrainingConfig(
-        max_epochs=10**6,
+        max_epochs=None,
         max_steps=steps,
         batch_size=4,
         learning_rate=2e-3,

@@ -85,7 +85,7 @@ def list_of(kind: type) -> dict:
 
 @app.command()
 def train(
-    preset: Annotated[str, RUN(help="tiny, small or default: all that is not said here.")] = "tiny",
+    preset: Annotated[str | None, RUN(help="tiny, small or default; tiny if absent.")] = None,
     output_dir: Annotated[Path | None, RUN(help="The run's folder; runs/PRESET if absent.")] = None,
     resume: Annotated[Path | None, RUN(help="A run's folder or checkpoint to go on from.")] = None,
     seed: Annotated[int | None, RUN(help="Of weights, stretches and augmentation.")] = None,
@@ -94,7 +94,7 @@ def train(
     segment_seconds: Annotated[float | None, DATA(help="Length of a stretch.")] = None,
     samples_per_track: Annotated[int | None, DATA(help="Stretches per song and epoch.")] = None,
     sample_rate: Annotated[int | None, DATA(help="Resample songs to this, in Hz.")] = None,
-    augment: Annotated[bool | None, DATA(help="Gain, swap, polarity; remix from 2 on.")] = None,
+    augment: Annotated[str | None, DATA(help="none, light or full.")] = None,
     dims: Annotated[tuple | None, NETWORK(help="Channels per level.", **list_of(int))] = None,
     depths: Annotated[tuple | None, NETWORK(help="Blocks per level.", **list_of(int))] = None,
     window_size: Annotated[int | None, NETWORK(help="Side of an attention window.")] = None,
@@ -143,12 +143,12 @@ def run_training(options: dict) -> None:
 
     from tfswa_lab.training.run import build_trainer, choose_preset
 
-    name, resume = options.pop("preset"), options.pop("resume", None)
+    name, resume = options.pop("preset", None), options.pop("resume", None)
     folder = options.pop("output_dir", None)
     try:
         preset = choose_preset(name, resume, options)
         torch.manual_seed(preset.seed)  # of the first weights, alike in all processes
-        trainer = build_trainer(preset, folder or run_folder(name, resume), progress=True)
+        trainer = build_trainer(preset, folder or run_folder(name or "tiny", resume), progress=True)
         torch.manual_seed(preset.seed + trainer.fabric.global_rank)  # of dropout, unlike
         trainer.fit(resume)
     except (OSError, ValueError, FloatingPointError) as error:

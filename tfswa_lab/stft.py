@@ -54,6 +54,10 @@ class STFTProcessor(nn.Module):
         self.n_fft = n_fft
         self.hop_length = hop_length
 
+    def extra_repr(self) -> str:
+        """Its sizes, as torch's layers show theirs."""
+        return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
+
     def forward(self, waveform: Tensor) -> Tensor:
         """Calling the processor is `stft`."""
         return self.stft(waveform)

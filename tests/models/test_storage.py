@@ -1,6 +1,7 @@
 """What is saved comes back the same, and what is broken is refused by name."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -106,11 +107,10 @@ def test_an_interrupted_save_keeps_the_good_model(separator, tmp_path, monkeypat
     save_separator(separator, tmp_path)
     before = (tmp_path / WEIGHTS).read_bytes()
 
-    def dies(tensors, path):
-        path.write_bytes(b"half a file")
+    def dies(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tfswa_lab.models.storage.save_file", dies)
+    monkeypatch.setattr(os, "fsync", dies)
     with pytest.raises(KeyboardInterrupt):
         save_separator(separator, tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == before

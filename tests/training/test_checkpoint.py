@@ -8,8 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from toy_run import ToyLoss, ToySongs, toy_trainer, weights
 
+from tfswa_lab.data.augment import Gain, SpectrogramMasking
 from tfswa_lab.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -169,6 +171,16 @@ def test_random_states_return_through_a_file(tmp_path):
     assert draw() == first
 
 
+class L1Only(ToyLoss):
+    """Another class."""
+
+
+class NamedSongs(ToySongs):
+    def __init__(self, names):
+        super().__init__()
+        self.track_names = list(names)
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
@@ -176,6 +188,10 @@ def test_random_states_return_through_a_file(tmp_path):
         ({"batch_size": 2}, "training.batch_size was 4, is 2"),
         ({"norm": "batch"}, "separator.sizes.norm was group, is batch"),
         ({"train_set": ToySongs(30)}, "stretches was 20, is 30"),
+        ({"loss": L1Only()}, r"loss was ToyLoss\(.*, is L1Only\("),
+        ({"augment": Gain((1, 2))}, r"augment was None, is Gain\(factor=\(1, 2\), prob=1.0\)"),
+        ({"masking": SpectrogramMasking(3)}, r"is SpectrogramMasking\(max_bins=3, "),
+        ({"train_set": NamedSongs("abc")}, r"songs was without names, is 3, of names [0-9a-f]{8}"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, config, named):
@@ -192,6 +208,38 @@ def test_a_run_goes_on_in_its_folder_or_an_empty_one_never_in_anothers(tmp_path)
     assert len(list_checkpoints(tmp_path / "b")) == 1
     toy_trainer(tmp_path / "c", max_steps=4).fit(tmp_path / "a")
     assert len(list_checkpoints(tmp_path / "a")) == len(list_checkpoints(tmp_path / "c")) == 1
+
+
+def test_an_augmentation_without_words_of_its_own_does_not_stand_in_the_way(tmp_path):
+    for _ in range(2):  # another object, at another address
+
+        def nothing(batch, generator):
+            return batch
+
+        trainer = toy_trainer(tmp_path, max_steps=2, augment=nothing)
+        trainer.fit(tmp_path if list_checkpoints(tmp_path) else None)
+
+
+def test_weights_of_a_run_whose_checkpoints_are_gone_are_not_written_over(tmp_path):
+    toy_trainer(tmp_path, max_steps=2).fit()
+    for checkpoint in list_checkpoints(tmp_path):
+        checkpoint.unlink()
+    with pytest.raises(FileExistsError, match=r"best holds the weights of a run"):
+        toy_trainer(tmp_path, max_steps=2).fit()
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    with FileLock(tmp_path / ".lock"):
+        with pytest.raises(FileExistsError, match="another process is training in"):
+            toy_trainer(tmp_path, max_steps=2).fit()
+        assert not list_checkpoints(tmp_path)
+    toy_trainer(tmp_path, max_steps=2).fit()
+
+
+def test_a_folder_that_cannot_be_one_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file cannot be the folder of a run .*another output_dir"):
+        toy_trainer(tmp_path / "file")
 
 
 def test_a_trainer_goes_on_where_it_stands(tmp_path):
@@ -240,7 +288,9 @@ def test_what_the_user_keeps_beside_the_checkpoints_stays(tmp_path):
 class OverflowsOnce(ToyLoss):
     """The first gradient is infinite, as 16-mixed has it until it knows its scale."""
 
-    calls = 0
+    def __init__(self, calls=0):
+        super().__init__()
+        self.calls = calls
 
     def forward(self, estimates, targets):
         total, terms = super().forward(estimates, targets)
@@ -250,7 +300,7 @@ class OverflowsOnce(ToyLoss):
 
 def test_the_scale_that_half_precision_found_is_restored(tmp_path):
     toy_trainer(tmp_path, max_steps=3, precision="16-mixed", loss=OverflowsOnce()).fit()
-    resumed = toy_trainer(tmp_path, max_steps=6, precision="16-mixed")
+    resumed = toy_trainer(tmp_path, max_steps=6, precision="16-mixed", loss=OverflowsOnce(calls=1))
     resumed.fit(tmp_path)
     scaler = resumed.fabric.strategy.precision.scaler
     assert scaler.get_scale() == 65_536 / 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tfswa_lab import audio
+from tfswa_lab import audio, cli
 from tfswa_lab.cli import app
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
@@ -128,6 +128,14 @@ def test_mistakes_are_named(finished, songs, tmp_path):
         (["--use-amp", "--precision", "32-true"], "drop use_amp"),
         (["--device", "tpu"], "device='tpu'"),
         (["--data-root", tmp_path / "nowhere"], "nowhere"),
+        (["--segment-seconds", 0.007], "must hold a window of n_fft=64 (0.01 s)"),
+        (["--segment-seconds", 0.6], "the longest song has 0.50 s"),
+        (["--augment", "ful"], "did you mean 'full'?"),
+        (
+            ["--output-dir", songs / "train" / "Band - Song 0" / "bass.wav"],
+            "choose another output_dir",
+        ),
+        (["--resume", finished, "--preset", "small"], "keeps its preset"),
     ]:
         usual = [*QUICK, "--data-root", songs, "--output-dir", tmp_path / "new"]
         result = run(*usual, *arguments)
@@ -138,7 +146,7 @@ def test_mistakes_are_named(finished, songs, tmp_path):
 def test_stems_are_listed_with_commas_and_amp_picks_what_fits(songs, tmp_path):
     result = run(
         *("--data-root", songs, "--output-dir", tmp_path, *QUICK),
-        *("--target-stems", "drums,bass", "--use-amp", "--no-augment", "--max-steps", 1),
+        *("--target-stems", "drums,bass", "--use-amp", "--augment", "none", "--max-steps", 1),
     )
     assert result.exit_code == 0, result.output
     separator = load_separator(tmp_path / "best")
@@ -158,11 +166,32 @@ def test_presets_are_networks_that_exist(name):
     assert separator.stems == loss.stems == preset.target_stems
 
 
-def test_two_processes_train_from_the_same_command(songs, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def test_full_augmentation_is_a_word_away(songs, tmp_path):
+    result = run("--data-root", songs, "--output-dir", tmp_path, *QUICK, "--augment", "full")
+    assert result.exit_code == 0, result.output
+    settings = load_checkpoint(find_checkpoint(tmp_path))["settings"]
+    assert settings["augment"].startswith("Chain(augmentations=[Remix(")
+    assert "PitchShift(semitones=(-2.0, 2.0), prob=0.2, n_fft=512)" in settings["augment"]
+    assert settings["masking"].startswith("SpectrogramMasking(max_bins=80, max_frames=40,")
+
+
+PYTHON = [sys.executable, "-m"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ([*PYTHON, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"], []),
+        ([*PYTHON, "lightning_fabric.cli", "--accelerator=cpu", "--devices=2"], []),
+        (PYTHON, ["--devices", 2]),
+    ],
+    ids=["torchrun", "fabric", "alone"],
+)
+def test_two_processes_train_from_the_same_command(songs, tmp_path, launcher, options):
     arguments = ["--data-root", songs, "--output-dir", tmp_path, *QUICK, "--max-steps", "2"]
+    command = "tfswa_lab.cli" if launcher[-1] == "-m" else cli.__file__  # fabric takes a file
     result = subprocess.run(
-        [*launcher, "-m", "tfswa_lab.cli", "train", *map(str, arguments)],
+        [*launcher, command, "train", *map(str, [*arguments, *options])],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

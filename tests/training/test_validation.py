@@ -12,6 +12,7 @@ from toy_run import STEMS, ToyLoss
 from tfswa_lab.stft import STFTProcessor
 from tfswa_lab.training.launch import launch
 from tfswa_lab.training.logbook import spectrogram_image
+from tfswa_lab.training.non_finite import NonFiniteError
 from tfswa_lab.training.schedule import make_schedule, warmup_cosine
 from tfswa_lab.training.validation import validate, validation_loader
 
@@ -110,3 +111,17 @@ def test_the_grey_of_a_tone_is_its_level(amplitude, grey):
     row = 128 - 32  # low bins at the bottom
     assert image[row, 32].item() == pytest.approx(grey, abs=0.002)
     assert image[0, 32] < 0.01
+
+
+def test_a_loss_that_is_no_number_names_its_song():
+    class Poisoned(Songs):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            if index == 4:
+                item["stems"][0, 0, 0] = math.inf
+            return item
+
+    fabric = launch()
+    loader = validation_loader(Poisoned(), 2, 0, fabric)
+    with pytest.raises(NonFiniteError, match=r"validation .* song 1 at 1\.00 s"):
+        validate(Thirds(), ToyLoss(), loader, fabric)

@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
+from tfswa_lab.durable import write_whole
 from tfswa_lab.models.mask_resunet import MaskResUNet
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
@@ -29,6 +30,7 @@ def save_separator(separator: Separator, folder: str | Path) -> Path:
     """Write a separator into `folder`; each file appears whole or not at all.
 
     Raises:
+        OSError: the disk is full, or the folder cannot be written to.
         ValueError: its model or normalizer is of a class that `load_separator` does not know.
 
     Notebook: 03_tfswa_unet
@@ -37,10 +39,8 @@ def save_separator(separator: Separator, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in separator.state_dict().items()}
-    save_file(weights, _part(folder / WEIGHTS))
-    _part(folder / SIZES).write_text(json.dumps(describe(separator), indent=2) + "\n", "utf-8")
-    for name in (WEIGHTS, SIZES):
-        _part(folder / name).replace(folder / name)
+    sizes = json.dumps(describe(separator), indent=2) + "\n"
+    write_whole({folder / WEIGHTS: [save(weights)], folder / SIZES: [sizes.encode()]})
     return folder
 
 
@@ -128,7 +128,3 @@ def _load_weights(module: nn.Module, path: Path) -> None:
             f"{path} does not hold the weights that {SIZES} describes ({error}); "
             "copy both files of one model again"
         ) from error
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")

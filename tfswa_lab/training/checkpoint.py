@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from tfswa_lab.durable import write_whole
 
 MAGIC = "tfswa-lab checkpoint 1"
 FOLDER = "checkpoints"
@@ -27,8 +28,7 @@ FOLDER = "checkpoints"
 def save_checkpoint(run: str | Path, step: int, state: Mapping, before: Path | None = None) -> Path:
     """Write the state of a run after `step` steps; keep it and the one before.
 
-    The file is written under another name, forced to the disk, then renamed: a process or machine
-    that dies at any moment leaves the old files and at most a part that nobody reads.
+    A process or machine that dies at any moment leaves the checkpoints before.
 
     Args:
         run: the folder of the run.
@@ -45,8 +45,7 @@ def save_checkpoint(run: str | Path, step: int, state: Mapping, before: Path | N
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    content = buffer.getbuffer()
-    _write_whole(path, content)
+    _write(path, buffer.getbuffer())
     kept = {kept.resolve() for kept in (path, before) if kept}
     for other in [*list_checkpoints(run), *path.parent.glob(".step_*.part")]:
         if other.resolve() not in kept:
@@ -62,32 +61,16 @@ def checkpoint_path(run: str | Path, step: int) -> Path:
     return Path(run) / FOLDER / f"step_{step:08d}.ckpt"
 
 
-def _write_whole(path: Path, content: memoryview) -> None:
-    """Header and content under another name, forced to the disk, then renamed."""
-    part = path.with_name(f".{path.name}.part")
+def _write(path: Path, content: memoryview) -> None:
+    """A line that says what follows, and the content."""
+    header = f"{MAGIC} {hashlib.sha256(content).hexdigest()} {len(content)}\n".encode()
     try:
-        with part.open("wb") as file:
-            file.write(f"{MAGIC} {hashlib.sha256(content).hexdigest()} {len(content)}\n".encode())
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole({path: [header, content]})
     except OSError as error:
-        part.unlink(missing_ok=True)  # a full disk needs the room
         raise OSError(
             f"{path} ({len(content)} bytes) could not be written ({error}); make room and resume "
             "from the checkpoint before it"
         ) from error
-    part.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
@@ -117,26 +100,6 @@ def find_checkpoint(place: str | Path) -> Path:
             "one; to start a run there, leave resume out"
         )
     return checkpoints[-1]
-
-
-def refuse_another_run(folder: Path, checkpoint: Path | None) -> None:
-    """Make sure that a run does not write over another.
-
-    Args:
-        folder: where it will write.
-        checkpoint: what it goes on from, None for a run from the start.
-
-    Raises:
-        FileExistsError: the folder holds checkpoints, and this is none of them.
-
-    Notebook: 07_training
-    """
-    existing = [path.resolve() for path in list_checkpoints(folder)]
-    if existing and (checkpoint is None or checkpoint.resolve() not in existing):
-        raise FileExistsError(
-            f"{folder} holds a run already; go on with it (--resume {folder}) or choose another "
-            "folder"
-        )
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -20,7 +20,7 @@ class TrainingConfig:
     number of devices: each takes its share, so a run means the same on one card as on eight.
 
     Args:
-        max_epochs: passes over the training set.
+        max_epochs: passes over the training set, None where `max_steps` is the end.
         max_steps: an earlier end, None for none. The learning rate reaches zero at whichever end.
         batch_size: stretches per forward pass, over all devices.
         accumulate: forward passes whose gradients are averaged into one step.
@@ -42,7 +42,7 @@ class TrainingConfig:
         seed: of the order of the stretches and of the augmentation.
 
     Raises:
-        ValueError: a number is out of range, or the precision is unknown.
+        ValueError: a number is out of range, there is no end, or the precision is unknown.
 
     Notebook: 07_training
 
@@ -52,7 +52,7 @@ class TrainingConfig:
     ValueError: learning_rate=-1: must be above 0, and finite
     """
 
-    max_epochs: int = 100
+    max_epochs: int | None = 100
     max_steps: int | None = None
     batch_size: int = 4
     accumulate: int = 1
@@ -78,6 +78,8 @@ class TrainingConfig:
             value, lowest = getattr(self, name), int(name not in _MAY_BE_ZERO)
             if value is not None and not (lowest <= value < 2**63 and value == int(value)):
                 raise ValueError(f"{name}={value}: a whole number, {lowest} or more")
+        if self.max_epochs is None and self.max_steps is None:
+            raise ValueError("max_epochs and max_steps are both None: one of them must be the end")
         for name in ("learning_rate", "checkpoint_every_n_minutes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0, and finite")

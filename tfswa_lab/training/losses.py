@@ -44,6 +44,11 @@ class StemLoss(nn.Module):
         with torch.autocast(estimates.device.type, enabled=False):
             return self.per_stem(_float32(estimates), _float32(targets))
 
+    def extra_repr(self) -> str:
+        """Its numbers: part of what a checkpoint knows of its run."""
+        numbers = {name: x for name, x in vars(self).items() if type(x) is float}
+        return ", ".join(f"{name}={x}" for name, x in numbers.items())
+
     def per_stem(self, estimates: Tensor, targets: Tensor) -> Tensor:
         """Losses `(b, n)` in full precision."""
         raise NotImplementedError
@@ -300,6 +305,10 @@ class SourceSeparationLoss(nn.Module):
         self.weights = _positive({name: weight for name, (weight, _) in weighted.items()}, "loss")
         self.losses = nn.ModuleDict({name: weighted[name][1] for name in self.weights})
         self.shares = self._shares(stem_weights or {})
+
+    def extra_repr(self) -> str:
+        """Weights of losses and stems: part of what a checkpoint knows of its run."""
+        return f"weights={self.weights}, shares={self.shares}"
 
     def _shares(self, stem_weights: Mapping[str, float]) -> dict[str, float]:
         """The weights of all stems, summing to 1."""

@@ -15,16 +15,15 @@ class NonFiniteError(FloatingPointError):
     """Loss or gradient became infinite or NaN: names the songs, and where their samples are.
 
     Args:
-        what: e.g. "the loss is nan".
-        step: updates done before.
+        what: e.g. "the loss is nan in step 12".
         songs: descriptions of the batches that may have caused it, of all processes.
         files: where these batches are.
 
     Notebook: 07_training
     """
 
-    def __init__(self, what: str, step: int, songs: list[str], files: list[str]):
-        message = f"{what} in step {step + 1}. The batch: {'; '.join(songs)}."
+    def __init__(self, what: str, songs: list[str], files: list[str]):
+        message = f"{what}. The batch: {'; '.join(songs)}."
         if files:
             message += f" Its samples are in {', '.join(files)}."
         super().__init__(f"{message} Lower the learning rate, or look for what is wrong with it.")

@@ -29,8 +29,7 @@ class Preset(TrainingConfig):
         target_stems: what to separate; `other` is all that is not named.
         segment_seconds: length of a stretch.
         samples_per_track: stretches of each song in an epoch.
-        augment: gain, channel swap and polarity, and stems of different songs together where a
-            process has two or more in a batch.
+        augment: "none", "light" or "full", see `training.run.augmentation_for`.
         l1_weight: of `L1SpectrogramLoss`.
         mrstft_weight: of `MultiResolutionSTFTLoss`.
         waveform_weight: of `L1WaveformLoss`.
@@ -54,7 +53,7 @@ class Preset(TrainingConfig):
     target_stems: tuple[str, ...] = ("vocals", "drums", "bass", "other")
     segment_seconds: float = 6.0
     samples_per_track: int = 16
-    augment: bool = True
+    augment: str = "light"
     l1_weight: float = 1.0
     mrstft_weight: float = 1.0
     waveform_weight: float = 0.0

@@ -59,6 +59,9 @@ class Pace:
     """
 
     def __init__(self):
+        self._begin()
+
+    def _begin(self) -> None:
         self.waited = 0.0
         self.steps = 0
         self.since = time.perf_counter()
@@ -75,5 +78,5 @@ class Pace:
         """Steps per second and the share of waiting since the last reading."""
         seconds = time.perf_counter() - self.since
         scalars = {"steps_per_second": self.steps / seconds, "data_share": self.waited / seconds}
-        self.__init__()
+        self._begin()
         return scalars

@@ -5,12 +5,22 @@ Notebook: 07_training
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 from pathlib import Path
 
-from tfswa_lab.data.augment import Augmentation, Chain, ChannelSwap, Gain, Polarity, Remix
+from tfswa_lab.data.augment import (
+    AudioAugmentation,
+    Augmentation,
+    Chain,
+    ChannelSwap,
+    Gain,
+    Polarity,
+    Remix,
+    SpectrogramMasking,
+)
 from tfswa_lab.data.band import ensure_band
-from tfswa_lab.data.musdb import MUSDB18Dataset
+from tfswa_lab.data.musdb import MUSDB18Dataset, check_choice
 from tfswa_lab.models.separator import Separator, build_separator
 from tfswa_lab.training.checkpoint import find_checkpoint, load_checkpoint
 from tfswa_lab.training.launch import best_mixed_precision
@@ -19,27 +29,28 @@ from tfswa_lab.training.presets import PRESETS, Preset
 from tfswa_lab.training.trainer import Trainer
 
 
-def choose_preset(name: str, resume: str | Path | None, options: dict) -> Preset:
+def choose_preset(name: str | None, resume: str | Path | None, options: dict) -> Preset:
     """A preset by name, or that of a checkpoint, with some fields set anew.
 
     Args:
-        name: of a preset; not looked at when resuming.
+        name: of a preset, None for "tiny", or for the checkpoint's own.
         resume: a run's folder or one of its checkpoints, None for neither.
         options: fields of `Preset`, and `use_amp`, short for the precision that fits the device.
 
     Raises:
         FileNotFoundError: there is nothing to resume.
-        ValueError: there is no such preset, or an option makes no sense.
+        ValueError: there is no such preset or no choice of it, or an option makes no sense.
 
     Notebook: 07_training
     """
-    if resume is not None:
-        checkpoint = load_checkpoint(find_checkpoint(resume))
-        preset = Preset(**checkpoint["settings"]["training"])
-    elif name in PRESETS:
+    if resume is None:
+        name = name or "tiny"
+        check_choice("preset", name, tuple(PRESETS))
         preset = PRESETS[name]
+    elif name is None:
+        preset = preset_of(find_checkpoint(resume))
     else:
-        raise ValueError(f"preset={name!r} is unknown; choose among {', '.join(PRESETS)}")
+        raise ValueError(f"a resumed run keeps its preset; leave preset={name!r} out")
     options = dict(options)
     if "use_amp" in options:
         device = options.get("device", preset.device)
@@ -47,6 +58,25 @@ def choose_preset(name: str, resume: str | Path | None, options: dict) -> Preset
         if options.setdefault("precision", mixed) != mixed:
             raise ValueError(f"precision={options['precision']} already says which; drop use_amp")
     return replace(preset, **options)
+
+
+def preset_of(checkpoint: Path) -> Preset:
+    """What a run was started with.
+
+    Raises:
+        ValueError: the checkpoint is broken, or was not written by `tfswa-lab train`.
+
+    Notebook: 07_training
+    """
+    saved = load_checkpoint(checkpoint)["settings"]["training"]
+    known = {field.name for field in fields(Preset)}
+    if saved.keys() != known:
+        odd = ", ".join(sorted(saved.keys() ^ known))
+        raise ValueError(
+            f"{checkpoint} is not of a run of tfswa-lab train, or of another version ({odd}); "
+            "resume it with the script that started it"
+        )
+    return Preset(**saved)
 
 
 def build_trainer(preset: Preset, output_dir: str | Path | None, progress: bool = False) -> Trainer:
@@ -69,8 +99,9 @@ def build_trainer(preset: Preset, output_dir: str | Path | None, progress: bool 
         output_dir,
         progress=progress,
     )
-    if preset.augment:
-        trainer.augment = augmentation_for(preset.batch_size // trainer.fabric.world_size)
+    check_segment(preset, trainer.train_set)
+    trainer.augment = augmentation_for(preset, preset.batch_size // trainer.fabric.world_size)
+    trainer.masking = SpectrogramMasking() if preset.augment == "full" else None
     return trainer
 
 
@@ -128,13 +159,53 @@ def songs_of(preset: Preset, split: str) -> MUSDB18Dataset:
     )
 
 
-def augmentation_for(items: int) -> Augmentation:
-    """What costs next to nothing and helps most; `AudioAugmentation` has the rest.
+def check_segment(preset: Preset, songs: MUSDB18Dataset) -> None:
+    """Refuse stretches that are shorter than a window, or longer than every song.
 
-    Args:
-        items: in a process's share of a batch; one alone cannot be remixed.
+    Raises:
+        ValueError: names both lengths.
 
     Notebook: 07_training
     """
-    remix = [Remix()] if items > 1 else []
-    return Chain([*remix, Gain(), ChannelSwap(), Polarity()])
+    seconds, rate = preset.segment_seconds, preset.sample_rate
+    longest = max(track.length(rate) for track in songs.tracks) / rate
+    if not preset.n_fft / rate <= seconds <= longest:
+        raise ValueError(
+            f"segment_seconds={seconds}: a stretch must hold a window of n_fft={preset.n_fft} "
+            f"({preset.n_fft / rate:.2f} s), and the longest song has {longest:.2f} s"
+        )
+
+
+def augmentation_for(preset: Preset, items: int) -> Augmentation | None:
+    """What `preset.augment` means: nothing, what costs next to nothing, or everything.
+
+    "light" is gain, channel swap and polarity after stems of different songs were put together;
+    "full" adds time stretch and pitch shift here, and `SpectrogramMasking` in the trainer.
+
+    Args:
+        preset: its `augment` and `sample_rate` count.
+        items: in a process's share of a batch; one alone cannot be remixed.
+
+    Raises:
+        ValueError: there is no such choice.
+
+    Notebook: 07_training
+    """
+    check_choice("augment", preset.augment, ("none", "light", "full"))
+    if preset.augment == "none":
+        return None
+    effects = [Gain(), ChannelSwap(), Polarity()]
+    if preset.augment == "full":
+        effects = AudioAugmentation(n_fft=vocoder_window(preset.sample_rate)).augmentations
+    return Chain([Remix(), *effects] if items > 1 else effects)
+
+
+def vocoder_window(sample_rate: int) -> int:
+    """The power of two nearest to the 46 ms that 2048 samples are at 44.1 kHz.
+
+    >>> [vocoder_window(rate) for rate in (44_100, 16_000, 11_025)]
+    [2048, 1024, 512]
+
+    Notebook: 07_training
+    """
+    return 2 ** round(math.log2(2048 * sample_rate / 44_100))

@@ -84,7 +84,9 @@ class TrainingLoader:
     """Batches of a training set from any point of any epoch on.
 
     A data set with `set_epoch` is told the epoch first; its items must depend on epoch and index
-    only, as those of `MUSDB18Dataset` do, for a resumed run to repeat them.
+    only, as those of `MUSDB18Dataset` do, for a resumed run to repeat them. The workers live as
+    long as the loader: the epoch must lie in shared memory (`tensor.share_memory_()`), or they
+    never hear of another one.
 
     Args:
         dataset: maps indices to items.

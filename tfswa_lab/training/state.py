@@ -5,11 +5,14 @@ Notebook: 07_training
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import warnings
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from torch.utils.data import Dataset
 
 from tfswa_lab.models.storage import describe
 from tfswa_lab.training.config import check_same_run
@@ -25,15 +28,45 @@ PROGRESS = ("step", "best_sdr", "best_step", "stale")
 
 
 def settings(trainer: Trainer) -> dict:
-    """What makes this run this run: numbers of the training, sizes of the model and of the data.
+    """What makes this run this run: numbers, network, loss, songs and what is done to them.
 
     Notebook: 07_training
     """
     return {
         "training": asdict(trainer.config),
         "separator": describe(trainer.separator),
+        "loss": in_words(trainer.loss),
+        "augment": in_words(trainer.augment),
+        "masking": in_words(trainer.masking),
         "stretches": len(trainer.train_set),
+        "songs": songs_in_words(trainer.train_set),
     }
+
+
+def in_words(part: object) -> str:
+    """A part's own description, or its class where that would be an address in memory.
+
+    >>> from tfswa_lab.data.augment import Chain, Gain, Remix
+    >>> in_words(Chain([Remix(), Gain((0.5, 2))]))
+    'Chain(augmentations=[Remix(), Gain(factor=(0.5, 2), prob=1.0)])'
+    >>> in_words(object())
+    'object'
+
+    Notebook: 07_training
+    """
+    words = " ".join(repr(part).split())
+    return words if " at 0x" not in words else getattr(part, "__name__", type(part).__name__)
+
+
+def songs_in_words(songs: Dataset) -> str:
+    """How many songs, and a digest of their names, of a data set that has `track_names`.
+
+    Notebook: 07_training
+    """
+    names = getattr(songs, "track_names", None)
+    if names is None:
+        return "without names"
+    return f"{len(names)}, of names {hashlib.sha256(repr(sorted(names)).encode()).hexdigest()[:8]}"
 
 
 def run_state(trainer: Trainer) -> dict:

@@ -26,7 +26,6 @@ from tfswa_lab.training.checkpoint import (
     checkpoint_path,
     find_checkpoint,
     load_checkpoint,
-    refuse_another_run,
     save_checkpoint,
 )
 from tfswa_lab.training.config import TrainingConfig
@@ -44,6 +43,12 @@ from tfswa_lab.training.logbook import Logbook, means
 from tfswa_lab.training.non_finite import NonFiniteError, describe_batch, write_batches
 from tfswa_lab.training.progress import Pace, advance, memory_mib, progress_bar
 from tfswa_lab.training.randomness import generator_for
+from tfswa_lab.training.run_folder import (
+    BEST,
+    make_run_folder,
+    only_writer,
+    refuse_another_run,
+)
 from tfswa_lab.training.sampler import ShuffledBatches, TrainingLoader
 from tfswa_lab.training.schedule import make_schedule
 from tfswa_lab.training.state import restore, run_state
@@ -69,6 +74,7 @@ class Trainer:
         progress: show a bar.
 
     Raises:
+        OSError: nothing can be written to `output_dir`.
         ValueError: the training set is smaller than a step, or device or precision do not exist.
 
     Notebook: 07_training
@@ -98,6 +104,7 @@ class Trainer:
         self._last_checkpoint = None  # read or written
         if self.output_dir:
             check_savable(separator)  # better refused now than after hours
+            make_run_folder(self.output_dir)
         self._set_up(separator, loss)
 
     def _set_up(self, separator: Separator, loss: nn.Module) -> None:
@@ -123,8 +130,8 @@ class Trainer:
         on_card = fabric.device.type == "cuda"
         self.loader = TrainingLoader(self.train_set, batches, config.num_workers, on_card)
         self.steps_per_epoch = len(batches) // config.accumulate
-        epochs = config.max_epochs * self.steps_per_epoch
-        self.total_steps = min(config.max_steps or epochs, epochs)
+        epochs = config.max_epochs and config.max_epochs * self.steps_per_epoch
+        self.total_steps = min(end for end in (config.max_steps, epochs) if end)
         self.scheduler = make_schedule(optimizer, config.warmup_steps, self.total_steps)
 
     @property
@@ -211,7 +218,7 @@ class Trainer:
         files = write_batches(self.output_dir, self.step, self.fabric.global_rank, shown)
         songs = [describe_batch(batch) for batch in shown]
         songs, files = (chain.from_iterable(gathered(self.fabric, own)) for own in (songs, files))
-        raise NonFiniteError(what, self.step, list(songs), list(files))
+        raise NonFiniteError(f"{what} in step {self.step + 1}", list(songs), list(files))
 
     def _scaler_can_adapt(self) -> bool:
         """Overflow is how 16-mixed finds its scale; at a scale of 1, scale is not the cause."""
@@ -229,12 +236,18 @@ class Trainer:
             resume: a run's folder or one of its checkpoints; None starts a run.
 
         Raises:
-            FileExistsError: there is another run in `output_dir`.
+            FileExistsError: there is another run in `output_dir`, now or from before.
             FileNotFoundError: there is nothing to resume.
             ValueError: the checkpoint is broken, or of another run.
-            NonFiniteError: loss or gradient is infinite or NaN; the batch is on disk.
+            NonFiniteError: loss or gradient is infinite or NaN, and then the batch is on disk; or
+                the loss in validation is.
         """
-        self._begin(resume)
+        with only_writer(self.output_dir, self.fabric):
+            self._begin(resume)
+            self._loop()
+        return self.history
+
+    def _loop(self) -> None:
         show = self.progress and self.fabric.is_global_zero
         bar = progress_bar(self.step, self.total_steps, show)
         with Termination() as termination, closing(self.logbook), bar:
@@ -244,7 +257,6 @@ class Trainer:
                 self._after_step(scalars, termination)
                 if termination.requested:
                     break
-        return self.history
 
     def _begin(self, resume: str | Path | None) -> None:
         if resume is not None:
@@ -252,7 +264,7 @@ class Trainer:
             restore(self, load_checkpoint(self._last_checkpoint))
         if self.output_dir:
             refuse_another_run(self.output_dir, self._last_checkpoint)
-            if not (self.output_dir / "best").exists():  # resumed into another folder
+            if not (self.output_dir / BEST).exists():  # resumed into another folder
                 self.best_sdr, self.stale = -math.inf, 0
         if self.output_dir and self.fabric.is_global_zero:
             folder = self.output_dir / "tensorboard"
@@ -320,7 +332,7 @@ class Trainer:
 
     def _keep(self) -> None:
         if self.output_dir and self.fabric.is_global_zero:
-            save_separator(self.ema.module, self.output_dir / "best")
+            save_separator(self.ema.module, self.output_dir / BEST)
             if self.valid_set is not None:
                 self._log_excerpt(self.valid_set[len(self.valid_set) // 2])
 

@@ -7,6 +7,7 @@ Notebook: 07_training
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tfswa_lab.training.launch import gathered
+from tfswa_lab.training.non_finite import NonFiniteError, describe_batch
 
 
 def validation_loader(
@@ -51,19 +53,28 @@ def validate(
         `"loss"`; `"sdr"`, the mean over the stems; `"sdr/vocals"`, …; `"floor"`, `"floor/vocals"`,
         …, the SDR of the mixture taken as the estimate. The same in all processes.
 
+    Raises:
+        NonFiniteError: a loss is infinite or NaN; names the songs.
+
     Notebook: 07_training
     """
-    total, items, powers = 0.0, 0, {}
+    total, items, powers, broken = 0.0, 0, {}, []
     for batch in loader:
         batch = fabric.to_device(batch)
         mixture, stems = batch["mixture"], batch["stems"]
         with fabric.autocast():
             estimates = separator(mixture).to(stems.dtype)
-        total += loss(estimates, stems)[0].item() * len(mixture)
+        value = loss(estimates, stems)[0].item()
+        if not math.isfinite(value):
+            broken.append(describe_batch(batch))
+        total += value * len(mixture)
         items += len(mixture)
         errors = (stems, stems - estimates, stems - mixture[:, None])
         add_powers(powers, batch["track"], torch.stack([energy(x) for x in errors], 1))
-    parts = gathered(fabric, (total, items, powers))
+    parts = gathered(fabric, (total, items, powers, broken))
+    broken = [songs for part in parts for songs in part[3]]
+    if broken:
+        raise NonFiniteError("a loss in validation is infinite or NaN", broken, [])
     scores = {"loss": sum(part[0] for part in parts) / sum(part[1] for part in parts)}
     return scores | mean_sdr([part[2] for part in parts], separator.stems)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor, nn
 
-from tfswa_lab.data.augment.sources import check_prob, toss
+from tfswa_lab.data.augment.sources import check_prob, described, toss
 
 
 class SpectrogramMasking:
@@ -64,6 +64,10 @@ class SpectrogramMasking:
         hidden = band[:, None, :] | stretch[:, :, None]  # (b, t, f)
         hidden &= toss((items, 1, 1), self.apply_prob, generator)
         return features.masked_fill(hidden[:, None].to(features.device), 0.0)
+
+    def __repr__(self) -> str:
+        """Class and settings: part of what a checkpoint knows of its run."""
+        return described(self)
 
     def _span(self, items: int, size: int, widest: int, generator: Generator) -> Tensor:
         """A random interval of an axis per item: `(b, size)`, true inside."""

@@ -66,6 +66,10 @@ class Augmentation:
         """New sources of the same shape `(b, m, c, s)`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it changes sources")
 
+    def __repr__(self) -> str:
+        """Class and settings: part of what a checkpoint knows of its run."""
+        return described(self)
+
 
 class Chain(Augmentation):
     """Several augmentations, one after the other.
@@ -88,6 +92,15 @@ class Chain(Augmentation):
         for augmentation in self.augmentations:
             sources = augmentation.change(sources, generator)
         return sources
+
+
+def described(part: object) -> str:
+    """A class and its settings, as they would be written.
+
+    Notebook: 07_training
+    """
+    settings = ", ".join(f"{name}={value!r}" for name, value in vars(part).items())
+    return f"{type(part).__name__}({settings})"
 
 
 def toss(shape: Sequence[int], prob: float, generator: Generator) -> Tensor:

@@ -1,0 +1,95 @@
+"""The folder of a run: that it can be written to, holds no other run, and has one writer.
+
+Notebook: 07_training
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from lightning_fabric import Fabric
+
+from tfswa_lab.training.checkpoint import list_checkpoints
+from tfswa_lab.training.launch import any_process
+
+BEST = "best"  # the best average so far, for `load_separator`
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make the folder of a run, before hours are spent on what could not be written.
+
+    Raises:
+        OSError: it is a file, or nothing can be written there.
+
+    Notebook: 07_training
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink(missing_ok=True)  # several processes may try at once
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be the folder of a run ({error.strerror}); choose another output_dir"
+        ) from error
+
+
+def refuse_another_run(folder: Path, checkpoint: Path | None) -> None:
+    """Make sure that a run does not write over another.
+
+    Args:
+        folder: where it will write.
+        checkpoint: what it goes on from, None for a run from the start.
+
+    Raises:
+        FileExistsError: the folder holds checkpoints, and this is none of them, or the weights of
+            a run whose checkpoints are gone.
+
+    Notebook: 07_training
+    """
+    existing = [path.resolve() for path in list_checkpoints(folder)]
+    if existing and (checkpoint is None or checkpoint.resolve() not in existing):
+        raise FileExistsError(
+            f"{folder} holds a run already; go on with it (--resume {folder}) or choose another "
+            "folder"
+        )
+    if not existing and (folder / BEST).exists():
+        raise FileExistsError(
+            f"{folder / BEST} holds the weights of a run without checkpoints; choose another "
+            "folder or move them away"
+        )
+
+
+@contextmanager
+def only_writer(folder: Path | None, fabric: Fabric) -> Iterator[None]:
+    """Hold the folder of a run; the system lets go of it however the process ends.
+
+    Args:
+        folder: of the run, None for nowhere.
+        fabric: its first process holds the lock, all processes hear of the refusal.
+
+    Raises:
+        FileExistsError: another run is writing there now.
+
+    Notebook: 07_training
+    """
+    if folder is None:
+        yield
+        return
+    lock, taken = FileLock(folder / ".lock", timeout=0), False
+    if fabric.is_global_zero:
+        try:
+            lock.acquire()
+        except Timeout:
+            taken = True
+    if any_process(fabric, taken)[0]:
+        raise FileExistsError(
+            f"another process is training in {folder}; let it end or choose another folder"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
