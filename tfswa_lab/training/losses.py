@@ -131,8 +131,8 @@ class MultiResolutionSTFTLoss(StemLoss):
     A logarithm hears silence too, with a derivative of 1/magnitude. Magnitudes below `floor` are
     therefore raised to it before the logarithm. At 0.1 (in a window of 1024, 68 dB below a
     full-scale tone) both parts have gradients of similar size on music; at 1e-4, which is 16-bit
-    rounding noise, the logarithm's is about a thousand times the other's, and most of it may lie
-    above 16 kHz.
+    rounding noise, the logarithm's is about a thousand times the other's, and most of it lies
+    above 16 kHz (`benchmarks/losses.py`).
 
     Args:
         n_ffts: window lengths in samples.
@@ -256,8 +256,8 @@ class SourceSeparationLoss(nn.Module):
     """A weighted sum of the losses above, with every stem's share of it for the log.
 
     A loss of weight 0 is not computed. Weights have to make up for units: for music estimated at
-    10 dB, the norms of the gradients are about as 1 (waveform) : 25 (L1) : 40 (multi-resolution) :
-    400 (SDR) : 500 (SI-SDR), so waveform_weight=25 or sdr_weight=0.06 weigh as l1_weight=1.
+    10 dB, the norms of the gradients are about as 1 (waveform) : 23 (L1) : 40 (multi-resolution) :
+    410 (SDR) : 430 (SI-SDR) (`benchmarks/losses.py`), so waveform_weight=23 weighs as l1_weight=1.
 
     Args:
         stems: names of the stems, in the order of the tensors.
