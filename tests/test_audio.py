@@ -60,6 +60,13 @@ def test_rates_without_a_common_ratio_resample_in_bounded_memory(rates):
     assert (resampled - expected)[:, 500:-500].abs().max() < 5e-3
 
 
+def test_no_sample_is_missing_from_more_than_float32_can_count():
+    samples = 2 * (2**24 + 1)
+    resampled = audio.resample(torch.ones(samples), 44_100, 22_050)
+    assert resampled.shape == (samples // 2,)
+    assert resampled[1000:-1000].sub(1).abs().max() < 1e-3
+
+
 def test_double_precision_stays_and_is_finer():
     for dtype, limit in ((torch.float32, 1e-3), (torch.float64, 1e-3)):
         resampled = audio.resample(tone(1.0).to(dtype), 44_100, 48_000)

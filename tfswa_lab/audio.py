@@ -19,6 +19,7 @@ import scipy.signal
 import soundfile
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SAMPLE_RATE = 44_100
 STEMS = ("vocals", "drums", "bass", "other")
@@ -142,7 +143,11 @@ def resample(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
         return waveform
     if max(rate_in, rate_out) // math.gcd(rate_in, rate_out) > LARGEST_RATIO:
         return _resample_odd(waveform, rate_in, rate_out)
-    return _resampler(rate_in, rate_out, waveform.dtype, waveform.device)(waveform)
+    # torchaudio counts in float32: from 2²⁴ samples (six minutes) on, some may miss at the end.
+    length = -(-waveform.shape[-1] * rate_out // rate_in)
+    some_more = F.pad(waveform, (0, 100 * rate_in // rate_out + 1))
+    resampler = _resampler(rate_in, rate_out, waveform.dtype, waveform.device)
+    return resampler(some_more)[..., :length]
 
 
 def _resample_odd(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
