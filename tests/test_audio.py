@@ -31,6 +31,12 @@ def test_seeking_reads_the_same_samples_as_slicing(tmp_path):
     assert torch.equal(part, whole[:, 1234:1734])
 
 
+def test_sixteen_bits_return_as_the_same_sixteen_bits(tmp_path):
+    every = torch.arange(-32_768, 32_768).view(2, -1) / 32_768
+    returned, _ = audio.read(audio.write(tmp_path / "every.wav", every))
+    assert torch.equal(returned, every)
+
+
 def test_a_tone_survives_resampling_at_its_level_and_frequency():
     resampled = audio.resample(tone(1.0), 44_100, 16_000)
     assert resampled.shape == (2, 16_000)

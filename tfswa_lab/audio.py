@@ -96,7 +96,7 @@ def write(path: str | Path, waveform: Tensor, rate: int = SAMPLE_RATE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        soundfile.write(part, waveform.detach().cpu().float().T.numpy(), rate, subtype="PCM_16")
+        soundfile.write(part, to_int16(waveform).T.numpy(), rate, subtype="PCM_16")
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
         part.unlink(missing_ok=True)
         raise ValueError(
@@ -105,6 +105,20 @@ def write(path: str | Path, waveform: Tensor, rate: int = SAMPLE_RATE) -> Path:
         ) from error
     part.replace(path)
     return path
+
+
+def to_int16(waveform: Tensor) -> Tensor:
+    """Samples in [-1, 1] as the nearest 16-bit integers, on the CPU.
+
+    What `read` took from a 16-bit file becomes the same integers again. libsndfile, given floats,
+    would take the integer below.
+
+    Notebook: 01_sound_to_spectrogram
+
+    >>> to_int16(torch.tensor([-1.0, 0.0, 2.6 / 32_768, 1.0])).tolist()
+    [-32768, 0, 3, 32767]
+    """
+    return (waveform.detach().cpu().float() * 32_768).round().clamp(-32_768, 32_767).to(torch.int16)
 
 
 @lru_cache(maxsize=8)
