@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 
 from tfswa_lab import audio
 from tfswa_lab.cli import app
+from tfswa_lab.models import storage
 from tfswa_lab.models.separator import build_separator
-from tfswa_lab.models.storage import save_separator
+from tfswa_lab.models.storage import load_separator, save_separator
 
 MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
 
@@ -78,3 +79,52 @@ def test_nan_in_the_song_is_refused_before_any_stem_is_written(model, tmp_path):
     result = run(tmp_path / "nan.wav", "--model", model, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_batches_and_shifts_change_little_and_float_keeps_all(model, tmp_path):
+    song = audio.write(tmp_path / "song.wav", 0.1 * torch.randn(2, 33_000))
+    stems = []
+    for i, more in enumerate([(), ("--float",), ("--float", "--batch-size", 2), ("--shifts", 2)]):
+        out = tmp_path / str(i)
+        result = run(song, "--model", model, "--out", out, "--segment-seconds", 0.5, *more)
+        assert result.exit_code == 0, result.output
+        stems.append(audio.read(out / "song_vocals.wav")[0])
+    plain, floats, batched, shifted = stems
+    assert torch.equal(plain, (floats * 32_768).round() / 32_768)
+    torch.testing.assert_close(batched, floats, atol=1e-6, rtol=0)
+    assert 0 < (shifted - plain).abs().max() < 0.1
+
+
+def answer(monkeypatch, forward):
+    """Every model that is loaded from now on answers so."""
+
+    def load(folder):
+        separator = load_separator(folder)
+        separator.forward = forward
+        return separator
+
+    monkeypatch.setattr(storage, "load_separator", load)
+
+
+def test_the_gain_against_clipping_is_told(model, tmp_path, monkeypatch):
+    answer(monkeypatch, lambda mixture: torch.stack([4 * mixture, mixture], 1))
+    song = audio.write(tmp_path / "song.wav", torch.full((2, 1000), 0.5))
+    result = run(song, "--model", model, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "all stems are scaled by 0.500" in result.output
+    other, _ = audio.read(tmp_path / "out" / "song_other.wav")
+    assert torch.equal(other, torch.full((2, 1000), 0.25))
+    result = run(song, "--model", model, "--out", tmp_path / "out", "--float")
+    assert "scaled" not in result.output
+
+
+def test_no_memory_for_a_single_segment_is_told(model, tmp_path, monkeypatch):
+    def fail(mixture):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    answer(monkeypatch, fail)
+    song = audio.write(tmp_path / "song.wav", torch.zeros(2, 1000))
+    result = run(song, "--model", model, "--out", tmp_path / "out", "--batch-size", 4)
+    assert result.exit_code == 2
+    assert "--segment-seconds" in result.output
+    assert list((tmp_path / "out").iterdir()) == []

@@ -28,45 +28,37 @@ def separate(
         float, typer.Option(min=0.5, max=600.0, help="What the model sees at once.")
     ] = 6.0,
     overlap: Annotated[float, typer.Option(min=0.0, max=0.5, help="Of two segments.")] = 0.25,
+    shifts: Annotated[
+        int, typer.Option(min=0, help="Average so many estimates, whose segments differ.")
+    ] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Segments at once; halved where memory is short.")
+    ] = 1,
+    as_float: Annotated[
+        bool, typer.Option("--float", help="Stems of 32-bit floats, never scaled.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
     """Separate a song of any length and sample rate into one file per stem."""
-    try:
-        files = separate_file(song, model, out, segment_seconds, overlap, device)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    for file in files:
-        typer.echo(file)
-
-
-def separate_file(
-    song: Path, model: Path, out: Path, segment_seconds: float, overlap: float, device: str
-) -> list[Path]:
-    """Read, resample to the model's rate, separate, resample back, and write the stems."""
     # Imported here: `tfswa-lab --help` should not wait for torch.
+    import torch
     from tqdm import tqdm
 
-    from tfswa_lab import audio
     from tfswa_lab.device import pick_device
-    from tfswa_lab.evaluation.separate import separate_track
+    from tfswa_lab.evaluation.separate_file import separate_file
     from tfswa_lab.models.storage import load_separator
 
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; name a folder for the stems")
-    separator = load_separator(model).to(pick_device(device))
-    mixture, rate = audio.read(song)
-    heard = audio.to_channels(mixture, separator.audio_channels)
-    resampled = audio.resample(heard, rate, separator.sample_rate)
-    segment = round(segment_seconds * separator.sample_rate)
-    estimates = separate_track(separator, resampled, segment, overlap, progress=tqdm)
-    estimates = audio.resample(estimates, separator.sample_rate, rate)[..., : mixture.shape[1]]
-    gain = 1 / max(1.0, estimates.abs().max().item())
+    try:
+        separator = load_separator(model).to(pick_device(device))
+        files, gain = separate_file(
+            separator, song, out, segment_seconds, overlap, tqdm, batch_size, shifts, as_float
+        )
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        raise typer.BadParameter(str(error)) from error
     if gain < 1:
         typer.echo(f"an estimate would clip: all stems are scaled by {gain:.3f}", err=True)
-    return [
-        audio.write(out / f"{song.stem}_{stem}.wav", gain * estimate, rate)
-        for stem, estimate in zip(separator.stems, estimates, strict=True)
-    ]
+    for file in files:
+        typer.echo(file)
 
 
 RUN, DATA, NETWORK, LOSS, STEPS, WATCH, MACHINE = (
@@ -167,6 +159,65 @@ def run_folder(preset: str, resume: Path | None) -> Path:
     if resume is None:
         return Path("runs", preset)
     return resume if resume.is_dir() else resume.parent.parent
+
+
+SONGS, SCORES, MODEL, WORK = (
+    partial(typer.Option, rich_help_panel=panel, show_default=False)
+    for panel in ("Songs and estimates", "Scores", "Model", "Machine")
+)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path | None, SONGS(help="A folder written by save_separator.")] = None,
+    estimates: Annotated[Path | None, SONGS(help="Or of files, SPLIT/SONG/STEM.wav.")] = None,
+    stems: Annotated[tuple | None, SONGS(help="Of the estimates.", **list_of(str))] = None,
+    data_root: Annotated[Path | None, SONGS(help="Shaped as MUSDB18; the band if absent.")] = None,
+    split: Annotated[str, SONGS(help="train, valid or test.")] = "test",
+    output_dir: Annotated[Path | None, SCORES(help="evaluations/NAME if absent.")] = None,
+    overwrite: Annotated[bool, SCORES(help="Score again what lies there.")] = False,
+    window: Annotated[float, SCORES(help="Seconds of a frame.")] = 1.0,
+    hop: Annotated[float, SCORES(help="From frame to frame.")] = 1.0,
+    seconds: Annotated[float | None, SCORES(help="Only the beginning of songs.")] = None,
+    bounds: Annotated[bool, SCORES(help="Score floor and ceilings as well.")] = True,
+    bounds_dir: Annotated[Path | None, SCORES(help="Theirs; several models can share it.")] = None,
+    segment_seconds: Annotated[float, MODEL(help="What the model sees at once.")] = 6.0,
+    overlap: Annotated[float, MODEL(help="Of two segments.")] = 0.25,
+    shifts: Annotated[int, MODEL(help="Average so many estimates.")] = 1,
+    batch_size: Annotated[int, MODEL(help="Segments at once.")] = 1,
+    jobs: Annotated[int | None, WORK(help="Songs side by side.")] = None,
+    device: Annotated[str, WORK(help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """Score a model, or estimates in files; with no option at all, what ships with the package.
+
+    Killed, it goes on where it stopped. museval's EvalStore reads the scores.
+    """
+    import torch
+
+    from tfswa_lab.evaluation.oracles import BOUNDS
+    from tfswa_lab.evaluation.report_command import run_evaluation
+
+    of_model = {
+        "segment_seconds": segment_seconds,
+        "overlap": overlap,
+        "shifts": shifts,
+        "batch_size": batch_size,
+    }
+    settings = {
+        "window": window,
+        "hop": hop,
+        "seconds": seconds,
+        "bounds": tuple(BOUNDS) if bounds else (),
+        "bounds_dir": bounds_dir,
+        "overwrite": overwrite,
+    }
+    try:
+        run_evaluation(
+            model, estimates, stems, data_root, output_dir, jobs, device, split, of_model, settings
+        )
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Does the memory that `separate_file` takes grow with the song, and how fast is it?
+
+    python benchmarks/separate_stream.py [--device cuda] [--minutes 1 10 30] [--batch-size 1]
+
+Songs of each length (44.1 kHz, stereo, 16 bits: a chord that comes and goes in noise) are separated
+by the shipped weights into 16-bit stems, each in a process of its own, for its peak memory. The
+same songs in memory, with `separate_track`, are the peer; both take the same segments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from record import record
+
+from tfswa_lab import audio
+from tfswa_lab.device import pick_device
+from tfswa_lab.evaluation.separate import separate_track
+from tfswa_lab.evaluation.separate_file import separate_file
+from tfswa_lab.models.storage import load_separator
+from tfswa_lab.weights import BAND
+
+GPU = True
+SEGMENT_SECONDS = 6.0
+
+
+def write_song(path: Path, minutes: float) -> None:
+    """A song in one-second blocks, so that its maker takes no memory either."""
+    rng = np.random.default_rng(0)
+    t = np.arange(audio.SAMPLE_RATE)[:, None] / audio.SAMPLE_RATE
+    chord = sum(np.sin(2 * np.pi * f * t) for f in (110, 220, 277, 330)) * np.exp(-3 * t)
+    with soundfile.SoundFile(path, "w", audio.SAMPLE_RATE, 2, "PCM_16") as file:
+        for _ in range(round(60 * minutes)):
+            file.write(0.1 * chord + 0.02 * rng.standard_normal((audio.SAMPLE_RATE, 2)))
+
+
+def in_memory(separator, song: Path, out: Path, batch_size: int) -> None:
+    """What `separate_file` does, with the whole song at hand."""
+    mixture, rate = audio.read(song)
+    segment = round(SEGMENT_SECONDS * separator.sample_rate)
+    estimates = separate_track(separator, mixture, segment, batch_size=batch_size)
+    gain = 1 / max(1.0, estimates.abs().max().item())
+    for stem, estimate in zip(separator.stems, estimates, strict=True):
+        audio.write(out / f"{stem}.wav", gain * estimate, rate)
+
+
+def separate(song: Path, way: str, device: str, batch_size: int) -> dict:
+    """Seconds, and the most memory that this process ever took."""
+    separator = load_separator(BAND).to(device)
+    with tempfile.TemporaryDirectory(dir=song.parent) as out:
+        began = time.perf_counter()
+        if way == "streamed":
+            separate_file(separator, song, out, SEGMENT_SECONDS, batch_size=batch_size)
+        else:
+            in_memory(separator, song, Path(out), batch_size)
+        seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "peak_rss_gib": peak / 2**30}
+
+
+def measure(minutes: float, way: str, device: str, batch_size: int) -> dict:
+    """Run `separate` in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        song = Path(folder) / "song.wav"
+        write_song(song, minutes)
+        command = [sys.executable, __file__, "--one", str(song), way, device, str(batch_size)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "real_time_factor": round(result["seconds"] / (60 * minutes), 4),
+        "peak_rss_gib": round(result["peak_rss_gib"], 2),
+    }
+
+
+def main() -> None:
+    """Measure, record, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 10, 30])
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        song, way, device, batch_size = asked.one
+        return print(json.dumps(separate(Path(song), way, device, int(batch_size))))
+    device = pick_device(asked.device).type
+    rows = {
+        f"{minutes:g} min": {
+            way: measure(minutes, way, device, asked.batch_size) for way in ("streamed", "whole")
+        }
+        for minutes in asked.minutes
+    }
+    record(
+        "separate_stream" if device == "cpu" else "separate_stream-gpu",
+        {"songs": rows, "batch_size": asked.batch_size, "threads": torch.get_num_threads()},
+    )
+    print("| song | RSS, streamed | RSS, whole | s per s, streamed | s per s, whole |")
+    print("|---|---|---|---|---|")
+    for name, row in rows.items():
+        memory = [f"{each['peak_rss_gib']} GiB" for each in row.values()]
+        speed = [str(each["real_time_factor"]) for each in row.values()]
+        print(f"| {name} | {' | '.join(memory + speed)} |")
+
+
+if __name__ == "__main__":
+    main()
