@@ -24,7 +24,7 @@ EXTRAS = {
 
 CONDA_NAMES = {"torch": "pytorch", "soundfile": "pysoundfile", "mir-eval": "mir_eval"}
 # old or absent there: pip brings them
-NOT_ON_CONDA_FORGE = {"auraloss", "lightning-fabric", "musdb", "stempeg", "torchaudio"}
+NOT_ON_CONDA_FORGE = {"auraloss", "lightning-fabric", "musdb", "museval", "stempeg", "torchaudio"}
 MODULE_NAMES = {
     "lightning-fabric": "lightning_fabric",
     "mir-eval": "mir_eval",

@@ -1,0 +1,179 @@
+"""How fast, how lean and how exact is BSSEval here, beside museval?
+
+    python benchmarks/bsseval.py [--device cuda] [--seconds 180 240] [--threads 2 1]
+
+Four stereo stems of noise that leak into one another, frames of 1 s, filters of 512 taps; both get
+the same float64 arrays. Each measurement is a process of its own: the first call is the cold one,
+the median of the following is the warm one. museval is called once per length: it takes a minute.
+Then the solver alone, beside Cholesky's method on the whole matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+from record import record
+
+from tfswa_lab import audio
+from tfswa_lab.device import pick_device
+from tfswa_lab.evaluation.block_toeplitz import solve
+from tfswa_lab.evaluation.bsseval import bss_eval
+
+GPU = True
+RATE = 44_100
+WARM = 5  # calls after the first
+TAPS = 512
+
+
+def stems(seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """References and estimates `(4, 2, s)`, float64, always the same."""
+    draw = np.random.default_rng(0)
+    references = np.empty((4, 2, round(seconds * RATE)))
+    for channel in references.reshape(8, -1):  # one by one: no copies in the peak of memory
+        channel[:] = np.round(3000 * draw.standard_normal(channel.size)) / 32_768
+    estimates = 0.8 * references
+    estimates += 0.2 * references.mean(0)
+    for channel in estimates.reshape(8, -1):
+        channel += 0.01 * draw.standard_normal(channel.size)
+    return references, estimates
+
+
+def peak_gib() -> float:
+    """Most memory that this process has held so far."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def time_ours(seconds: float, device: str) -> dict:
+    """Cold and warm seconds, and peak memory of the process with its input."""
+    pair = [torch.from_numpy(x).to(device) for x in stems(seconds)]
+    before, spent = peak_gib(), []
+    for _ in range(1 + WARM):
+        began = time.perf_counter()
+        bss_eval(*pair).sdr.cpu()  # waits for a card
+        spent.append(time.perf_counter() - began)
+    row = {"cold_s": round(spent[0], 2), "warm_s": round(statistics.median(spent[1:]), 3)}
+    row |= {"peak_gib": peak_gib(), "input_gib": before}
+    if device == "cuda":
+        row["card_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return row
+
+
+def time_solver() -> dict:
+    """The equations of four stereo stems by their structure, and by Cholesky's method."""
+    x = torch.from_numpy(stems(10)[0]).flatten(0, 1)
+    spectra = torch.fft.rfft(x, n=2**19)
+    cross = torch.fft.irfft(spectra[:, None].conj() * spectra, n=2**19)[..., :TAPS]
+    blocks = cross.permute(2, 0, 1).contiguous()  # (l, p, p)
+    sides = blocks.flip(2)
+    spent, filters = {}, {}
+    for name, method in (("structured_s", structured), ("cholesky_s", cholesky)):
+        times = []
+        for _ in range(1 + WARM):
+            began = time.perf_counter()
+            filters[name] = method(blocks, sides)
+            times.append(time.perf_counter() - began)
+        spent[name] = round(statistics.median(times[1:]), 3)
+    first, second = filters.values()
+    return spent | {"relative_difference": ((first - second).norm() / second.norm()).item()}
+
+
+def structured(blocks: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """Filters as BSSEval finds them here."""
+    return solve(blocks[None], sides[None])[0][0]
+
+
+def cholesky(blocks: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """Filters by the matrix of 4096 rows, written out."""
+    both = torch.cat([blocks.flip(0)[:-1].mT, blocks])  # by delay, the negative ones first
+    delays = torch.arange(TAPS)[:, None] - torch.arange(TAPS) + TAPS - 1
+    matrix = both[delays].transpose(1, 2).reshape(TAPS * len(blocks[0]), -1)
+    factor = torch.linalg.cholesky(matrix)
+    return torch.cholesky_solve(sides.flatten(0, 1), factor).view_as(sides)
+
+
+def time_museval(seconds: float) -> dict:
+    """One call of museval, and how far our values are from it, in dB."""
+    audio.ensure_ffmpeg()
+    import museval
+
+    references, estimates = stems(seconds)
+    before, began = peak_gib(), time.perf_counter()
+    theirs = museval.metrics.bss_eval(
+        references.swapaxes(1, 2), estimates.swapaxes(1, 2), window=RATE, hop=RATE
+    )[:4]
+    row = {"s": round(time.perf_counter() - began, 2), "peak_gib": peak_gib(), "input_gib": before}
+    ours = bss_eval(references, estimates)
+    pairs = zip((ours.sdr, ours.isr, ours.sir, ours.sar), theirs, strict=True)
+    return row | {"difference_db": max(float(abs(a.numpy() - b).max()) for a, b in pairs)}
+
+
+def in_a_process(threads: int, **job) -> dict:
+    """One measurement with so many threads."""
+    command = [sys.executable, __file__, "--one", json.dumps(job)]
+    numbers = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    done = subprocess.run(
+        command, env=os.environ | numbers, check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(what: str, seconds: float = 0.0, device: str = "cpu") -> dict:
+    """What `in_a_process` asks for."""
+    if what == "solver":
+        return time_solver()
+    return time_museval(seconds) if what == "museval" else time_ours(seconds, device)
+
+
+def compare(seconds: float, threads: list[int], device: str) -> dict:
+    """museval once, and ours with each number of threads."""
+    peer = in_a_process(max(threads), what="museval", seconds=seconds)
+    rows = {
+        str(number): in_a_process(number, what="ours", seconds=seconds, device=device)
+        for number in threads
+    }
+    for row in rows.values():
+        row["ratio_warm"] = round(peer["s"] / row["warm_s"], 1)
+        row["ratio_cold"] = round(peer["s"] / row["cold_s"], 1)
+    return {"museval": peer, "threads": rows}
+
+
+def main() -> None:
+    """Measure, record, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[180.0, 240.0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        return print(json.dumps(measure(**asked.one)))
+    device = pick_device(asked.device).type
+    result = {f"{each:g} s": compare(each, asked.threads, device) for each in asked.seconds}
+    solver = {str(number): in_a_process(number, what="solver") for number in asked.threads}
+    record("bsseval" if device == "cpu" else "bsseval-gpu", {"songs": result, "solver": solver})
+    print("| song | threads | cold | warm | peak | museval | peak | ratio warm | cold |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for song, rows in result.items():
+        peer = rows["museval"]
+        for number, row in rows["threads"].items():
+            ours = f"{row['cold_s']} s | {row['warm_s']} s | {row['peak_gib']} GiB"
+            theirs = f"{peer['s']} s | {peer['peak_gib']} GiB"
+            ratios = f"{row['ratio_warm']} | {row['ratio_cold']}"
+            print(f"| {song} | {number} | {ours} | {theirs} | {ratios} |")
+        print(f"largest difference: {peer['difference_db']:.0e} dB")
+    print("\n| threads | structured solver | Cholesky |\n|---|---|---|")
+    for number, row in solver.items():
+        print(f"| {number} | {row['structured_s']} s | {row['cholesky_s']} s |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""BSSEval: how much of an estimate's error is which kind of error, exactly and fast.
+
+An estimate is its reference s plus an error. With filters of 512 taps, fitted by least squares, the
+error falls into three parts: *spatial*, what a filter of the reference itself explains;
+*interference*, what filters of all references explain beyond that; *artifacts*, the rest.
+
+    SDR = s² / (spatial + interference + artifacts)²
+    ISR = s² / spatial²
+    SIR = (s + spatial)² / interference²
+    SAR = (s + spatial + interference)² / artifacts²
+
+These are the values of `museval.metrics.bss_eval`. Here the filters are fitted to the errors, so
+that nothing cancels; each frame is transformed once and its energies are summed over bins; and the
+equations are solved by their structure, in `block_toeplitz`.
+
+Axis letters: `n` stems, `c` channels, `s` samples, `m` frames, `l` taps, `f` bins, `p` = n · c
+channels of all references.
+
+Source: Vincent, Gribonval & Févotte, "Performance measurement in blind audio source separation",
+IEEE TASLP 14, 2006; Vincent et al., "The signal separation evaluation campaign (2007–2010)", Signal
+Processing 92, 2012 (images, v3); Stöter, Liutkus & Ito, "The 2018 signal separation evaluation
+campaign", LVA/ICA 2018 (v4).
+
+Notebook: 08_evaluation
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfswa_lab.evaluation.block_toeplitz import solve
+from tfswa_lab.evaluation.frame_spectra import FrameSpectra, Stretch, correlations_across
+
+MODES = ("v4", "v3")
+TILE = 44_100  # samples, for the correlations of a track that its frames do not tile
+BINS_AT_ONCE = 128  # of a chunk of frames: what a core's cache holds
+
+
+@dataclass(frozen=True)
+class BSSEval:
+    """Ratios in dB of every stem in every frame.
+
+    Args:
+        sdr: signal to distortion `(n, m)`, float64, NaN where a stem is silent.
+        isr: image to spatial distortion.
+        sir: signal to interference.
+        sar: signal to artifacts.
+        window: length of a frame in seconds.
+        hop: from one frame to the next, in seconds.
+        notes: what the reader of the numbers should know, such as why some are NaN.
+
+    Notebook: 08_evaluation
+    """
+
+    sdr: Tensor
+    isr: Tensor
+    sir: Tensor
+    sar: Tensor
+    window: float
+    hop: float
+    notes: tuple[str, ...]
+
+    def medians(self) -> dict[str, Tensor]:
+        """`{"SDR": (n,), …}`: medians over the frames that have a value, as museval takes them.
+
+        The median of an even number of values is the mean of the middle two.
+        """
+        named = {"SDR": self.sdr, "ISR": self.isr, "SIR": self.sir, "SAR": self.sar}
+        return {name: ratio.nanquantile(0.5, dim=1) for name, ratio in named.items()}
+
+
+def bss_eval(
+    references: Tensor | np.ndarray,
+    estimates: Tensor | np.ndarray,
+    window: float = 1.0,
+    hop: float = 1.0,
+    filter_length: int = 512,
+    mode: str = "v4",
+    rate: int = 44_100,
+) -> BSSEval:
+    """SDR, ISR, SIR and SAR of separated stems, frame by frame.
+
+    The last frame must be whole: what is left behind it takes part in the filters only. A frame in
+    which the channels of any reference or estimate cancel at every sample is NaN for all stems. A
+    stem that is silent from beginning to end is NaN itself and left out of everything else.
+
+    Args:
+        references: the true stems `(n, c, s)`, or `(n, s)` for mono, on any device.
+        estimates: of the same shape, in the same order.
+        window: length of a frame in seconds; `math.inf` for one frame that is the whole track.
+        hop: from one frame to the next, in seconds.
+        filter_length: taps of the distortion filters.
+        mode: "v4" fits the filters once, to the whole track; "v3" to every frame anew.
+        rate: samples per second.
+
+    Raises:
+        ValueError: the shapes differ or are not of this form, samples are not finite, or a number
+            makes no sense.
+
+    Notebook: 08_evaluation
+
+    >>> stems = torch.randn(2, 1, 16_000, generator=torch.Generator().manual_seed(0))
+    >>> result = bss_eval(stems, 0.9 * stems, rate=8000)  # a tenth of s is missing
+    >>> result.isr.round().tolist()
+    [[20.0, 20.0], [20.0, 20.0]]
+    """
+    references, estimates = checked_pair(references, estimates)
+    _check_numbers(window, hop, filter_length, mode, rate)
+    frames = frames_of(references.shape[-1], window * rate, hop * rate)
+    ratios = references.new_full((4, len(references), len(frames)), torch.nan, dtype=torch.float64)
+    sounding, scored, notes = _audible(references, estimates)
+    if scored:
+        pair = _chosen(references, sounding), _chosen(estimates, sounding)
+        energies, loading = _decompose(*pair, frames, filter_length, mode)
+        silent = silent_frames(_chosen(references, scored), _chosen(estimates, scored), frames)
+        ratios[:, sounding] = _ratios(energies).masked_fill(silent, torch.nan)
+        notes += _note_of_loading(loading)
+    ratios[:, [stem for stem in range(len(references)) if stem not in scored]] = torch.nan
+    return BSSEval(*ratios, window, hop, notes)
+
+
+# Input ---------------------------------------------------------------------------------------
+
+
+def checked_pair(
+    references: Tensor | np.ndarray, estimates: Tensor | np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Both as real tensors `(n, c, s)` on the references' device.
+
+    Raises:
+        ValueError: the shapes differ or are not of this form, or samples are not finite.
+
+    Notebook: 08_evaluation
+    """
+    references, estimates = torch.as_tensor(references), torch.as_tensor(estimates)
+    if references.shape != estimates.shape or references.ndim not in (2, 3):
+        raise ValueError(
+            f"references {tuple(references.shape)} and estimates {tuple(estimates.shape)} must "
+            "have the same shape, (stems, channels, samples) or (stems, samples); cut or pad the "
+            "estimates, and mind that museval has the channels last"
+        )
+    if not references.numel():
+        raise ValueError(f"there is nothing to compare in {tuple(references.shape)}")
+    if references.ndim == 2:
+        references, estimates = references[:, None], estimates[:, None]
+    for name, stems in (("references", references), ("estimates", estimates)):
+        _check_finite(name, stems)
+    return references, estimates.to(references.device)
+
+
+def _check_finite(name: str, stems: Tensor) -> None:
+    if stems.is_complex():
+        raise ValueError(f"{name} are complex; BSSEval compares waveforms")
+    for number, stem in enumerate(stems):
+        # The sum of finite float64 samples is finite, and one pass is enough to form it.
+        if not stem.sum(dtype=torch.float64).isfinite():
+            raise ValueError(f"{name}[{number}] contains NaN or infinite samples")
+
+
+def _check_numbers(window: float, hop: float, filter_length: int, mode: str, rate: float) -> None:
+    if not (rate > 0 and window * rate >= 1 and hop * rate >= 1):
+        raise ValueError(
+            f"window={window} s and hop={hop} s must hold a sample or more, at rate={rate} Hz"
+        )
+    if hop == math.inf != window:
+        raise ValueError("hop=inf goes with window=inf: one frame that is the whole track")
+    if not (isinstance(filter_length, int) and filter_length >= 1):
+        raise ValueError(f"filter_length={filter_length!r}: a whole number of taps, 1 or more")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: choose v4 (filters of the track) or v3 (of each frame)")
+
+
+def frames_of(samples: int, window: float, hop: float) -> list[Stretch]:
+    """Where frames begin and end; all that are whole, or one that is all there is.
+
+    >>> frames_of(10, 4, 3)
+    [(0, 4), (3, 7), (6, 10)]
+    >>> frames_of(9, 4, 4)
+    [(0, 4), (4, 8)]
+    >>> frames_of(9, math.inf, math.inf)
+    [(0, 9)]
+
+    Notebook: 08_evaluation
+    """
+    if window >= samples:
+        return [(0, samples)]
+    count = math.floor((samples - window + hop) / hop)
+    return [(math.floor(k * hop), math.floor(k * hop + window)) for k in range(count)]
+
+
+def _audible(references: Tensor, estimates: Tensor) -> tuple[list[int], list[int], tuple[str, ...]]:
+    """Stems whose reference is not silent throughout, those of them that can be scored, and why."""
+    sounding, scored, notes = [], [], ()
+    for stem, (reference, estimate) in enumerate(zip(references, estimates, strict=True)):
+        if _is_silent(reference):
+            notes += (f"stem {stem} is silent throughout, so it has no ratios",)
+            continue
+        sounding.append(stem)
+        if _is_silent(estimate):
+            notes += (f"the estimate of stem {stem} is silent throughout: no ratios",)
+        else:
+            scored.append(stem)
+    return sounding, scored, notes
+
+
+def _chosen(stems: Tensor, which: list[int]) -> Tensor:
+    """Some of the stems; all of them are not copied."""
+    return stems if len(which) == len(stems) else stems[which]
+
+
+def silent_frames(references: Tensor, estimates: Tensor, frames: list[Stretch]) -> Tensor:
+    """In which frames `(m,)` any reference or estimate `(n, c, s)` is silent.
+
+    Notebook: 08_evaluation
+    """
+    both = [*references, *estimates]
+    silent = [any(_is_silent(stem[:, start:stop]) for stem in both) for start, stop in frames]
+    return torch.tensor(silent, device=references.device)
+
+
+def _is_silent(stem: Tensor) -> bool:
+    """Whether the channels `(c, s)` add up to 0 at every sample, which is museval's silence."""
+    few = stem[:, ::97].sum(0, dtype=torch.float64)  # mostly enough to see that it is not
+    return not few.any() and not stem.sum(0, dtype=torch.float64).any()
+
+
+# The decomposition ---------------------------------------------------------------------------
+
+
+def _decompose(
+    references: Tensor, estimates: Tensor, frames: list[Stretch], taps: int, mode: str
+) -> tuple[Tensor, float]:
+    """Energies `(7, n, m)` as `energies_of_track` has them, and the loading of the equations."""
+    if mode == "v4":
+        return energies_of_track(references, estimates, frames, taps)
+    alone = []
+    for start, stop in frames:  # one with filters of its own is a track of one frame
+        pair = references[..., start:stop], estimates[..., start:stop]
+        alone.append(energies_of_track(*pair, [(0, stop - start)], taps))
+    energies, loadings = zip(*alone, strict=True)
+    return torch.cat(energies, -1), max(loadings)
+
+
+def energies_of_track(
+    references: Tensor, estimates: Tensor, frames: list[Stretch], taps: int
+) -> tuple[Tensor, float]:
+    """What the ratios are made of, with filters fitted to the whole track.
+
+    Args:
+        references: `(n, c, s)`.
+        estimates: `(n, c, s)`.
+        frames: as `frames_of` has them.
+        taps: of the filters.
+
+    Returns:
+        Energies `(7, n, m)` of s, the error, its three parts, s + spatial, and s + spatial +
+        interference; and the loading that the equations needed, 0 for none.
+
+    Notebook: 08_evaluation
+    """
+    tiles = _tiles(references.shape[-1], frames[0][1], taps)
+    spectra = FrameSpectra(references, estimates, tiles, taps)
+    correlations = spectra.correlations(taps)
+    if len(tiles) > 1:
+        borders = [start for start, _ in tiles[1:]]
+        correlations += correlations_across(references, estimates, borders, taps)
+    of_all, of_own, loading = _filters(correlations, *references.shape[:2])
+    if tiles[: len(frames)] != frames:
+        spectra = FrameSpectra(references, estimates, frames, taps)
+    return _energies(spectra, of_all, of_own)[..., : len(frames)], loading
+
+
+def _tiles(samples: int, frame: int, taps: int) -> list[Stretch]:
+    """Stretches side by side, frames if possible: then these need not be transformed again."""
+    step = frame if taps <= frame <= 8 * TILE else max(TILE, taps)
+    return [(start, min(start + step, samples)) for start in range(0, samples, step)]
+
+
+def _filters(correlations: Tensor, stems: int, channels: int) -> tuple[Tensor, Tensor, float]:
+    """Filters to the errors from all references `(l, p, p)` and the own ones `(n, l, c, c)`."""
+    every = stems * channels
+    blocks, sides = correlations[:, :every].mT[None], correlations[:, every:].mT[None]
+    of_all, loading = solve(blocks, sides)
+    own_blocks, own_sides = (
+        x[0].unflatten(2, (stems, channels)).unflatten(1, (stems, channels)).diagonal(0, 1, 3)
+        for x in (blocks, sides)
+    )  # (l, c, c, n)
+    of_own, own_loadings = solve(own_blocks.permute(3, 0, 1, 2), own_sides.permute(3, 0, 1, 2))
+    return of_all[0], of_own, max(loading.item(), own_loadings.max().item())
+
+
+def _energies(spectra: FrameSpectra, of_all: Tensor, of_own: Tensor) -> Tensor:
+    """Sums of squares `(7, n, m)` over bins, of what `_parts` makes."""
+    stems, _, channels, _ = of_own.shape
+    # A column of a filter matrix makes one channel, hence the transposes.
+    all_gains = torch.fft.rfft(of_all, n=spectra.n_fft, dim=0).mT.contiguous()  # (f, p, p)
+    own_gains = torch.fft.rfft(of_own, n=spectra.n_fft, dim=1).transpose(0, 1).mT.contiguous()
+    weights = of_all.new_full((spectra.bins,), 2.0 / spectra.n_fft)  # a bin stands for two
+    weights[[0, -1]] /= 2  # but the outermost
+    found = []
+    for chunk in spectra:
+        energies = 0.0
+        for first in range(0, spectra.bins, BINS_AT_ONCE):
+            some = slice(first, first + BINS_AT_ONCE)
+            parts = _parts(chunk[some], all_gains[some], own_gains[some])
+            real = torch.view_as_real(parts).flatten(2)  # (7, f, p · m · 2)
+            energies = energies + weights[some] @ real.square_()
+        found.append(energies.view(7, stems, channels, -1, 2).sum((2, 4)))
+    return torch.cat(found, -1)
+
+
+def _parts(chunk: Tensor, all_gains: Tensor, own_gains: Tensor) -> Tensor:
+    """Spectra `(7, f, p, m)` in the order of `energies_of_track`, of some bins."""
+    s, error = chunk.chunk(2, 1)
+    parts = chunk.new_empty(7, *s.shape)
+    own = (1, own_gains.shape[1:3])  # (n, c)
+    torch.matmul(own_gains, s.unflatten(*own), out=parts[2].unflatten(*own))
+    explained = torch.matmul(all_gains, s, out=parts[6])
+    torch.sub(explained, parts[2], out=parts[3])
+    torch.sub(error, explained, out=parts[4])
+    torch.add(s, parts[2], out=parts[5])
+    explained += s
+    parts[0], parts[1] = s, error
+    return parts
+
+
+def _ratios(energies: Tensor) -> Tensor:
+    """SDR, ISR, SIR and SAR in dB `(4, n, m)` from energies `(7, n, m)`."""
+    s, error, spatial, interference, artifacts, filtered, explained = energies
+    pairs = ((s, error), (s, spatial), (filtered, interference), (explained, artifacts))
+    return torch.stack([decibels(signal, noise) for signal, noise in pairs])
+
+
+def decibels(signal: Tensor, noise: Tensor) -> Tensor:
+    """The ratio of two energies in dB, infinite where there is no noise.
+
+    Notebook: 08_evaluation
+    """
+    return (10 * (signal / noise).log10()).masked_fill(noise == 0, torch.inf)
+
+
+def _note_of_loading(loading: float) -> tuple[str, ...]:
+    if not loading:
+        return ()
+    return (
+        "the channels of the references repeat one another (a mono stem?): "
+        f"solved with {loading:.0e} of their power added",
+    )

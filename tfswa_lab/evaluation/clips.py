@@ -1,0 +1,130 @@
+"""GNSDR, GSIR and GSAR: what papers report for clips of singing, such as those of MIR-1K.
+
+Axis letters: `n` sources, `s` samples.
+
+Notebook: 08_evaluation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfswa_lab.evaluation.bsseval import checked_pair, decibels, energies_of_track
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """BSSEval v3 of the sources of one mono clip, `(n,)` each, in dB, float64.
+
+    Args:
+        sdr: signal to distortion; what a filter of the source can explain is no distortion.
+        sir: signal to interference.
+        sar: signal to artifacts.
+        seconds: how long the clip is.
+        floor: SDR of the mixture taken for each source; `score_clip` knows it.
+
+    Notebook: 08_evaluation
+    """
+
+    sdr: Tensor
+    sir: Tensor
+    sar: Tensor
+    seconds: float
+    floor: Tensor | None = None
+
+
+def bss_eval_mono(
+    references: Tensor | np.ndarray,
+    estimates: Tensor | np.ndarray,
+    filter_length: int = 512,
+    rate: int = 16_000,
+) -> ClipScores:
+    """SDR, SIR and SAR of a whole mono clip.
+
+    The values of `bss_eval_sources` of BSS Eval v3 and of mir_eval, without its permutations.
+
+    Args:
+        references: the true sources `(n, s)`.
+        estimates: of the same shape, in the same order.
+        filter_length: taps of the distortion filters.
+        rate: samples per second.
+
+    Raises:
+        ValueError: the shapes differ or are not of this form, samples are not finite, or a source
+            is silent.
+
+    Source: Vincent, Gribonval & Févotte, "Performance measurement in blind audio source
+    separation", IEEE TASLP 14, 2006.
+
+    Notebook: 08_evaluation
+    """
+    references, estimates = checked_pair(references, estimates)
+    if references.shape[1] != 1:
+        raise ValueError(f"{tuple(references.shape)} is not mono, (sources, samples); mix it down")
+    for name, sources in (("references", references), ("estimates", estimates)):
+        if not sources.any(-1).all():
+            raise ValueError(f"one of the {name} is silent, which has no ratio; leave its clip out")
+    samples = references.shape[-1]
+    energies, _ = energies_of_track(references, estimates, [(0, samples)], filter_length)
+    _, _, _, interference, artifacts, filtered, explained = energies[..., 0]
+    return ClipScores(
+        # Artifacts are orthogonal to all that filters make of the sources: the energies add up.
+        decibels(filtered, interference + artifacts),
+        decibels(filtered, interference),
+        decibels(explained, artifacts),
+        samples / rate,
+    )
+
+
+def score_clip(
+    references: Tensor | np.ndarray, estimates: Tensor | np.ndarray, rate: int = 16_000
+) -> ClipScores:
+    """The same, with the mixture, the sum of the sources, as the floor.
+
+    Raises:
+        ValueError: as `bss_eval_mono`.
+
+    Notebook: 08_evaluation
+    """
+    references, estimates = torch.as_tensor(references), torch.as_tensor(estimates)
+    mixture = references.sum(0).expand_as(references)
+    scores = bss_eval_mono(references, estimates, rate=rate)
+    floor = bss_eval_mono(references, mixture, rate=rate).sdr
+    return ClipScores(scores.sdr, scores.sir, scores.sar, scores.seconds, floor)
+
+
+def gnsdr(clips: Sequence[ClipScores]) -> Tensor:
+    """Global normalised SDR `(n,)`: the mean gain over the mixture, weighted by length.
+
+    Source: Hsu & Jang, "On the improvement of singing voice separation for monaural recordings
+    using the MIR-1K dataset", IEEE TASLP 18, 2010.
+
+    Notebook: 08_evaluation
+    """
+    return _weighted_mean(clips, [clip.sdr - clip.floor for clip in clips])
+
+
+def gsir(clips: Sequence[ClipScores]) -> Tensor:
+    """Global SIR `(n,)`: the mean, weighted by length.
+
+    Notebook: 08_evaluation
+    """
+    return _weighted_mean(clips, [clip.sir for clip in clips])
+
+
+def gsar(clips: Sequence[ClipScores]) -> Tensor:
+    """Global SAR `(n,)`: the mean, weighted by length.
+
+    Notebook: 08_evaluation
+    """
+    return _weighted_mean(clips, [clip.sar for clip in clips])
+
+
+def _weighted_mean(clips: Sequence[ClipScores], values: list[Tensor]) -> Tensor:
+    seconds = values[0].new_tensor([clip.seconds for clip in clips])
+    return (torch.stack(values, 1) * seconds).sum(1) / seconds.sum()

@@ -1,0 +1,110 @@
+"""The ratios that need no filters: SDR of frames, of whole tracks, and regardless of scale.
+
+Four numbers go by the name of SDR. `sdr` is BSSEval v4's (also SNR, framewise); `usdr` is that of
+the whole track (the Music Demixing Challenge's); `si_sdr` leaves the gain out; and BSSEval's
+`clips.bss_eval_mono` leaves out whatever a filter of 512 taps can do.
+
+Axis letters: `n` stems, `c` channels, `s` samples, `m` frames.
+
+Notebook: 08_evaluation
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfswa_lab.evaluation.bsseval import checked_pair, decibels, frames_of, silent_frames
+
+
+def sdr(
+    references: Tensor | np.ndarray,
+    estimates: Tensor | np.ndarray,
+    window: float = 1.0,
+    hop: float = 1.0,
+    rate: int = 44_100,
+) -> Tensor:
+    """Signal-to-distortion ratio of every frame, which is all of BSSEval v4's SDR.
+
+    Args:
+        references: `(n, c, s)` or `(n, s)`.
+        estimates: the same.
+        window: length of a frame in seconds.
+        hop: from one frame to the next, in seconds.
+        rate: samples per second.
+
+    Returns:
+        `(n, m)` in dB, float64; NaN for all stems where one is silent, as `bss_eval` has it.
+
+    Raises:
+        ValueError: the shapes differ or are not of this form, or samples are not finite.
+
+    Notebook: 08_evaluation
+    """
+    references, estimates = checked_pair(references, estimates)
+    frames = frames_of(references.shape[-1], window * rate, hop * rate)
+    ratios = [
+        _ratio(references[..., start:stop], estimates[..., start:stop]) for start, stop in frames
+    ]
+    silent = silent_frames(references, estimates, frames)
+    return torch.stack(ratios, 1).masked_fill(silent, torch.nan)
+
+
+def usdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> Tensor:
+    """One signal-to-distortion ratio for a whole track, in dB `(n,)`.
+
+    Args:
+        references: `(n, c, s)` or `(n, s)`.
+        estimates: the same.
+
+    Returns:
+        `(n,)` in dB, float64; NaN where the reference is silent throughout, infinite for an
+        estimate without any error.
+
+    Raises:
+        ValueError: the shapes differ or are not of this form, or samples are not finite.
+
+    Source: Mitsufuji et al., "Music demixing challenge 2021", Frontiers in Signal Processing 2022,
+    eq. 1.
+
+    Notebook: 08_evaluation
+    """
+    references, estimates = checked_pair(references, estimates)
+    return _ratio(references, estimates).masked_fill(_energy(references) == 0, torch.nan)
+
+
+def si_sdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> Tensor:
+    """The same after the reference was given the gain that fits the estimate best.
+
+    One gain for all channels of a stem: the panning counts, the level does not.
+
+    Args:
+        references: `(n, c, s)` or `(n, s)`.
+        estimates: the same.
+
+    Returns:
+        `(n,)` in dB, float64; NaN where reference or estimate is silent throughout.
+
+    Raises:
+        ValueError: the shapes differ or are not of this form, or samples are not finite.
+
+    Source: Le Roux et al., "SDR – half-baked or well done?", ICASSP 2019, eq. 5.
+
+    Notebook: 08_evaluation
+    """
+    references, estimates = (x.double() for x in checked_pair(references, estimates))
+    gain = (references * estimates).sum((1, 2)) / _energy(references)
+    ratio = _ratio(gain[:, None, None] * references, estimates)
+    return ratio.masked_fill(_energy(estimates) == 0, torch.nan)
+
+
+def _ratio(references: Tensor, estimates: Tensor) -> Tensor:
+    """Energy of the references over that of their errors, `(n,)` in dB."""
+    references = references.double()
+    return decibels(_energy(references), _energy(estimates.double() - references))
+
+
+def _energy(stems: Tensor) -> Tensor:
+    """Sum of squares `(n,)` of `(n, c, s)`."""
+    return stems.double().square().sum((1, 2))
