@@ -1,4 +1,4 @@
-"""The command line: `tfswa-lab separate SONG --model FOLDER --out FOLDER`, and `tfswa-lab train`.
+"""The command line: `tfswa-lab separate SONG --model FOLDER --out FOLDER`, `train` and `evaluate`.
 
 Notebook: 03_tfswa_unet
 """

@@ -301,6 +301,7 @@ def test_global_ratios_weigh_clips_by_their_length():
         ({"references": torch.zeros(2, 2, 999)}, r"\(2, 2, 999\) and estimates .* same shape"),
         ({"references": torch.zeros(9000), "estimates": torch.zeros(9000)}, "same shape"),
         ({"references": torch.zeros(0, 2, 9), "estimates": torch.zeros(0, 2, 9)}, "nothing"),
+        ({"references": torch.zeros(2, 9, 2), "estimates": torch.zeros(2, 9, 2)}, "more channels"),
         ({"references": torch.full((2, 2, 9000), math.nan)}, r"references\[0\] contains NaN"),
         ({"estimates": torch.full((2, 2, 9000), math.inf)}, r"estimates\[0\] contains NaN"),
         ({"references": torch.zeros(2, 2, 9000, dtype=torch.complex64)}, "are complex"),

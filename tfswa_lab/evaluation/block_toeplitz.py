@@ -122,7 +122,7 @@ def predictors(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Returns:
         F and B `(b, l, p, p)`, whose first and last block is 1, and E and G `(b, p, p)`, with
-        T F = (E, 0, …, 0) and T B = (0, …, 0, G). NaN where T is not positive definite.
+        T F = (E, 0, …, 0) and T B = (0, …, 0, G). Meaningless where T is not positive definite.
 
     Notebook: 08_evaluation
     """
@@ -146,10 +146,8 @@ def predictors(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _divided(numerator: Tensor, matrix: Tensor) -> Tensor:
-    """Matrix⁻¹ numerator for positive definite matrices `(b, p, p)`, NaN for others."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    solution = torch.cholesky_solve(numerator, factor)
-    return solution.masked_fill((failed > 0)[:, None, None], torch.nan)
+    """Matrix⁻¹ numerator for positive definite matrices `(b, p, p)`; no error for others."""
+    return torch.cholesky_solve(numerator, torch.linalg.cholesky_ex(matrix).L)
 
 
 def _matrix(blocks: Tensor) -> Tensor:

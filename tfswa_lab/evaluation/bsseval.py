@@ -148,6 +148,11 @@ def checked_pair(
         raise ValueError(f"there is nothing to compare in {tuple(references.shape)}")
     if references.ndim == 2:
         references, estimates = references[:, None], estimates[:, None]
+    if references.shape[1] > references.shape[2]:
+        raise ValueError(
+            f"{tuple(references.shape)} has more channels than samples; bring it into the order "
+            "(stems, channels, samples)"
+        )
     for name, stems in (("references", references), ("estimates", estimates)):
         _check_finite(name, stems)
     return references, estimates.to(references.device)

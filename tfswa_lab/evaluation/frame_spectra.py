@@ -48,6 +48,8 @@ class FrameSpectra:
         group = max(1, SAMPLES_AT_ONCE // (2 * self.channels * self.n_fft))
         shape = (2 * self.channels, group, self.n_fft)
         self.cut = references.new_zeros(shape, dtype=torch.float64)
+        # Written to again and again: fresh memory would cost as much time as the transform.
+        self.transformed = torch.fft.rfft(self.cut)
         self.chunk = GROUPS * group
         self.kept = []
 
@@ -70,8 +72,10 @@ class FrameSpectra:
             some = stretches[first : first + group]
             for place, stretch in enumerate(some):
                 self._fill(self.cut[:, place], *stretch)
-            transformed = torch.fft.rfft(self.cut[:, : len(some)])  # (r, m, f)
-            spectra[..., first : first + len(some)] = transformed.permute(2, 0, 1)
+            torch.fft.rfft(self.cut, out=self.transformed)  # (r, m, f)
+            spectra[..., first : first + len(some)] = self.transformed[:, : len(some)].permute(
+                2, 0, 1
+            )
         return spectra
 
     def _fill(self, cut: Tensor, start: int, stop: int) -> None:

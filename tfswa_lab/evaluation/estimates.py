@@ -1,0 +1,192 @@
+"""Where the estimates of a song come from: a separator, or files that anybody wrote.
+
+`evaluate` takes any object with these three: `stems`; `settings()`, all that the estimates depend
+on; `files(track)`, checked; and `estimate(track, mixture)`.
+
+Axis letters: `n` stems, `c` channels, `s` samples.
+
+Notebook: 08_evaluation
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfswa_lab import audio
+from tfswa_lab.audio import STEMS
+from tfswa_lab.data.musdb import stem_parts
+from tfswa_lab.data.tracks import Track, read_header
+from tfswa_lab.evaluation.separate import separate_track
+from tfswa_lab.models.separator import Separator
+from tfswa_lab.models.storage import describe, load_separator
+
+Estimates = tuple[Tensor, tuple[str, ...]]  # (n, 2, s), and what the reader should know of them
+
+
+class ModelEstimates:
+    """Estimates that a separator makes, on the device that it is on.
+
+    Songs of another sample rate are resampled for it, and its estimates back; a separator for mono
+    hears the mean of both channels, and its estimates are doubled.
+
+    Args:
+        separator: in evaluation mode, or its folder.
+        segment_seconds: what it sees at once.
+
+    `overlap`, `shifts` and `batch_size` are those of `separate_track`.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the model is broken, in training mode, or has a stem that no data set has.
+
+    Notebook: 08_evaluation
+    """
+
+    def __init__(
+        self,
+        separator: Separator | str | Path,
+        segment_seconds: float = 6.0,
+        overlap: float = 0.25,
+        shifts: int = 1,
+        batch_size: int = 1,
+    ):
+        if not isinstance(separator, Separator):
+            separator = load_separator(separator)
+        if separator.training:
+            raise ValueError("the separator is in training mode; call its eval() first")
+        stem_parts(separator.stems)
+        self.separator = separator
+        self.segment_seconds, self.overlap = segment_seconds, overlap
+        self.shifts, self.batch_size = shifts, batch_size
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Those of the separator."""
+        return self.separator.stems
+
+    def settings(self) -> dict:
+        """The model's digest and how its segments overlap."""
+        return {
+            "model": model_digest(self.separator),
+            "segment_seconds": self.segment_seconds,
+            "overlap": self.overlap,
+            "shifts": self.shifts,
+        }
+
+    def files(self, track: Track) -> dict[str, Path]:
+        """None: the estimates depend on the mixture alone."""
+        return {}
+
+    def estimate(self, track: Track, mixture: Tensor) -> Estimates:
+        """Estimates of a mixture `(2, s)` on its device."""
+        rate = self.separator.sample_rate
+        heard = audio.to_channels(mixture, self.separator.audio_channels)
+        estimates = separate_track(
+            self.separator,
+            audio.resample(heard, track.rate, rate),
+            round(self.segment_seconds * rate),
+            self.overlap,
+            batch_size=self.batch_size,
+            shifts=self.shifts,
+        )
+        estimates = audio.to_stereo(audio.resample(estimates, rate, track.rate))
+        return estimates[..., : mixture.shape[-1]], ()
+
+
+def model_digest(separator: Separator) -> str:
+    """SHA-256 of its weights and sizes, wherever they lie.
+
+    Notebook: 08_evaluation
+    """
+    digest = sha256(json.dumps(describe(separator), sort_keys=True).encode())
+    for name, tensor in sorted(separator.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class FolderEstimates:
+    """Estimates that lie in files, as museval expects them: `folder/SPLIT/TRACK/STEM.wav`.
+
+    The level of the split may be missing. Files that are a second or less shorter or longer than
+    their song are padded with silence or cut, and a note says so; mono files are doubled.
+
+    Args:
+        folder: of all songs.
+        stems: which to score; `other` is all that the rest leaves out.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there is no such stem.
+
+    Notebook: 08_evaluation
+    """
+
+    def __init__(self, folder: str | Path, stems: Sequence[str] = STEMS):
+        self.folder, self.stems = Path(folder).expanduser(), tuple(stems)
+        stem_parts(stems)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: no such folder of estimates; check the path")
+
+    def settings(self) -> dict:
+        """Nothing but that they are files, whose digests are taken song by song."""
+        return {"estimates": "files"}
+
+    def files(self, track: Track) -> dict[str, Path]:
+        """The files of a song by `estimates/STEM.wav`, after a look at their headers.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            ValueError: one is broken, or of another sample rate or length than the song.
+        """
+        folder = self._folder_of(track)
+        paths = {stem: folder / f"{stem}.wav" for stem in self.stems}
+        for path in paths.values():
+            _check_estimate(path, track)
+        return {f"estimates/{stem}.wav": path for stem, path in paths.items()}
+
+    def _folder_of(self, track: Track) -> Path:
+        places = [self.folder / track.path.parent.name / track.name, self.folder / track.name]
+        for place in places:
+            if place.is_dir():
+                return place
+        raise FileNotFoundError(
+            f"{places[0]} is missing, and {places[1]} too: there are no estimates of this song; "
+            "add them, or check the folder and the split"
+        )
+
+    def estimate(self, track: Track, mixture: Tensor) -> Estimates:
+        """The first samples of the files, as many as the mixture `(2, s)` has, on its device."""
+        length, estimates, notes = mixture.shape[-1], [], ()
+        for path in self.files(track).values():
+            estimate, _ = audio.read(path, frames=length)
+            if estimate.shape[0] == 1:
+                notes += (f"the estimate {path.name} is mono and was doubled",)
+            if missing := length - estimate.shape[-1]:
+                notes += (f"the estimate {path.name} ends {missing} samples early: padded",)
+            elif surplus := read_header(path)[2] - track.samples:
+                notes += (f"the estimate {path.name} is {surplus} samples too long: cut",)
+            estimates.append(F.pad(audio.to_stereo(estimate), (0, missing)))
+        return torch.stack(estimates).to(mixture.device), notes
+
+
+def _check_estimate(path: Path, track: Track) -> None:
+    rate, channels, samples = read_header(path)
+    if rate != track.rate:
+        raise ValueError(
+            f"{path} has {rate} Hz, but {track.path} has {track.rate} Hz; resample the estimates"
+        )
+    if channels > 2:
+        raise ValueError(f"{path} has {channels} channels; the references have 2")
+    if abs(samples - track.samples) > rate:
+        raise ValueError(
+            f"{path} has {samples} samples, but {track.path} has {track.samples}: more than a "
+            "second is missing or too much; is it the estimate of another song?"
+        )

@@ -1,0 +1,224 @@
+"""One song in, its scores out: what a worker does.
+
+Axis letters: `n` stems, `c` channels, `s` samples.
+
+Notebook: 08_evaluation
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tfswa_lab import __version__
+from tfswa_lab.data.musdb import stem_parts
+from tfswa_lab.data.tracks import Track
+from tfswa_lab.evaluation.bsseval import bss_eval
+from tfswa_lab.evaluation.estimates import Estimates
+from tfswa_lab.evaluation.oracles import BOUNDS
+from tfswa_lab.evaluation.ratios import si_sdr, usdr
+from tfswa_lab.evaluation.store import TrackScores, frames_by_stem
+
+ESTIMATES = "estimates"  # beside "mixture", "irm" and "mwf", what can be scored
+ACCOMPANIMENT = "accompaniment"  # museval's name for all but the voice
+
+
+class Estimator(Protocol):
+    """What `evaluate` asks of those that make or find estimates.
+
+    Notebook: 08_evaluation
+    """
+
+    stems: tuple[str, ...]
+
+    def settings(self) -> dict:
+        """All that the estimates depend on but the files, in JSON's types."""
+
+    def files(self, track: Track) -> Mapping[str, Path]:
+        """The files that the estimates of a song lie in, under names for people."""
+
+    def estimate(self, track: Track, mixture: Tensor) -> Estimates:
+        """Estimates `(n, 2, s)` for the mixture `(2, s)`, and notes for the reader."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How songs are scored.
+
+    Args:
+        estimator: who makes or finds the estimates.
+        window: length of a frame in seconds.
+        hop: from one frame to the next, in seconds.
+        seconds: how much of each song, from its beginning; None for all.
+        device: where ratios and oracles are computed.
+
+    Raises:
+        ValueError: a number of seconds is none.
+
+    Notebook: 08_evaluation
+    """
+
+    estimator: Estimator
+    window: float = 1.0
+    hop: float = 1.0
+    seconds: float | None = None
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self):
+        for name in ("window", "hop", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be seconds above 0")
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The files that add up to each stem."""
+        return stem_parts(self.estimator.stems)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What is read of a song."""
+        return ("mixture", *(part for parts in self.parts.values() for part in parts))
+
+    def settings(self, method: str) -> dict:
+        """All that scores depend on but the files, as JSON gives it back.
+
+        Args:
+            method: `estimates` or the name of a bound.
+        """
+        own = self.estimator.settings() if method == ESTIMATES else {"bound": method}
+        settings = {
+            "version": __version__,
+            "stems": self.parts,
+            "window": self.window,
+            "hop": self.hop,
+            "seconds": self.seconds,
+        }
+        return json.loads(json.dumps(settings | own))
+
+    def digests(self, track: Track, method: str) -> dict[str, str]:
+        """SHA-256 of the files of a song that its scores depend on."""
+        files = {name: track.path / name for name in (f"{x}.wav" for x in self.sources)}
+        if not track.path.is_dir():
+            files = {track.path.name: track.path}
+        if method == ESTIMATES:
+            files |= self.estimator.files(track)
+        return {name: _digest(path) for name, path in files.items()}
+
+    def read(self, track: Track) -> tuple[Tensor, Tensor]:
+        """Mixture `(2, s)` and stems `(n, 2, s)`."""
+        frames = track.samples
+        if self.seconds is not None:
+            frames = min(frames, round(self.seconds * track.rate))
+        waveforms = track.read(self.sources, 0, frames, track.rate)
+        stems = [sum(waveforms[part] for part in parts) for parts in self.parts.values()]
+        return waveforms["mixture"].to(self.device), torch.stack(stems).to(self.device)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def score_track(
+    scoring: Scoring, track: Track, methods: Sequence[str], threads: int | None = None
+) -> dict[str, TrackScores]:
+    """Score estimates and bounds of one song.
+
+    A single stem is scored together with its accompaniment, the rest of the mixture, as museval
+    does with the voice: interference can only be told from artifacts if there is something else.
+
+    Args:
+        scoring: how.
+        track: the song.
+        methods: `estimates` and names of bounds.
+        threads: that torch may use, None for as many as it does.
+
+    Raises:
+        FileNotFoundError: an estimate is missing.
+        ValueError: a file is broken, or an estimate does not fit its song.
+
+    Notebook: 08_evaluation
+    """
+    with compute_threads(threads or torch.get_num_threads()):
+        mixture, stems = scoring.read(track)
+        found = {}
+        for method in methods:
+            if method == ESTIMATES:
+                estimates, notes = scoring.estimator.estimate(track, mixture)
+            else:
+                estimates, notes = bound(method, mixture, stems, "other" in scoring.parts), ()
+            found[method] = _score(scoring, track, method, (mixture, stems, estimates), notes)
+        return found
+
+
+def bound(method: str, mixture: Tensor, stems: Tensor, complete: bool) -> Tensor:
+    """Estimates `(n, c, s)` of a floor or ceiling.
+
+    Args:
+        method: a key of `BOUNDS`.
+        mixture: `(c, s)`.
+        stems: `(n, c, s)`.
+        complete: whether the stems are all of the mixture; if not, the rest is one more source.
+
+    Notebook: 08_evaluation
+    """
+    sources = stems if complete else torch.cat([stems, mixture[None] - stems.sum(0)])
+    return BOUNDS[method](mixture, sources)[: len(stems)]
+
+
+def _score(
+    scoring: Scoring, track: Track, method: str, waveforms: tuple, notes: tuple[str, ...]
+) -> TrackScores:
+    mixture, stems, estimates = waveforms
+    names = tuple(scoring.parts)
+    if len(names) == 1:
+        names = (*names, ACCOMPANIMENT)
+        stems, estimates = (torch.cat([x, mixture - x]) for x in (stems, estimates))
+    result = bss_eval(stems, estimates, scoring.window, scoring.hop, rate=track.rate)
+    # One stem at a time: whole songs in float64 are large.
+    pairs = [(stem[None], estimate[None]) for stem, estimate in zip(stems, estimates, strict=True)]
+    whole = {
+        name: {"uSDR": usdr(*pair).item(), "SI-SDR": si_sdr(*pair).item()}
+        for name, pair in zip(names, pairs, strict=True)
+    }
+    return TrackScores(
+        track.name,
+        frames_by_stem(result, names),
+        whole,
+        scoring.window,
+        scoring.hop,
+        scoring.settings(method),
+        scoring.digests(track, method),
+        (*notes, *(_named(note, names) for note in result.notes)),
+        mixture.shape[-1] / track.rate,
+    )
+
+
+def _named(note: str, names: tuple[str, ...]) -> str:
+    """The same note with names instead of numbers of stems."""
+    for number, name in enumerate(names):
+        note = note.replace(f"stem {number} ", f"{name} ")
+    return note
+
+
+@contextmanager
+def compute_threads(count: int) -> Iterator[None]:
+    """So many threads for torch's operations, for a while.
+
+    Notebook: 08_evaluation
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,168 @@
+"""The scores of a song as a file: museval's JSON, and under a key of our own what museval lacks.
+
+    FOLDER/SPLIT/TRACK.json
+
+`museval.EvalStore().add_eval_dir(FOLDER)` reads those of the test split.
+
+Axis letters: `n` stems, `m` frames.
+
+Notebook: 08_evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from torch import Tensor
+
+from tfswa_lab.durable import write_whole
+from tfswa_lab.evaluation.bsseval import BSSEval
+
+RATIOS = ("SDR", "ISR", "SIR", "SAR")
+OURS = "tfswa_lab"  # the key
+DECIMALS = 5  # museval's
+
+Ratios = dict[str, dict[str, float]]  # stem → name of a ratio → dB
+
+
+@dataclass(frozen=True)
+class TrackScores:
+    """What is known about one set of estimates of one song.
+
+    Args:
+        track: name of the song.
+        frames: stem → SDR, ISR, SIR, SAR → dB of each frame; NaN for none.
+        whole: stem → uSDR, SI-SDR → dB of the whole song.
+        window: length of a frame in seconds.
+        hop: from one frame to the next, in seconds.
+        settings: all that the numbers depend on, but for the files.
+        files: SHA-256 of each file.
+        notes: why a number is missing, and what was done to the estimates.
+        seconds: how much of the song was scored.
+
+    Notebook: 08_evaluation
+    """
+
+    track: str
+    frames: dict[str, dict[str, list[float]]]
+    whole: Ratios
+    window: float
+    hop: float
+    settings: dict
+    files: dict[str, str]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def medians(self) -> Ratios:
+        """Medians over the frames that have a value, NaN where none has."""
+        return {
+            stem: {name: median_of(values) for name, values in ratios.items()}
+            for stem, ratios in self.frames.items()
+        }
+
+
+def median_of(values: list[float]) -> float:
+    """The median of those that are numbers.
+
+    >>> median_of([1.0, math.nan, 4.0])
+    2.5
+    """
+    numbers = [value for value in values if not math.isnan(value)]
+    return median(numbers) if numbers else math.nan
+
+
+def frames_by_stem(result: BSSEval, stems: tuple[str, ...]) -> dict[str, dict[str, list[float]]]:
+    """Ratios as museval stores them: rounded, and NaN where they are infinite.
+
+    Notebook: 08_evaluation
+    """
+    ratios = (result.sdr, result.isr, result.sir, result.sar)  # (n, m) each
+    return {
+        stem: {name: _rounded(ratio[i]) for name, ratio in zip(RATIOS, ratios, strict=True)}
+        for i, stem in enumerate(stems)
+    }
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(x, DECIMALS) if math.isfinite(x) else math.nan for x in values.tolist()]
+
+
+def scores_path(folder: Path, split: str, track: str) -> Path:
+    """Where the scores of a song lie.
+
+    Notebook: 08_evaluation
+    """
+    return folder / split / f"{track}.json"
+
+
+def write_scores(files: Mapping[Path, TrackScores]) -> None:
+    """Write some, each file whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or a folder cannot be written to.
+
+    Notebook: 08_evaluation
+    """
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole({path: [_to_json(scores).encode()] for path, scores in files.items()})
+
+
+def _to_json(scores: TrackScores) -> str:
+    ours = {
+        "settings": scores.settings,
+        "files": scores.files,
+        "seconds": scores.seconds,
+        "whole": scores.whole,
+        "notes": scores.notes,
+    }
+    targets = [
+        {"name": stem, "frames": _frames(ratios, scores)} for stem, ratios in scores.frames.items()
+    ]
+    window = {"window": scores.window, "hop": scores.hop}
+    return json.dumps({OURS: window | ours, "targets": targets}, indent=1) + "\n"
+
+
+def _frames(ratios: dict[str, list[float]], scores: TrackScores) -> list[dict]:
+    """A dict per frame; one that is a whole song is as long as the song."""
+    return [
+        {
+            "time": number * scores.hop if number else 0.0,
+            "duration": min(scores.window, scores.seconds),
+            "metrics": dict(zip(RATIOS, values, strict=True)),
+        }
+        for number, values in enumerate(zip(*(ratios[name] for name in RATIOS), strict=True))
+    ]
+
+
+def read_scores(path: Path) -> TrackScores:
+    """Read what `write_scores` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not ours, or broken.
+
+    Notebook: 08_evaluation
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        ours = dict(content[OURS])
+        frames = {
+            target["name"]: {
+                name: [frame["metrics"][name] for frame in target["frames"]] for name in RATIOS
+            }
+            for target in content["targets"]
+        }
+        notes = tuple(ours.pop("notes"))
+        return TrackScores(path.stem, frames, notes=notes, **ours)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a file of scores that tfswa-lab wrote ({error!r}); choose another "
+            "output folder, or move it away"
+        ) from error
