@@ -9,8 +9,9 @@ import torch
 
 from tfswa_lab import audio
 from tfswa_lab.evaluation import frame_spectra
-from tfswa_lab.evaluation.bsseval import bss_eval, frames_of
+from tfswa_lab.evaluation.bsseval import bss_eval
 from tfswa_lab.evaluation.clips import bss_eval_mono, gnsdr, gsar, gsir, score_clip
+from tfswa_lab.evaluation.frames import frames_in_seconds, frames_of
 from tfswa_lab.evaluation.ratios import sdr
 
 RATIOS = ("sdr", "isr", "sir", "sar")
@@ -241,6 +242,18 @@ def test_medians_are_those_of_numpy():
         np.testing.assert_allclose(medians[name], np.nanmedian(values_of, axis=1))
 
 
+def test_the_median_of_perfection_is_perfect():
+    references, _ = noise(2, 2)
+    medians = bss_eval(references, references, 2000, 2000, 64, rate=1).medians()
+    assert (torch.stack(list(medians.values())) == math.inf).all()
+
+
+def test_estimates_fresh_from_a_network_are_taken():
+    references, estimates = noise(2)
+    fresh = bss_eval(references, estimates.clone().requires_grad_(), 2000, 2000, 64, rate=1)
+    assert torch.equal(fresh.sdr, bss_eval(references, estimates, 2000, 2000, 64, rate=1).sdr)
+
+
 def test_float32_arrays_and_mono_without_a_channel_axis_are_taken():
     references, estimates = (x[:, 0].float() for x in noise())
     from_arrays = bss_eval(references.numpy(), estimates.numpy(), 2000, 2000, 64, rate=1)
@@ -338,6 +351,20 @@ def test_sdr_alone_is_bss_evals():
         sdr(references, estimates, 900, 700, rate=1), full.sdr, equal_nan=True, rtol=0, atol=1e-12
     )
     assert full.sdr.isnan().any()
+    references[1] = 0  # throughout: NaN itself, and no frame is lost to it
+    full = bss_eval(references, estimates, 900, 700, 64, rate=1)
+    alone = sdr(references, estimates, 900, 700, rate=1)
+    torch.testing.assert_close(alone, full.sdr, equal_nan=True, rtol=0, atol=1e-12)
+    assert alone.isnan().sum() == 12 + 2
+    with pytest.raises(ValueError, match=r"window=0 s"):
+        sdr(references, estimates, window=0)
+
+
+@pytest.mark.parametrize("hundredths", [35, 57, 70, 113, 140])
+def test_frames_of_seconds_are_whole_samples_where_they_are_meant_to_be(hundredths):
+    window = hundredths / 100
+    (start, stop), *_ = frames_in_seconds(10 * 44_100, window, window, 44_100)
+    assert (start, stop) == (0, 441 * hundredths)
 
 
 def test_the_last_frame_is_whole():

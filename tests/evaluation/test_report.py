@@ -169,6 +169,11 @@ def test_a_single_stem_is_scored_with_its_accompaniment_as_museval_does(data, gu
             expected = np.nanmedian(values)
             assert medians[target["name"]][metric] == pytest.approx(expected, abs=2e-4)
     assert report.means("mixture")["vocals"] < report.means("mwf")["vocals"]
+    # The floor of the accompaniment is the mixture too: its error is the voice.
+    truth, _ = soundfile.read(data / "test" / NAMES[0] / "vocals.wav")
+    floor = 10 * np.log10(((mixture - truth) ** 2).sum() / (truth**2).sum())
+    first = report.scores["mixture"][0].whole
+    assert first["accompaniment"]["uSDR"] == pytest.approx(floor, abs=1e-3)
 
 
 def test_other_is_what_the_stems_leave_out(data, guesses, tmp_path):

@@ -26,7 +26,6 @@ Notebook: 08_evaluation
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +33,15 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.evaluation.block_toeplitz import solve
-from tfswa_lab.evaluation.frame_spectra import FrameSpectra, Stretch, correlations_across
+from tfswa_lab.evaluation.frame_spectra import FrameSpectra, correlations_across
+from tfswa_lab.evaluation.frames import (
+    Stretch,
+    audible,
+    checked_pair,
+    chosen,
+    frames_in_seconds,
+    silent_frames,
+)
 
 MODES = ("v4", "v3")
 TILE = 44_100  # samples, for the correlations of a track that its frames do not tile
@@ -66,12 +73,20 @@ class BSSEval:
     notes: tuple[str, ...]
 
     def medians(self) -> dict[str, Tensor]:
-        """`{"SDR": (n,), …}`: medians over the frames that have a value, as museval takes them.
-
-        The median of an even number of values is the mean of the middle two.
-        """
+        """`{"SDR": (n,), …}`: medians over the frames that have a value, as museval takes them."""
         named = {"SDR": self.sdr, "ISR": self.isr, "SIR": self.sir, "SAR": self.sar}
-        return {name: ratio.nanquantile(0.5, dim=1) for name, ratio in named.items()}
+        return {
+            name: torch.stack([_nanmedian(frames) for frames in ratio])
+            for name, ratio in named.items()
+        }
+
+
+def _nanmedian(values: Tensor) -> Tensor:
+    """Of those that are numbers, the mean of the middle two, as numpy has it."""
+    numbers = values[~values.isnan()].sort().values
+    if not len(numbers):
+        return values.new_tensor(torch.nan)
+    return (numbers[(len(numbers) - 1) // 2] + numbers[len(numbers) // 2]) / 2
 
 
 def bss_eval(
@@ -110,131 +125,25 @@ def bss_eval(
     [[20.0, 20.0], [20.0, 20.0]]
     """
     references, estimates = checked_pair(references, estimates)
-    _check_numbers(window, hop, filter_length, mode, rate)
-    frames = frames_of(references.shape[-1], window * rate, hop * rate)
+    frames = frames_in_seconds(references.shape[-1], window, hop, rate)
+    _check_method(filter_length, mode)
     ratios = references.new_full((4, len(references), len(frames)), torch.nan, dtype=torch.float64)
-    sounding, scored, notes = _audible(references, estimates)
+    sounding, scored, notes = audible(references, estimates)
     if scored:
-        pair = _chosen(references, sounding), _chosen(estimates, sounding)
+        pair = chosen(references, sounding), chosen(estimates, sounding)
         energies, loading = _decompose(*pair, frames, filter_length, mode)
-        silent = silent_frames(_chosen(references, scored), _chosen(estimates, scored), frames)
+        silent = silent_frames(chosen(references, scored), chosen(estimates, scored), frames)
         ratios[:, sounding] = _ratios(energies).masked_fill(silent, torch.nan)
         notes += _note_of_loading(loading)
     ratios[:, [stem for stem in range(len(references)) if stem not in scored]] = torch.nan
     return BSSEval(*ratios, window, hop, notes)
 
 
-# Input ---------------------------------------------------------------------------------------
-
-
-def checked_pair(
-    references: Tensor | np.ndarray, estimates: Tensor | np.ndarray
-) -> tuple[Tensor, Tensor]:
-    """Both as real tensors `(n, c, s)` on the references' device.
-
-    Raises:
-        ValueError: the shapes differ or are not of this form, or samples are not finite.
-
-    Notebook: 08_evaluation
-    """
-    references, estimates = torch.as_tensor(references), torch.as_tensor(estimates)
-    if references.shape != estimates.shape or references.ndim not in (2, 3):
-        raise ValueError(
-            f"references {tuple(references.shape)} and estimates {tuple(estimates.shape)} must "
-            "have the same shape, (stems, channels, samples) or (stems, samples); cut or pad the "
-            "estimates, and mind that museval has the channels last"
-        )
-    if not references.numel():
-        raise ValueError(f"there is nothing to compare in {tuple(references.shape)}")
-    if references.ndim == 2:
-        references, estimates = references[:, None], estimates[:, None]
-    if references.shape[1] > references.shape[2]:
-        raise ValueError(
-            f"{tuple(references.shape)} has more channels than samples; bring it into the order "
-            "(stems, channels, samples)"
-        )
-    for name, stems in (("references", references), ("estimates", estimates)):
-        _check_finite(name, stems)
-    return references, estimates.to(references.device)
-
-
-def _check_finite(name: str, stems: Tensor) -> None:
-    if stems.is_complex():
-        raise ValueError(f"{name} are complex; BSSEval compares waveforms")
-    for number, stem in enumerate(stems):
-        # The sum of finite float64 samples is finite, and one pass is enough to form it.
-        if not stem.sum(dtype=torch.float64).isfinite():
-            raise ValueError(f"{name}[{number}] contains NaN or infinite samples")
-
-
-def _check_numbers(window: float, hop: float, filter_length: int, mode: str, rate: float) -> None:
-    if not (rate > 0 and window * rate >= 1 and hop * rate >= 1):
-        raise ValueError(
-            f"window={window} s and hop={hop} s must hold a sample or more, at rate={rate} Hz"
-        )
-    if hop == math.inf != window:
-        raise ValueError("hop=inf goes with window=inf: one frame that is the whole track")
+def _check_method(filter_length: int, mode: str) -> None:
     if not (isinstance(filter_length, int) and filter_length >= 1):
         raise ValueError(f"filter_length={filter_length!r}: a whole number of taps, 1 or more")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose v4 (filters of the track) or v3 (of each frame)")
-
-
-def frames_of(samples: int, window: float, hop: float) -> list[Stretch]:
-    """Where frames begin and end; all that are whole, or one that is all there is.
-
-    >>> frames_of(10, 4, 3)
-    [(0, 4), (3, 7), (6, 10)]
-    >>> frames_of(9, 4, 4)
-    [(0, 4), (4, 8)]
-    >>> frames_of(9, math.inf, math.inf)
-    [(0, 9)]
-
-    Notebook: 08_evaluation
-    """
-    if window >= samples:
-        return [(0, samples)]
-    count = math.floor((samples - window + hop) / hop)
-    return [(math.floor(k * hop), math.floor(k * hop + window)) for k in range(count)]
-
-
-def _audible(references: Tensor, estimates: Tensor) -> tuple[list[int], list[int], tuple[str, ...]]:
-    """Stems whose reference is not silent throughout, those of them that can be scored, and why."""
-    sounding, scored, notes = [], [], ()
-    for stem, (reference, estimate) in enumerate(zip(references, estimates, strict=True)):
-        if _is_silent(reference):
-            notes += (f"stem {stem} is silent throughout, so it has no ratios",)
-            continue
-        sounding.append(stem)
-        if _is_silent(estimate):
-            notes += (f"the estimate of stem {stem} is silent throughout: no ratios",)
-        else:
-            scored.append(stem)
-    return sounding, scored, notes
-
-
-def _chosen(stems: Tensor, which: list[int]) -> Tensor:
-    """Some of the stems; all of them are not copied."""
-    return stems if len(which) == len(stems) else stems[which]
-
-
-def silent_frames(references: Tensor, estimates: Tensor, frames: list[Stretch]) -> Tensor:
-    """In which frames `(m,)` any reference or estimate `(n, c, s)` is silent.
-
-    Notebook: 08_evaluation
-    """
-    both = [*references, *estimates]
-    silent = [any(_is_silent(stem[:, start:stop]) for stem in both) for start, stop in frames]
-    return torch.tensor(silent, device=references.device)
-
-
-def _is_silent(stem: Tensor) -> bool:
-    """Whether the channels `(c, s)` add up to 0 at every sample, which is museval's silence."""
-    few = stem[:, ::97].sum(0, dtype=torch.float64)  # mostly enough to see that it is not
-    return not few.any() and not stem.sum(0, dtype=torch.float64).any()
-
-
-# The decomposition ---------------------------------------------------------------------------
 
 
 def _decompose(

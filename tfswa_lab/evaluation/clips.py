@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfswa_lab.evaluation.bsseval import checked_pair, decibels, energies_of_track
+from tfswa_lab.evaluation.bsseval import decibels, energies_of_track
+from tfswa_lab.evaluation.frames import checked_pair
 
 
 @dataclass(frozen=True)

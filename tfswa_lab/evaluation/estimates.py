@@ -171,7 +171,7 @@ class FolderEstimates:
                 notes += (f"the estimate {path.name} is mono and was doubled",)
             if missing := length - estimate.shape[-1]:
                 notes += (f"the estimate {path.name} ends {missing} samples early: padded",)
-            elif surplus := read_header(path)[2] - track.samples:
+            elif (surplus := read_header(path)[2] - track.samples) > 0:
                 notes += (f"the estimate {path.name} is {surplus} samples too long: cut",)
             estimates.append(F.pad(audio.to_stereo(estimate), (0, missing)))
         return torch.stack(estimates).to(mixture.device), notes

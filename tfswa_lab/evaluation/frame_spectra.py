@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-Stretch = tuple[int, int]  # first sample, and the one after the last
+from tfswa_lab.evaluation.frames import Stretch
 
 SAMPLES_AT_ONCE = 3_000_000  # of all channels: what is transformed while it is in the cache
 GROUPS = 5  # of these make a chunk: products of matrices want more columns than that
@@ -112,15 +112,13 @@ def correlations_across(
     Notebook: 08_evaluation
     """
     reach, end = lags - 1, references.shape[-1]
-    around = [(border - reach, min(border + reach, end)) for border in borders]
-    before = [(start, start + reach) for start, _ in around]
-    behind = [(start + reach, stop) for start, stop in around]
-
-    def within(stretches: list[Stretch]) -> Tensor:
-        return FrameSpectra(references, estimates, stretches, lags).correlations(lags)
-
-    # Pairs with both samples on one side are those of the sides alone.
-    return within(around) - within(before) - within(behind)
+    before = [(border - reach, border) for border in borders]
+    behind = [(border, min(border + reach, end)) for border in borders]
+    both = FrameSpectra(references, estimates, before + behind, lags)
+    first, second = torch.cat(list(both), -1).chunk(2, -1)
+    cross = torch.fft.irfft(second @ first[:, : both.channels].mH, n=both.n_fft, dim=0)
+    # Two samples at the same place of both stretches lie `reach` apart.
+    return cross[(torch.arange(lags) - reach) % both.n_fft]
 
 
 def fast_even_length(least: int) -> int:

@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfswa_lab.evaluation.bsseval import checked_pair, decibels, frames_of, silent_frames
+from tfswa_lab.evaluation.bsseval import decibels
+from tfswa_lab.evaluation.frames import (
+    audible,
+    checked_pair,
+    chosen,
+    frames_in_seconds,
+    silent_frames,
+)
 
 
 def sdr(
@@ -35,20 +42,24 @@ def sdr(
         rate: samples per second.
 
     Returns:
-        `(n, m)` in dB, float64; NaN for all stems where one is silent, as `bss_eval` has it.
+        `(n, m)` in dB, float64, with NaN for silence as `bss_eval` has it.
 
     Raises:
-        ValueError: the shapes differ or are not of this form, or samples are not finite.
+        ValueError: the shapes differ or are not of this form, samples are not finite, or a number
+            makes no sense.
 
     Notebook: 08_evaluation
     """
     references, estimates = checked_pair(references, estimates)
-    frames = frames_of(references.shape[-1], window * rate, hop * rate)
-    ratios = [
-        _ratio(references[..., start:stop], estimates[..., start:stop]) for start, stop in frames
-    ]
-    silent = silent_frames(references, estimates, frames)
-    return torch.stack(ratios, 1).masked_fill(silent, torch.nan)
+    frames = frames_in_seconds(references.shape[-1], window, hop, rate)
+    _, scored, _ = audible(references, estimates)
+    ratios = references.new_full((len(references), len(frames)), torch.nan, dtype=torch.float64)
+    if scored:
+        pair = chosen(references, scored), chosen(estimates, scored)
+        by_frame = [_ratio(*(x[..., start:stop] for x in pair)) for start, stop in frames]
+        silent = silent_frames(*pair, frames)
+        ratios[scored] = torch.stack(by_frame, 1).masked_fill(silent, torch.nan)
+    return ratios
 
 
 def usdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> Tensor:

@@ -150,14 +150,22 @@ def score_track(
     """
     with compute_threads(threads or torch.get_num_threads()):
         mixture, stems = scoring.read(track)
+        stems = _accompanied(mixture, stems)
+        complete = len(scoring.parts) == 1 or "other" in scoring.parts
         found = {}
         for method in methods:
             if method == ESTIMATES:
                 estimates, notes = scoring.estimator.estimate(track, mixture)
+                estimates = _accompanied(mixture, estimates)
             else:
-                estimates, notes = bound(method, mixture, stems, "other" in scoring.parts), ()
-            found[method] = _score(scoring, track, method, (mixture, stems, estimates), notes)
+                estimates, notes = bound(method, mixture, stems, complete), ()
+            found[method] = _score(scoring, track, method, (stems, estimates), notes)
         return found
+
+
+def _accompanied(mixture: Tensor, stems: Tensor) -> Tensor:
+    """A single stem and the rest of the mixture; several stems as they are."""
+    return stems if len(stems) > 1 else torch.cat([stems, mixture - stems])
 
 
 def bound(method: str, mixture: Tensor, stems: Tensor, complete: bool) -> Tensor:
@@ -178,11 +186,8 @@ def bound(method: str, mixture: Tensor, stems: Tensor, complete: bool) -> Tensor
 def _score(
     scoring: Scoring, track: Track, method: str, waveforms: tuple, notes: tuple[str, ...]
 ) -> TrackScores:
-    mixture, stems, estimates = waveforms
-    names = tuple(scoring.parts)
-    if len(names) == 1:
-        names = (*names, ACCOMPANIMENT)
-        stems, estimates = (torch.cat([x, mixture - x]) for x in (stems, estimates))
+    stems, estimates = waveforms
+    names = (*scoring.parts, ACCOMPANIMENT)[: len(stems)]
     result = bss_eval(stems, estimates, scoring.window, scoring.hop, rate=track.rate)
     # One stem at a time: whole songs in float64 are large.
     pairs = [(stem[None], estimate[None]) for stem, estimate in zip(stems, estimates, strict=True)]
@@ -199,7 +204,7 @@ def _score(
         scoring.settings(method),
         scoring.digests(track, method),
         (*notes, *(_named(note, names) for note in result.notes)),
-        mixture.shape[-1] / track.rate,
+        stems.shape[-1] / track.rate,
     )
 
 
