@@ -179,6 +179,8 @@ def test_bounds_that_differ_are_refused_and_with_overwrite_made_anew(data, guess
         FolderEstimates(guesses, STEMS), data, tmp_path / "two", **settings, overwrite=True
     )
     assert report.scores["mixture"][0].seconds == 0.5
+    with pytest.raises(ValueError, match=r"Song 0.json is of other frames, stems or audio"):
+        load_report(tmp_path / "out")  # whose bounds were written over
 
 
 def test_a_folder_of_other_songs_or_files_is_refused(data, guesses, tmp_path):

@@ -112,14 +112,23 @@ class Folders:
         return scores_path(folder, self.split, track)
 
     def report(self, tracks: Iterable[str], bounds: Iterable[str]) -> Report:
-        """Read all of these."""
-        names = sorted(tracks)
-        return Report(
-            {
-                method: [read_scores(self.path(method, name)) for name in names]
-                for method in (ESTIMATES, *bounds)
-            }
-        )
+        """Read all of these.
+
+        Raises:
+            ValueError: a bound is of other frames, stems or files than the estimates.
+        """
+        scores = {
+            method: [read_scores(self.path(method, name)) for name in sorted(tracks)]
+            for method in (ESTIMATES, *bounds)
+        }
+        for method in bounds:
+            for own, other in zip(scores[ESTIMATES], scores[method], strict=True):
+                if not own.comparable(other):
+                    raise ValueError(
+                        f"{self.path(method, own.track)} is of other frames, stems or audio than "
+                        "the estimates; evaluate them again, with another bounds_dir"
+                    )
+        return Report(scores)
 
 
 def load_report(

@@ -66,6 +66,16 @@ class TrackScores:
             for stem, ratios in self.frames.items()
         }
 
+    def comparable(self, other: TrackScores) -> bool:
+        """Whether both are of the same frames of the same stems of the same audio."""
+        same = ("window", "hop", "seconds")
+        audio = self.files.keys() & other.files.keys()
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in same)
+            and self.frames.keys() == other.frames.keys()
+            and all(self.files[name] == other.files[name] for name in audio)
+        )
+
 
 def median_of(values: list[float]) -> float:
     """The median of those that are numbers.
