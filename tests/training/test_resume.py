@@ -22,7 +22,14 @@ OPTIONS = ["--norm=batch", "--dropout=0.2", "--accumulate=3", "--epochs=30", "--
 def start(folder, *options):
     command = [sys.executable, str(SCRIPT), str(folder), *OPTIONS, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
+    )
+
+
+def hear_ctrl_c():
+    """A shell starts what runs in its background deaf to Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_a_new_checkpoint(process, folder, known):
