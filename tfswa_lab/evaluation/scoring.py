@@ -25,7 +25,7 @@ from tfswa_lab.evaluation.bsseval import bss_eval
 from tfswa_lab.evaluation.estimates import Estimates
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.ratios import si_sdr, usdr
-from tfswa_lab.evaluation.store import TrackScores, frames_by_stem
+from tfswa_lab.evaluation.store import DECIMALS, TrackScores, frames_by_stem
 
 ESTIMATES = "estimates"  # beside "mixture", "irm" and "mwf", what can be scored
 ACCOMPANIMENT = "accompaniment"  # museval's name for all but the voice
@@ -192,7 +192,11 @@ def _score(
     # One stem at a time: whole songs in float64 are large.
     pairs = [(stem[None], estimate[None]) for stem, estimate in zip(stems, estimates, strict=True)]
     whole = {
-        name: {"uSDR": usdr(*pair).item(), "SI-SDR": si_sdr(*pair).item()}
+        # Rounded as museval rounds: the last bits depend on the number of threads.
+        name: {
+            "uSDR": round(usdr(*pair).item(), DECIMALS),
+            "SI-SDR": round(si_sdr(*pair).item(), DECIMALS),
+        }
         for name, pair in zip(names, pairs, strict=True)
     }
     return TrackScores(
