@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tfswa_lab.durable import parts_of
+
 SAMPLE_RATE = 44_100
 STEMS = ("vocals", "drums", "bass", "other")
 LARGEST_RATIO = 2_000  # of two rates, reduced; 48 000 : 44 100 is 160 : 147
@@ -94,16 +96,14 @@ def write(path: str | Path, waveform: Tensor, rate: int = SAMPLE_RATE) -> Path:
     if peak > 1.0:
         raise ValueError(f"{path}: peak {peak:.3f} would clip; scale the waveform below 1.0 first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        soundfile.write(part, to_int16(waveform).T.numpy(), rate, subtype="PCM_16")
+        with parts_of([path]) as (part,):
+            soundfile.write(part, to_int16(waveform).T.numpy(), rate, subtype="PCM_16")
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-        part.unlink(missing_ok=True)
         raise ValueError(
             f"{path} cannot be written as 16-bit audio at {rate} Hz ({error}); "
             "use a name that ends in .wav or .flac and a usual rate"
         ) from error
-    part.replace(path)
     return path
 
 

@@ -1,10 +1,13 @@
-"""Files that are there whole or not at all, whatever moment the machine dies at."""
+"""Files that are there whole or not at all, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def write_whole(files: Mapping[Path, Iterable[bytes | memoryview]]) -> None:
@@ -42,3 +45,43 @@ def _sync_folder(folder: Path) -> None:
 
 def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
+
+
+@contextmanager
+def parts_of(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Hidden names to write to; they get their own at the end, or are gone after an error.
+
+    Ctrl-C is such an error too.
+    """
+    parts = [path.with_name(f".{path.stem}.part{path.suffix}") for path in paths]
+    try:
+        yield parts
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path, doing: str) -> Iterator[None]:
+    """Be the only process that writes to a folder; the system lets go however the process ends.
+
+    Args:
+        folder: one that exists.
+        doing: what for, as in "another process is training in".
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"another process is {doing} in {folder}; let it end or choose another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -11,9 +11,10 @@ import soundfile
 import torch
 
 from tfswa_lab import audio
+from tfswa_lab.durable import parts_of
 from tfswa_lab.evaluation import stream
 from tfswa_lab.evaluation.separate import cut_segments, separate_stream, separate_track
-from tfswa_lab.evaluation.stream import parts_of, read_blocks, resample_blocks, write_blocks
+from tfswa_lab.evaluation.stream import read_blocks, resample_blocks, write_blocks
 from tfswa_lab.models.separator import build_separator
 
 MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}

@@ -26,7 +26,9 @@ Notebook: 08_evaluation
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import torch
@@ -76,17 +78,19 @@ class BSSEval:
         """`{"SDR": (n,), …}`: medians over the frames that have a value, as museval takes them."""
         named = {"SDR": self.sdr, "ISR": self.isr, "SIR": self.sir, "SAR": self.sar}
         return {
-            name: torch.stack([_nanmedian(frames) for frames in ratio])
+            name: ratio.new_tensor([median_of(frames) for frames in ratio.tolist()])
             for name, ratio in named.items()
         }
 
 
-def _nanmedian(values: Tensor) -> Tensor:
-    """Of those that are numbers, the mean of the middle two, as numpy has it."""
-    numbers = values[~values.isnan()].sort().values
-    if not len(numbers):
-        return values.new_tensor(torch.nan)
-    return (numbers[(len(numbers) - 1) // 2] + numbers[len(numbers) // 2]) / 2
+def median_of(values: list[float]) -> float:
+    """The median of those that are numbers, NaN if none is.
+
+    >>> median_of([1.0, math.nan, 4.0])
+    2.5
+    """
+    numbers = [value for value in values if not math.isnan(value)]
+    return median(numbers) if numbers else math.nan
 
 
 def bss_eval(

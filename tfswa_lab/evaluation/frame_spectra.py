@@ -46,10 +46,11 @@ class FrameSpectra:
         self.bins = self.n_fft // 2 + 1
         self.channels = len(self.signals[0])  # p
         group = max(1, SAMPLES_AT_ONCE // (2 * self.channels * self.n_fft))
-        shape = (2 * self.channels, group, self.n_fft)
-        self.cut = references.new_zeros(shape, dtype=torch.float64)
+        group = min(group, len(self.stretches))
         # Written to again and again: fresh memory would cost as much time as the transform.
-        self.transformed = torch.fft.rfft(self.cut)
+        shape = (2 * self.channels, group)
+        self.cut = references.new_zeros(*shape, self.n_fft, dtype=torch.float64)
+        self.transformed = references.new_empty(*shape, self.bins, dtype=torch.complex128)
         self.chunk = GROUPS * group
         self.kept = []
 
@@ -73,9 +74,8 @@ class FrameSpectra:
             for place, stretch in enumerate(some):
                 self._fill(self.cut[:, place], *stretch)
             torch.fft.rfft(self.cut, out=self.transformed)  # (r, m, f)
-            spectra[..., first : first + len(some)] = self.transformed[:, : len(some)].permute(
-                2, 0, 1
-            )
+            by_bin = self.transformed[:, : len(some)].permute(2, 0, 1)
+            spectra[..., first : first + len(some)] = by_bin
         return spectra
 
     def _fill(self, cut: Tensor, start: int, stop: int) -> None:

@@ -11,17 +11,17 @@ Notebook: 08_evaluation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from joblib import Parallel, delayed, effective_n_jobs
 
 from tfswa_lab.data.musdb import SPLITS, check_choice
 from tfswa_lab.data.tracks import Track, find_tracks
+from tfswa_lab.durable import held
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.scoring import ESTIMATES, Estimator, Scoring, score_track
 from tfswa_lab.evaluation.store import TrackScores, read_scores, scores_path, write_scores
@@ -79,7 +79,8 @@ def evaluate(
     tracks = find_tracks(data_root, split, scoring.sources)
     output_dir = Path(output_dir)
     folders = Folders(output_dir, Path(bounds_dir or output_dir / "bounds"), split)
-    with _only_writer(output_dir):
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with held(output_dir, "evaluating"):
         _refuse_others(output_dir / split, tracks)
         left = [(t, _missing(scoring, t, folders, bounds, overwrite)) for t in tracks]
         left = [(track, methods) for track, methods in left if methods]
@@ -172,24 +173,31 @@ def _missing(
     scoring: Scoring, track: Track, folders: Folders, bounds: Sequence[str], overwrite: bool
 ) -> list[str]:
     """What is left to score of a song: `estimates`, names of bounds, or nothing."""
-    return [
+    methods = (ESTIMATES, *bounds)
+    paths = {method: folders.path(method, track.name) for method in methods}
+    there = {
+        method: read_scores(path)
+        for method, path in paths.items()
+        if path.is_file() and not (overwrite and method == ESTIMATES)
+    }
+    digests = scoring.digests(track, tuple(there)) if there else {}
+    finished = [
         method
-        for method in (ESTIMATES, *bounds)
-        if not _is_finished(scoring, track, method, folders.path(method, track.name), overwrite)
+        for method, scores in there.items()
+        if _agrees(scores, scoring.settings(method), digests[method], paths[method], overwrite)
     ]
+    return [method for method in methods if method not in finished]
 
 
-def _is_finished(scoring: Scoring, track: Track, method: str, path: Path, overwrite: bool) -> bool:
-    if not path.is_file() or (overwrite and method == ESTIMATES):
-        return False
-    there = read_scores(path)
-    difference = _difference(there.settings, scoring.settings(method)) or _difference(
-        there.files, scoring.digests(track, method)
-    )
+def _agrees(
+    scores: TrackScores, settings: dict, digests: dict, path: Path, overwrite: bool
+) -> bool:
+    """Whether scores are of these settings and files; if not, they must be overwritten."""
+    difference = _difference(scores.settings, settings) or _difference(scores.files, digests)
     if difference and not overwrite:
         raise ValueError(
             f"{path} was scored otherwise: {difference}; choose another "
-            f"{'output' if method == ESTIMATES else 'bounds'} folder, or overwrite it"
+            f"{'bounds' if 'bound' in settings else 'output'} folder, or overwrite it"
         )
     return not difference
 
@@ -235,20 +243,3 @@ def _write(scores: dict[str, TrackScores], folders: Folders) -> None:
         with FileLock(folders.bounds / ".lock"):  # another evaluation may share them
             write_scores(bounds)
     write_scores({files[method]: scores[method] for method in scores if method == ESTIMATES})
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of it however the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(
-            f"another process is evaluating in {folder}; let it end or choose another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

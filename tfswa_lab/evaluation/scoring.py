@@ -104,14 +104,14 @@ class Scoring:
         }
         return json.loads(json.dumps(settings | own))
 
-    def digests(self, track: Track, method: str) -> dict[str, str]:
-        """SHA-256 of the files of a song that its scores depend on."""
+    def digests(self, track: Track, methods: Sequence[str]) -> dict[str, dict[str, str]]:
+        """SHA-256 of the files of a song that each method's scores depend on; each is read once."""
         files = {name: track.path / name for name in (f"{x}.wav" for x in self.sources)}
         if not track.path.is_dir():
             files = {track.path.name: track.path}
-        if method == ESTIMATES:
-            files |= self.estimator.files(track)
-        return {name: _digest(path) for name, path in files.items()}
+        song = _digests(files)
+        own = _digests(self.estimator.files(track)) if ESTIMATES in methods else {}
+        return {method: song | own if method == ESTIMATES else song for method in methods}
 
     def read(self, track: Track) -> tuple[Tensor, Tensor]:
         """Mixture `(2, s)` and stems `(n, 2, s)`."""
@@ -123,9 +123,12 @@ class Scoring:
         return waveforms["mixture"].to(self.device), torch.stack(stems).to(self.device)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(files: Mapping[str, Path]) -> dict[str, str]:
+    found = {}
+    for name, path in files.items():
+        with path.open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def score_track(
@@ -152,6 +155,7 @@ def score_track(
         mixture, stems = scoring.read(track)
         stems = _accompanied(mixture, stems)
         complete = len(scoring.parts) == 1 or "other" in scoring.parts
+        digests = scoring.digests(track, methods)
         found = {}
         for method in methods:
             if method == ESTIMATES:
@@ -159,7 +163,9 @@ def score_track(
                 estimates = _accompanied(mixture, estimates)
             else:
                 estimates, notes = bound(method, mixture, stems, complete), ()
-            found[method] = _score(scoring, track, method, (stems, estimates), notes)
+            found[method] = _score(
+                scoring, track, method, (stems, estimates), digests[method], notes
+            )
         return found
 
 
@@ -184,7 +190,12 @@ def bound(method: str, mixture: Tensor, stems: Tensor, complete: bool) -> Tensor
 
 
 def _score(
-    scoring: Scoring, track: Track, method: str, waveforms: tuple, notes: tuple[str, ...]
+    scoring: Scoring,
+    track: Track,
+    method: str,
+    waveforms: tuple[Tensor, Tensor],
+    digests: dict[str, str],
+    notes: tuple[str, ...],
 ) -> TrackScores:
     stems, estimates = waveforms
     names = (*scoring.parts, ACCOMPANIMENT)[: len(stems)]
@@ -206,7 +217,7 @@ def _score(
         scoring.window,
         scoring.hop,
         scoring.settings(method),
-        scoring.digests(track, method),
+        digests,
         (*notes, *(_named(note, names) for note in result.notes)),
         stems.shape[-1] / track.rate,
     )

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tfswa_lab import audio
+from tfswa_lab.durable import parts_of
 from tfswa_lab.evaluation.separate import separate_stream
-from tfswa_lab.evaluation.stream import parts_of, read_blocks, resample_blocks, write_blocks
+from tfswa_lab.evaluation.stream import read_blocks, resample_blocks, write_blocks
 from tfswa_lab.models.separator import Separator
 
 

@@ -16,12 +16,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from torch import Tensor
 
 from tfswa_lab.durable import write_whole
-from tfswa_lab.evaluation.bsseval import BSSEval
+from tfswa_lab.evaluation.bsseval import BSSEval, median_of
 
 RATIOS = ("SDR", "ISR", "SIR", "SAR")
 OURS = "tfswa_lab"  # the key
@@ -75,16 +74,6 @@ class TrackScores:
             and self.frames.keys() == other.frames.keys()
             and all(self.files[name] == other.files[name] for name in audio)
         )
-
-
-def median_of(values: list[float]) -> float:
-    """The median of those that are numbers.
-
-    >>> median_of([1.0, math.nan, 4.0])
-    2.5
-    """
-    numbers = [value for value in values if not math.isnan(value)]
-    return median(numbers) if numbers else math.nan
 
 
 def frames_by_stem(result: BSSEval, stems: tuple[str, ...]) -> dict[str, dict[str, list[float]]]:

@@ -149,21 +149,3 @@ def _wav_file(
         raise OSError(
             f"{path} cannot be written ({error}); is the disk full, or the folder read-only?"
         ) from error
-
-
-@contextmanager
-def parts_of(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Hidden names to write to; they get their own at the end, or are gone after an error.
-
-    Ctrl-C is such an error too.
-
-    Notebook: 08_evaluation
-    """
-    parts = [path.with_name(f".{path.stem}.part{path.suffix}") for path in paths]
-    try:
-        yield parts
-        for part, path in zip(parts, paths, strict=True):
-            part.replace(path)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)

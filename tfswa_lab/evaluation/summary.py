@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tfswa_lab.evaluation.store import RATIOS, Ratios, TrackScores, median_of
+from tfswa_lab.evaluation.bsseval import median_of
+from tfswa_lab.evaluation.store import RATIOS, Ratios, TrackScores
 
 PERFECT = 100  # dB; there is no error but that of rounding
 # What is scored: its name in tables.

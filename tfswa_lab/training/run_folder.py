@@ -6,14 +6,14 @@ Notebook: 07_training
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from lightning_fabric import Fabric
 
+from tfswa_lab.durable import held
 from tfswa_lab.training.checkpoint import list_checkpoints
-from tfswa_lab.training.launch import any_process
+from tfswa_lab.training.launch import gathered
 
 BEST = "best"  # the best average so far, for `load_separator`
 
@@ -79,17 +79,14 @@ def only_writer(folder: Path | None, fabric: Fabric) -> Iterator[None]:
     if folder is None:
         yield
         return
-    lock, taken = FileLock(folder / ".lock", timeout=0), False
-    if fabric.is_global_zero:
-        try:
-            lock.acquire()
-        except Timeout:
-            taken = True
-    if any_process(fabric, taken)[0]:
-        raise FileExistsError(
-            f"another process is training in {folder}; let it end or choose another folder"
-        )
-    try:
+    with ExitStack() as stack:
+        refusal = ""
+        if fabric.is_global_zero:
+            try:
+                stack.enter_context(held(folder, "training"))
+            except FileExistsError as error:
+                refusal = str(error)
+        refusal = gathered(fabric, refusal)[0]
+        if refusal:
+            raise FileExistsError(refusal)
         yield
-    finally:
-        lock.release()
