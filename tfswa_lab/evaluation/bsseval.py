@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.evaluation.block_toeplitz import solve
+from tfswa_lab.evaluation.energies import energies, energies_of_long
 from tfswa_lab.evaluation.frame_spectra import FrameSpectra, correlations_across
 from tfswa_lab.evaluation.frames import (
     Stretch,
@@ -44,10 +45,11 @@ from tfswa_lab.evaluation.frames import (
     frames_in_seconds,
     silent_frames,
 )
+from tfswa_lab.evaluation.threads import compute_threads
 
 MODES = ("v4", "v3")
 TILE = 44_100  # samples, for the correlations of a track that its frames do not tile
-BINS_AT_ONCE = 128  # of a chunk of frames: what a core's cache holds
+LONGEST = 8 * TILE  # samples of a frame that is transformed in one piece
 
 
 @dataclass(frozen=True)
@@ -187,64 +189,38 @@ def energies_of_track(
     if len(tiles) > 1:
         borders = [start for start, _ in tiles[1:]]
         correlations += correlations_across(references, estimates, borders, taps)
-    of_all, of_own, loading = _filters(correlations, *references.shape[:2])
+    *filters, loading = _filters(correlations, *references.shape[:2])
+    if frames[0][1] > LONGEST:
+        del spectra
+        long = [energies_of_long(references, estimates, frame, filters) for frame in frames]
+        return torch.cat(long, -1), loading
     if tiles[: len(frames)] != frames:
         spectra = FrameSpectra(references, estimates, frames, taps)
-    return _energies(spectra, of_all, of_own)[..., : len(frames)], loading
+    return energies(spectra, filters, len(references))[..., : len(frames)], loading
 
 
 def _tiles(samples: int, frame: int, taps: int) -> list[Stretch]:
     """Stretches side by side, frames if possible: then these need not be transformed again."""
-    step = frame if taps <= frame <= 8 * TILE else max(TILE, taps)
+    step = frame if taps <= frame <= LONGEST else max(TILE, taps)
     return [(start, min(start + step, samples)) for start in range(0, samples, step)]
 
 
 def _filters(correlations: Tensor, stems: int, channels: int) -> tuple[Tensor, Tensor, float]:
-    """Filters to the errors from all references `(l, p, p)` and the own ones `(n, l, c, c)`."""
-    every = stems * channels
-    blocks, sides = correlations[:, :every].mT[None], correlations[:, every:].mT[None]
-    of_all, loading = solve(blocks, sides)
-    own_blocks, own_sides = (
-        x[0].unflatten(2, (stems, channels)).unflatten(1, (stems, channels)).diagonal(0, 1, 3)
-        for x in (blocks, sides)
-    )  # (l, c, c, n)
-    of_own, own_loadings = solve(own_blocks.permute(3, 0, 1, 2), own_sides.permute(3, 0, 1, 2))
-    return of_all[0], of_own, max(loading.item(), own_loadings.max().item())
+    """Filters `(l, p, p)` to the errors from all references and from the own ones, and loading."""
+    blocks, sides = correlations[None].chunk(2, -1)
+    own_blocks, own_sides = (_own(x[0], stems, channels) for x in (blocks, sides))
+    with compute_threads(1):  # steps are so small that threads would wait for each other
+        of_all, loading = solve(blocks, sides)
+        of_own, own_loadings = solve(own_blocks.movedim(-1, 0), own_sides.movedim(-1, 0))
+    apart = torch.zeros_like(of_all[0])
+    _own(apart, stems, channels).copy_(of_own.movedim(0, -1))
+    return of_all[0], apart, max(loading.item(), own_loadings.max().item())
 
 
-def _energies(spectra: FrameSpectra, of_all: Tensor, of_own: Tensor) -> Tensor:
-    """Sums of squares `(7, n, m)` over bins, of what `_parts` makes."""
-    stems, _, channels, _ = of_own.shape
-    # A column of a filter matrix makes one channel, hence the transposes.
-    all_gains = torch.fft.rfft(of_all, n=spectra.n_fft, dim=0).mT.contiguous()  # (f, p, p)
-    own_gains = torch.fft.rfft(of_own, n=spectra.n_fft, dim=1).transpose(0, 1).mT.contiguous()
-    weights = of_all.new_full((spectra.bins,), 2.0 / spectra.n_fft)  # a bin stands for two
-    weights[[0, -1]] /= 2  # but the outermost
-    found = []
-    for chunk in spectra:
-        energies = 0.0
-        for first in range(0, spectra.bins, BINS_AT_ONCE):
-            some = slice(first, first + BINS_AT_ONCE)
-            parts = _parts(chunk[some], all_gains[some], own_gains[some])
-            real = torch.view_as_real(parts).flatten(2)  # (7, f, p · m · 2)
-            energies = energies + weights[some] @ real.square_()
-        found.append(energies.view(7, stems, channels, -1, 2).sum((2, 4)))
-    return torch.cat(found, -1)
-
-
-def _parts(chunk: Tensor, all_gains: Tensor, own_gains: Tensor) -> Tensor:
-    """Spectra `(7, f, p, m)` in the order of `energies_of_track`, of some bins."""
-    s, error = chunk.chunk(2, 1)
-    parts = chunk.new_empty(7, *s.shape)
-    own = (1, own_gains.shape[1:3])  # (n, c)
-    torch.matmul(own_gains, s.unflatten(*own), out=parts[2].unflatten(*own))
-    explained = torch.matmul(all_gains, s, out=parts[6])
-    torch.sub(explained, parts[2], out=parts[3])
-    torch.sub(error, explained, out=parts[4])
-    torch.add(s, parts[2], out=parts[5])
-    explained += s
-    parts[0], parts[1] = s, error
-    return parts
+def _own(matrices: Tensor, stems: int, channels: int) -> Tensor:
+    """The blocks `(l, c, c, n)` of `(l, p, p)` in which a stem meets itself."""
+    apart = matrices.unflatten(2, (stems, channels)).unflatten(1, (stems, channels))
+    return apart.diagonal(0, 1, 3)
 
 
 def _ratios(energies: Tensor) -> Tensor:

@@ -12,20 +12,24 @@ Notebook: 08_evaluation
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tfswa_lab.evaluation.frames import Stretch
+from tfswa_lab.evaluation.threads import side_by_side
 
 SAMPLES_AT_ONCE = 3_000_000  # of all channels: what is transformed while it is in the cache
-GROUPS = 5  # of these make a chunk: products of matrices want more columns than that
+CHUNK = 20  # stretches: products of matrices want some, but a copy of what is kept is no use
 KEEP_BYTES = 2**30  # of spectra that are needed twice; what is beyond is transformed twice
 
 
 class FrameSpectra:
-    """Spectra `(f, r, m)` of stretches, a chunk of them at a time.
+    """A sequence of spectra `(f, m, r)`, each of a chunk of stretches.
+
+    In memory, stretches come before bins: that is how spectra are turned fastest, and products of
+    matrices, bin by bin, take it as it is.
 
     Args:
         references: `(n, c, s)`, any real type.
@@ -40,43 +44,33 @@ class FrameSpectra:
         self, references: Tensor, estimates: Tensor, stretches: Sequence[Stretch], taps: int
     ):
         self.signals = references.flatten(0, 1), estimates.flatten(0, 1)
-        self.stretches = list(stretches)
-        longest = max(stop - start for start, stop in self.stretches)
+        self.chunks = [stretches[k : k + CHUNK] for k in range(0, len(stretches), CHUNK)]
+        longest = max(stop - start for start, stop in stretches)
         self.n_fft = fast_even_length(longest + taps - 1)
         self.bins = self.n_fft // 2 + 1
         self.channels = len(self.signals[0])  # p
+        self.kept = {}
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, number: int) -> Tensor:
+        """What was kept of it, or made anew."""
+        if number in self.kept:
+            return self.kept[number]
+        stretches = self.chunks[number]  # IndexError ends a loop
+        shape = (len(stretches), self.bins, 2 * self.channels)
+        spectra = self.signals[0].new_empty(shape, dtype=torch.complex128)
         group = max(1, SAMPLES_AT_ONCE // (2 * self.channels * self.n_fft))
-        group = min(group, len(self.stretches))
-        # Written to again and again: fresh memory would cost as much time as the transform.
-        shape = (2 * self.channels, group)
-        self.cut = references.new_zeros(*shape, self.n_fft, dtype=torch.float64)
-        self.transformed = references.new_empty(*shape, self.bins, dtype=torch.complex128)
-        self.chunk = GROUPS * group
-        self.kept = []
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Chunks in order; as many as there is room for are kept for the next time."""
-        for number, first in enumerate(range(0, len(self.stretches), self.chunk)):
-            if number < len(self.kept):
-                yield self.kept[number]
-                continue
-            chunk = self._transform(self.stretches[first : first + self.chunk])
-            if (number + 1) * chunk.nbytes <= KEEP_BYTES:
-                self.kept.append(chunk)
-            yield chunk
-
-    def _transform(self, stretches: list[Stretch]) -> Tensor:
-        shape = (self.bins, 2 * self.channels, len(stretches))
-        spectra = self.cut.new_empty(shape, dtype=torch.complex128)
-        group = self.cut.shape[1]
+        shape = (2 * self.channels, min(group, len(stretches)), self.n_fft)
+        cut = self.signals[0].new_empty(shape, dtype=torch.float64)
         for first in range(0, len(stretches), group):
             some = stretches[first : first + group]
             for place, stretch in enumerate(some):
-                self._fill(self.cut[:, place], *stretch)
-            torch.fft.rfft(self.cut, out=self.transformed)  # (r, m, f)
-            by_bin = self.transformed[:, : len(some)].permute(2, 0, 1)
-            spectra[..., first : first + len(some)] = by_bin
-        return spectra
+                self._fill(cut[:, place], *stretch)
+            transformed = torch.fft.rfft(cut[:, : len(some)])  # (r, m, f)
+            spectra[first : first + len(some)] = transformed.permute(1, 2, 0)
+        return spectra.transpose(0, 1)
 
     def _fill(self, cut: Tensor, start: int, stop: int) -> None:
         """Samples `(r, s)` of a stretch, and silence."""
@@ -87,12 +81,45 @@ class FrameSpectra:
         cut[:, stop - start :] = 0
 
     def correlations(self, lags: int) -> Tensor:
-        """Σ x_k[t] y_j[t + m] within the stretches: `(l, r, p)`, by m, j and k."""
-        shape = (self.bins, 2 * self.channels, self.channels)
-        total = self.cut.new_zeros(shape, dtype=torch.complex128)
-        for spectra in self:
-            torch.baddbmm(total, spectra, spectra[:, : self.channels].mH, out=total)
-        return torch.fft.irfft(total, n=self.n_fft, dim=0)[:lags]
+        """Σ x_k[t] y_j[t + m] within the stretches: `(l, p, r)`, by m, k and j.
+
+        As many spectra as there is room for are kept for the next time.
+        """
+        products = self._no_products()
+        for number, spectra in enumerate(side_by_side(self.__getitem__, range(len(self)))):
+            _add_products(products, spectra[..., : self.channels], spectra)
+            if (number + 1) * spectra.nbytes <= KEEP_BYTES:
+                self.kept[number] = spectra
+        return _by_lag(products, self.n_fft)[:lags]
+
+    def correlations_across(self) -> Tensor:
+        """The same at all lags, of the first half of the stretches with the second half."""
+        chunks = side_by_side(self.__getitem__, range(len(self)))
+        first, second = torch.cat(list(chunks), 1).chunk(2, 1)
+        products = self._no_products()
+        _add_products(products, first[..., : self.channels], second)
+        return _by_lag(products, self.n_fft)
+
+    def _no_products(self) -> Tensor:
+        shape = (self.bins, 2 * self.channels, 4 * self.channels)
+        return self.signals[0].new_zeros(shape, dtype=torch.float64)
+
+
+def _add_products(products: Tensor, first: Tensor, second: Tensor) -> None:
+    """Σ over stretches, of real and imaginary parts with one another: `(f, 2p, 2r)`.
+
+    Real matrices, because torch would copy complex ones to conjugate them.
+    """
+    first, second = (torch.view_as_real(x).flatten(-2) for x in (first, second))
+    torch.baddbmm(products, first.mT, second, out=products)
+
+
+def _by_lag(products: Tensor, n_fft: int) -> Tensor:
+    """Correlations `(l, p, r)` at all lags from products `(f, 2p, 2r)`."""
+    products = products.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (f, p, 2, r, 2)
+    real = products[:, :, 0, :, 0] + products[:, :, 1, :, 1]
+    imaginary = products[:, :, 0, :, 1] - products[:, :, 1, :, 0]
+    return torch.fft.irfft(torch.complex(real, imaginary), n=n_fft, dim=0)
 
 
 def correlations_across(
@@ -107,7 +134,7 @@ def correlations_across(
         lags: how many, from 0 on.
 
     Returns:
-        `(l, r, p)`, by m, j and k; what the correlations within the tiles lack.
+        `(l, p, r)`, by m, k and j: what the correlations within the tiles lack.
 
     Notebook: 08_evaluation
     """
@@ -115,10 +142,8 @@ def correlations_across(
     before = [(border - reach, border) for border in borders]
     behind = [(border, min(border + reach, end)) for border in borders]
     both = FrameSpectra(references, estimates, before + behind, lags)
-    first, second = torch.cat(list(both), -1).chunk(2, -1)
-    cross = torch.fft.irfft(second @ first[:, : both.channels].mH, n=both.n_fft, dim=0)
     # Two samples at the same place of both stretches lie `reach` apart.
-    return cross[(torch.arange(lags) - reach) % both.n_fft]
+    return both.correlations_across()[(torch.arange(lags) - reach) % both.n_fft]
 
 
 def fast_even_length(least: int) -> int:
