@@ -11,14 +11,10 @@ Then the solver alone, beside Cholesky's method on the whole matrix.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import time
 
+import apart
 import numpy as np
 import torch
 from record import record
@@ -47,21 +43,16 @@ def stems(seconds: float) -> tuple[np.ndarray, np.ndarray]:
     return references, estimates
 
 
-def peak_gib() -> float:
-    """Most memory that this process has held so far."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-
-
 def time_ours(seconds: float, device: str) -> dict:
     """Cold and warm seconds, and peak memory of the process with its input."""
     pair = [torch.from_numpy(x).to(device) for x in stems(seconds)]
-    before, spent = peak_gib(), []
+    before, spent = apart.peak_gib(), []
     for _ in range(1 + WARM):
         began = time.perf_counter()
         bss_eval(*pair).sdr.cpu()  # waits for a card
         spent.append(time.perf_counter() - began)
     row = {"cold_s": round(spent[0], 2), "warm_s": round(statistics.median(spent[1:]), 3)}
-    row |= {"peak_gib": peak_gib(), "input_gib": before}
+    row |= {"peak_gib": apart.peak_gib(), "input_gib": before}
     if device == "cuda":
         row["card_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return row
@@ -106,28 +97,22 @@ def time_museval(seconds: float) -> dict:
     import museval
 
     references, estimates = stems(seconds)
-    before, began = peak_gib(), time.perf_counter()
+    before, began = apart.peak_gib(), time.perf_counter()
     theirs = museval.metrics.bss_eval(
         references.swapaxes(1, 2), estimates.swapaxes(1, 2), window=RATE, hop=RATE
     )[:4]
-    row = {"s": round(time.perf_counter() - began, 2), "peak_gib": peak_gib(), "input_gib": before}
+    row = {
+        "s": round(time.perf_counter() - began, 2),
+        "peak_gib": apart.peak_gib(),
+        "input_gib": before,
+    }
     ours = bss_eval(references, estimates)
     pairs = zip((ours.sdr, ours.isr, ours.sir, ours.sar), theirs, strict=True)
     return row | {"difference_db": max(float(abs(a.numpy() - b).max()) for a, b in pairs)}
 
 
-def in_a_process(threads: int, **job) -> dict:
-    """One measurement with so many threads."""
-    command = [sys.executable, __file__, "--one", json.dumps(job)]
-    numbers = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    done = subprocess.run(
-        command, env=os.environ | numbers, check=True, capture_output=True, text=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure(what: str, seconds: float = 0.0, device: str = "cpu") -> dict:
-    """What `in_a_process` asks for."""
+    """One measurement, in a process of its own."""
     if what == "solver":
         return time_solver()
     return time_museval(seconds) if what == "museval" else time_ours(seconds, device)
@@ -135,9 +120,9 @@ def measure(what: str, seconds: float = 0.0, device: str = "cpu") -> dict:
 
 def compare(seconds: float, threads: list[int], device: str) -> dict:
     """museval once, and ours with each number of threads."""
-    peer = in_a_process(max(threads), what="museval", seconds=seconds)
+    peer = apart.run(__file__, max(threads), what="museval", seconds=seconds)
     rows = {
-        str(number): in_a_process(number, what="ours", seconds=seconds, device=device)
+        str(number): apart.run(__file__, number, what="ours", seconds=seconds, device=device)
         for number in threads
     }
     for row in rows.values():
@@ -152,13 +137,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, nargs="+", default=[180.0, 240.0])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.one:
-        return print(json.dumps(measure(**asked.one)))
     device = pick_device(asked.device).type
     result = {f"{each:g} s": compare(each, asked.threads, device) for each in asked.seconds}
-    solver = {str(number): in_a_process(number, what="solver") for number in asked.threads}
+    solver = {str(number): apart.run(__file__, number, what="solver") for number in asked.threads}
     record("bsseval" if device == "cpu" else "bsseval-gpu", {"songs": result, "solver": solver})
     print("| song | threads | cold | warm | peak | museval | peak | ratio warm | cold |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -176,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    apart.start(main, measure)

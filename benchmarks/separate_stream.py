@@ -10,14 +10,11 @@ same songs in memory, with `separate_track`, are the peer; both take the same se
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import apart
 import numpy as np
 import soundfile
 import torch
@@ -54,9 +51,9 @@ def in_memory(separator, song: Path, out: Path, batch_size: int) -> None:
         audio.write(out / f"{stem}.wav", gain * estimate, rate)
 
 
-def separate(song: Path, way: str, device: str, batch_size: int) -> dict:
+def separate(song: str, way: str, device: str, batch_size: int) -> dict:
     """Seconds, and the most memory that this process ever took."""
-    separator = load_separator(BAND).to(device)
+    song, separator = Path(song), load_separator(BAND).to(device)
     with tempfile.TemporaryDirectory(dir=song.parent) as out:
         began = time.perf_counter()
         if way == "streamed":
@@ -64,8 +61,7 @@ def separate(song: Path, way: str, device: str, batch_size: int) -> dict:
         else:
             in_memory(separator, song, Path(out), batch_size)
         seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak_rss_gib": peak / 2**30}
+    return {"seconds": seconds, "peak_rss_gib": apart.peak_gib()}
 
 
 def measure(minutes: float, way: str, device: str, batch_size: int) -> dict:
@@ -73,12 +69,11 @@ def measure(minutes: float, way: str, device: str, batch_size: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         song = Path(folder) / "song.wav"
         write_song(song, minutes)
-        command = [sys.executable, __file__, "--one", str(song), way, device, str(batch_size)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    result = json.loads(done.stdout.splitlines()[-1])
+        job = {"way": way, "device": device, "batch_size": batch_size}
+        result = apart.run(__file__, song=str(song), **job)
     return {
         "real_time_factor": round(result["seconds"] / (60 * minutes), 4),
-        "peak_rss_gib": round(result["peak_rss_gib"], 2),
+        "peak_rss_gib": result["peak_rss_gib"],
     }
 
 
@@ -88,11 +83,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 10, 30])
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.one:
-        song, way, device, batch_size = asked.one
-        return print(json.dumps(separate(Path(song), way, device, int(batch_size))))
     device = pick_device(asked.device).type
     rows = {
         f"{minutes:g} min": {
@@ -113,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    apart.start(main, separate)

@@ -12,20 +12,18 @@ the wait for the workers; "other" is augmentation, the copy to the card, clippin
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
+import apart
 import torch
 from record import record
 from torch import Tensor
 
 from tfswa_lab.device import pick_device
+from tfswa_lab.evaluation.ratios import usdr
 from tfswa_lab.evaluation.separate import separate_track
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.training.presets import PRESETS, TINY, Preset
@@ -35,11 +33,6 @@ from tfswa_lab.training.trainer import Trainer
 GPU = True
 WARM_UP = 6  # steps that empty what the two workers read ahead while torch set itself up
 STEPS = 24  # timed
-
-
-def sdr(target: Tensor, estimate: Tensor) -> float:
-    """One ratio for a whole song, in dB."""
-    return (10 * (target.square().sum() / (target - estimate).square().sum()).log10()).item()
 
 
 def best_gain(target: Tensor, mixture: Tensor) -> Tensor:
@@ -62,12 +55,13 @@ def score_voice(separator: Separator, preset: Preset) -> dict[str, float]:
     for song in songs:
         mixture, stems = song["mixture"], song["stems"]
         estimate = separate_track(separator, mixture, segment)[0].cpu()
-        scores["floor: the mixture"].append(sdr(stems[0], mixture))
-        scores["the mixture, one gain"].append(sdr(stems[0], best_gain(stems[0], mixture)))
-        scores["tiny preset"].append(sdr(stems[0], estimate))
-        scores["ceiling: ideal ratio mask"].append(
-            sdr(stems[0], ideal_ratio_mask(separator, stems))
-        )
+        for name, voice in {
+            "floor: the mixture": mixture,
+            "the mixture, one gain": best_gain(stems[0], mixture),
+            "tiny preset": estimate,
+            "ceiling: ideal ratio mask": ideal_ratio_mask(separator, stems),
+        }.items():
+            scores[name].append(usdr(stems[:1], voice[None]).item())
     return {name: round(sum(values) / len(values), 2) for name, values in scores.items()}
 
 
@@ -105,8 +99,9 @@ def timed(call: Callable, spent: dict[str, float], name: str, device: torch.devi
     return measured
 
 
-def throughput(preset: Preset) -> dict:
+def throughput(preset: str, **changes) -> dict:
     """Seconds of audio per second, the share of each part, and peak memory, of some steps."""
+    preset = replace(PRESETS[preset], **changes)
     steps = WARM_UP + STEPS
     trainer = build_trainer(replace(preset, max_epochs=None, max_steps=steps), None)
     device, batches = trainer.fabric.device, iter(trainer.loader.epoch(0, 0))
@@ -125,7 +120,7 @@ def throughput(preset: Preset) -> dict:
         "seconds_per_step": round(seconds / STEPS, 4),
         "batch_size": preset.batch_size,
         "segment_seconds": preset.segment_seconds,
-        "peak_gib": round(peak_bytes(device) / 2**30, 2),
+        "peak_gib": peak_gib(device),
         "share": shares | {"other": round(1 - sum(shares.values()), 4)},
     }
 
@@ -143,11 +138,11 @@ def watched(trainer: Trainer) -> dict[str, float]:
     return spent
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_gib(device: torch.device) -> float:
     """Most that tensors took on a card, or that the process took of the memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return apart.peak_gib()
 
 
 def configurations(device: str) -> dict[str, dict]:
@@ -172,25 +167,14 @@ def configurations(device: str) -> dict[str, dict]:
     }
 
 
-def measure(changes: dict) -> dict:
-    """Run `throughput` in a process of its own."""
-    command = [sys.executable, __file__, "--one", json.dumps(changes)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     """Measure, record, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        name = asked.one.pop("preset")
-        return print(json.dumps(throughput(replace(PRESETS[name], **asked.one))))
-    device = pick_device(asked.device).type
+    device = pick_device(parser.parse_args().device).type
     tiny = train_tiny(device)
-    speeds = {name: measure(each) for name, each in configurations(device).items()}
+    jobs = configurations(device)
+    speeds = {name: apart.run(__file__, **job) for name, job in jobs.items()}
     record(
         "training" if device == "cpu" else "training-gpu",
         {"tiny": tiny, "throughput": speeds, "threads": torch.get_num_threads()},
@@ -205,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    apart.start(main, throughput)

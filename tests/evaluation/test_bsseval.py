@@ -385,3 +385,12 @@ def test_frames_of_seconds_are_whole_samples_where_they_are_meant_to_be(hundredt
 def test_the_last_frame_is_whole():
     assert len(frames_of(44_100 * 3 + 44_099, 44_100, 44_100)) == 3
     assert frames_of(100, 200, 200) == [(0, 100)]
+
+
+def test_taps_of_any_whole_type_and_notes_of_what_is_too_short():
+    references, estimates = noise(2, 2, 300)
+    result = bss_eval(references, estimates, math.inf, math.inf, np.int64(128), rate=1)
+    assert any("too short to determine 4 filters of 128 taps" in note for note in result.notes)
+    references[1] = references[1, :1]  # a mono stem
+    result = bss_eval(references, estimates, math.inf, math.inf, np.int64(16), rate=1)
+    assert any("repeat one another" in note for note in result.notes)

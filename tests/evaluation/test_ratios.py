@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torchmetrics.functional.audio import (
@@ -9,7 +10,7 @@ from torchmetrics.functional.audio import (
     signal_noise_ratio,
 )
 
-from tfswa_lab.evaluation.ratios import sdr, si_sdr, usdr
+from tfswa_lab.evaluation.ratios import SAMPLES_AT_ONCE, sdr, si_sdr, usdr
 
 
 @pytest.fixture
@@ -53,10 +54,17 @@ def test_silence_has_no_ratio_and_perfection_an_infinite_one(pair):
     assert si_sdr(references, estimates).isnan().tolist() == [True, True, False]
 
 
-def test_whole_numbers_from_files_are_taken(pair):
-    references, estimates = ((5000 * x).round() for x in pair)
-    from_integers = usdr(references.short(), estimates.short())
-    torch.testing.assert_close(from_integers, usdr(references, estimates))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_blocks_do_not_show(dtype, more):
+    draw = np.random.default_rng(0)
+    s, noise = draw.standard_normal((2, 3, 2, 2 * SAMPLES_AT_ONCE + more))
+    s, x = s.astype(dtype), (0.5 * s + 1e-5 * noise).astype(dtype)
+    r, e = (y.astype(np.longdouble).reshape(3, -1) for y in (s, x))
+    r_scaled = ((r * e).sum(1) / (r * r).sum(1))[:, None] * r
+    for ratio, target in ((usdr, r), (si_sdr, r_scaled)):
+        expected = 10 * np.log10((target**2).sum(1) / ((e - target) ** 2).sum(1))
+        np.testing.assert_allclose(ratio(s, x), expected.astype(float), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("ratio", [sdr, usdr, si_sdr])

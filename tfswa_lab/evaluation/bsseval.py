@@ -41,6 +41,7 @@ from tfswa_lab.evaluation.frames import (
     Stretch,
     audible,
     checked_pair,
+    checked_taps,
     chosen,
     frames_in_seconds,
     silent_frames,
@@ -108,7 +109,8 @@ def bss_eval(
 
     The last frame must be whole: what is left behind it takes part in the filters only. A frame in
     which the channels of any reference or estimate cancel at every sample is NaN for all stems. A
-    stem that is silent from beginning to end is NaN itself and left out of everything else.
+    stem that is silent from beginning to end is NaN itself and left out of everything else; one
+    whose channels cancel throughout is NaN as well, but it still interferes.
 
     Args:
         references: the true stems `(n, c, s)`, or `(n, s)` for mono, on any device.
@@ -120,8 +122,8 @@ def bss_eval(
         rate: samples per second.
 
     Raises:
-        ValueError: the shapes differ or are not of this form, samples are not finite, or a number
-            makes no sense.
+        ValueError: the shapes differ or are not of this form, samples are not finite floats, or a
+            number makes no sense.
 
     Notebook: 08_evaluation
 
@@ -132,24 +134,19 @@ def bss_eval(
     """
     references, estimates = checked_pair(references, estimates)
     frames = frames_in_seconds(references.shape[-1], window, hop, rate)
-    _check_method(filter_length, mode)
+    taps = checked_taps(filter_length)
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: choose v4 (filters of the track) or v3 (of each frame)")
     ratios = references.new_full((4, len(references), len(frames)), torch.nan, dtype=torch.float64)
     sounding, scored, notes = audible(references, estimates)
     if scored:
         pair = chosen(references, sounding), chosen(estimates, sounding)
-        energies, loading = _decompose(*pair, frames, filter_length, mode)
+        energies, loading = _decompose(*pair, frames, taps, mode)
         silent = silent_frames(chosen(references, scored), chosen(estimates, scored), frames)
         ratios[:, sounding] = _ratios(energies).masked_fill(silent, torch.nan)
-        notes += _note_of_loading(loading)
+        notes += _note_of_loading(loading, *pair[0].shape, taps)
     ratios[:, [stem for stem in range(len(references)) if stem not in scored]] = torch.nan
     return BSSEval(*ratios, window, hop, notes)
-
-
-def _check_method(filter_length: int, mode: str) -> None:
-    if not (isinstance(filter_length, int) and filter_length >= 1):
-        raise ValueError(f"filter_length={filter_length!r}: a whole number of taps, 1 or more")
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: choose v4 (filters of the track) or v3 (of each frame)")
 
 
 def _decompose(
@@ -238,10 +235,13 @@ def decibels(signal: Tensor, noise: Tensor) -> Tensor:
     return (10 * (signal / noise).log10()).masked_fill(noise == 0, torch.inf)
 
 
-def _note_of_loading(loading: float) -> tuple[str, ...]:
+def _note_of_loading(
+    loading: float, stems: int, channels: int, samples: int, taps: int
+) -> tuple[str, ...]:
     if not loading:
         return ()
-    return (
-        "the channels of the references repeat one another (a mono stem?): "
-        f"solved with {loading:.0e} of their power added",
-    )
+    if samples + taps - 1 < stems * channels * taps:  # fewer equations than unknowns
+        reason = f"too short to determine {stems * channels} filters of {taps} taps"
+    else:
+        reason = "the channels of the references repeat one another (a mono stem?)"
+    return (f"{reason}: solved with {loading:.0e} of their power added",)

@@ -1,5 +1,8 @@
 """GNSDR, GSIR and GSAR: what papers report for clips of singing, such as those of MIR-1K.
 
+A clip without a score, NaN, leaves its source without a mean: which clips are left out is for those
+to decide who report the mean.
+
 Axis letters: `n` sources, `s` samples.
 
 Notebook: 08_evaluation
@@ -7,6 +10,7 @@ Notebook: 08_evaluation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.evaluation.bsseval import decibels, energies_of_track
-from tfswa_lab.evaluation.frames import checked_pair
+from tfswa_lab.evaluation.frames import checked_pair, checked_taps
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ def bss_eval_mono(
         rate: samples per second.
 
     Raises:
-        ValueError: the shapes differ or are not of this form, samples are not finite, or a source
-            is silent.
+        ValueError: the shapes differ or are not of this form, samples are no finite floats, a
+            source is silent, or a number makes no sense.
 
     Source: Vincent, Gribonval & Févotte, "Performance measurement in blind audio source
     separation", IEEE TASLP 14, 2006.
@@ -65,13 +69,16 @@ def bss_eval_mono(
     Notebook: 08_evaluation
     """
     references, estimates = checked_pair(references, estimates)
+    taps = checked_taps(filter_length)
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate={rate} Hz makes no sense; clips are weighted by their seconds")
     if references.shape[1] != 1:
         raise ValueError(f"{tuple(references.shape)} is not mono, (sources, samples); mix it down")
     for name, sources in (("references", references), ("estimates", estimates)):
         if not sources.any(-1).all():
             raise ValueError(f"one of the {name} is silent, which has no ratio; leave its clip out")
     samples = references.shape[-1]
-    energies, _ = energies_of_track(references, estimates, [(0, samples)], filter_length)
+    energies, _ = energies_of_track(references, estimates, [(0, samples)], taps)
     _, _, _, interference, artifacts, filtered, explained = energies[..., 0]
     return ClipScores(
         # Artifacts are orthogonal to all that filters make of the sources: the energies add up.
@@ -92,7 +99,7 @@ def score_clip(
 
     Notebook: 08_evaluation
     """
-    references, estimates = torch.as_tensor(references), torch.as_tensor(estimates)
+    references, estimates = checked_pair(references, estimates)
     mixture = references.sum(0).expand_as(references)
     scores = bss_eval_mono(references, estimates, rate=rate)
     floor = bss_eval_mono(references, mixture, rate=rate).sdr
@@ -102,16 +109,25 @@ def score_clip(
 def gnsdr(clips: Sequence[ClipScores]) -> Tensor:
     """Global normalised SDR `(n,)`: the mean gain over the mixture, weighted by length.
 
+    Raises:
+        ValueError: there are no clips, or one has no floor.
+
     Source: Hsu & Jang, "On the improvement of singing voice separation for monaural recordings
     using the MIR-1K dataset", IEEE TASLP 18, 2010.
 
     Notebook: 08_evaluation
     """
+    for number, clip in enumerate(clips):
+        if clip.floor is None:
+            raise ValueError(f"clips[{number}] has no floor to gain over; score it by score_clip")
     return _weighted_mean(clips, [clip.sdr - clip.floor for clip in clips])
 
 
 def gsir(clips: Sequence[ClipScores]) -> Tensor:
     """Global SIR `(n,)`: the mean, weighted by length.
+
+    Raises:
+        ValueError: there are no clips.
 
     Notebook: 08_evaluation
     """
@@ -121,11 +137,16 @@ def gsir(clips: Sequence[ClipScores]) -> Tensor:
 def gsar(clips: Sequence[ClipScores]) -> Tensor:
     """Global SAR `(n,)`: the mean, weighted by length.
 
+    Raises:
+        ValueError: there are no clips.
+
     Notebook: 08_evaluation
     """
     return _weighted_mean(clips, [clip.sar for clip in clips])
 
 
 def _weighted_mean(clips: Sequence[ClipScores], values: list[Tensor]) -> Tensor:
+    if not values:
+        raise ValueError("there are no clips to take the mean of")
     seconds = values[0].new_tensor([clip.seconds for clip in clips])
     return (torch.stack(values, 1) * seconds).sum(1) / seconds.sum()

@@ -8,6 +8,7 @@ Notebook: 08_evaluation
 from __future__ import annotations
 
 import math
+import operator
 
 import numpy as np
 import torch
@@ -15,18 +16,21 @@ from torch import Tensor
 
 Stretch = tuple[int, int]  # first sample, and the one after the last
 
+QUIETEST, LOUDEST = 1e-100, 1e100  # peaks: energies of whole songs must stay numbers
+
 
 def checked_pair(
     references: Tensor | np.ndarray, estimates: Tensor | np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """Both as real tensors `(n, c, s)` on the references' device.
+    """Both as tensors of floats `(n, c, s)` on the references' device.
 
     Raises:
-        ValueError: the shapes differ or are not of this form, or samples are not finite.
+        ValueError: the shapes differ or are not of this form; samples are integers, not finite, or
+            of a level too far from 1 for sums of squares.
 
     Notebook: 08_evaluation
     """
-    references, estimates = (torch.as_tensor(x).detach() for x in (references, estimates))
+    references, estimates = _floats("references", references), _floats("estimates", estimates)
     if references.shape != estimates.shape or references.ndim not in (2, 3):
         raise ValueError(
             f"references {tuple(references.shape)} and estimates {tuple(estimates.shape)} must "
@@ -35,25 +39,72 @@ def checked_pair(
         )
     if not references.numel():
         raise ValueError(f"there is nothing to compare in {tuple(references.shape)}")
+    _check_order(references.shape)
     if references.ndim == 2:
         references, estimates = references[:, None], estimates[:, None]
-    if references.shape[1] > references.shape[2]:
-        raise ValueError(
-            f"{tuple(references.shape)} has more channels than samples; bring it into the order "
-            "(stems, channels, samples)"
-        )
     for name, stems in (("references", references), ("estimates", estimates)):
-        _check_finite(name, stems)
+        _check_levels(name, stems)
     return references, estimates.to(references.device)
 
 
-def _check_finite(name: str, stems: Tensor) -> None:
-    if stems.is_complex():
-        raise ValueError(f"{name} are complex; BSSEval compares waveforms")
+def _floats(name: str, stems: Tensor | np.ndarray) -> Tensor:
+    if not isinstance(stems, Tensor | np.ndarray):
+        raise ValueError(
+            f"{name} are a {type(stems).__name__}; stack the stems into one tensor or array, "
+            "(stems, channels, samples)"
+        )
+    stems = torch.as_tensor(stems).detach()
+    if not stems.is_floating_point():
+        raise ValueError(
+            f"{name} are {str(stems.dtype).removeprefix('torch.')}; waveforms are floats in "
+            "[-1, 1]: divide integers by their full scale, 32768 for 16 bits"
+        )
+    return stems
+
+
+def _check_order(shape: tuple[int, ...]) -> None:
+    """Refuse the orders of other libraries, which would be taken for many tiny stems."""
+    *_, samples = shape
+    if shape[0] <= samples and shape[-2] <= samples:
+        return
+    more = "stems" if shape[0] > samples else "channels"
+    fix = (
+        "soundfile has the channels last: pass x.T, or x.T[None] if these are the channels of one "
+        "stem"
+        if len(shape) == 2
+        else "the order is (stems, channels, samples): pass x.swapaxes(1, 2) if it is museval's"
+    )
+    raise ValueError(f"{tuple(shape)} has more {more} than samples; {fix}")
+
+
+def _check_levels(name: str, stems: Tensor) -> None:
     for number, stem in enumerate(stems):
-        # The sum of finite float64 samples is finite, and one pass is enough to form it.
-        if not stem.sum(dtype=torch.float64).isfinite():
+        low, high = stem.aminmax()  # NaN if any sample is
+        peak = max(-low.item(), high.item())
+        if not math.isfinite(peak):
             raise ValueError(f"{name}[{number}] contains NaN or infinite samples")
+        if peak and not QUIETEST < peak < LOUDEST:
+            raise ValueError(
+                f"{name}[{number}] has a peak of {peak:.0e}, too far from 1 for sums of squares; "
+                "scale references and estimates alike, which changes no ratio"
+            )
+
+
+def checked_taps(filter_length: int) -> int:
+    """The length of distortion filters, from any type of whole number.
+
+    Raises:
+        ValueError: it is none, or below 1.
+
+    Notebook: 08_evaluation
+    """
+    try:
+        taps = operator.index(filter_length)
+    except TypeError:
+        taps = 0
+    if taps < 1:
+        raise ValueError(f"filter_length={filter_length!r}: a whole number of taps, 1 or more")
+    return taps
 
 
 def frames_in_seconds(samples: int, window: float, hop: float, rate: float) -> list[Stretch]:
@@ -102,21 +153,30 @@ def frames_of(samples: int, window: float, hop: float) -> list[Stretch]:
 
 
 def audible(references: Tensor, estimates: Tensor) -> tuple[list[int], list[int], tuple[str, ...]]:
-    """Stems whose reference is not silent throughout, those of them that can be scored, and why.
+    """Stems whose reference sounds, stems that can be scored, and why the others cannot.
+
+    A stem whose channels cancel is silence to museval and has no ratios, but it sounds: what leaks
+    of it into other estimates is interference.
 
     Notebook: 08_evaluation
     """
     sounding, scored, notes = [], [], ()
     for stem, (reference, estimate) in enumerate(zip(references, estimates, strict=True)):
+        if not _is_silent(reference) or reference.any():
+            sounding.append(stem)
         if _is_silent(reference):
-            notes += (f"stem {stem} is silent throughout, so it has no ratios",)
-            continue
-        sounding.append(stem)
-        if _is_silent(estimate):
-            notes += (f"the estimate of stem {stem} is silent throughout: no ratios",)
+            notes += (f"stem {stem} {_manner(reference)}, so it has no ratios",)
+        elif _is_silent(estimate):
+            notes += (f"the estimate of stem {stem} {_manner(estimate)}: no ratios",)
         else:
             scored.append(stem)
     return sounding, scored, notes
+
+
+def _manner(silent: Tensor) -> str:
+    if silent.any():
+        return "has channels that cancel throughout, which counts as silence"
+    return "is silent throughout"
 
 
 def chosen(stems: Tensor, which: list[int]) -> Tensor:

@@ -1,5 +1,8 @@
 """What a score lies between: the mixture itself as the floor, and masks that know the truth.
 
+Waveforms are transformed one by one: all spectra of a whole song at once, and what makes them, are
+gigabytes.
+
 Axis letters: `n` stems, `c` and `d` channels, `s` samples, `f` bins, `t` frames.
 
 Notebook: 08_evaluation
@@ -40,11 +43,16 @@ def ideal_ratio_mask(mixture: Tensor, sources: Tensor) -> Tensor:
 
     Notebook: 08_evaluation
     """
-    stft = STFTProcessor(N_FFT, HOP_LENGTH)
-    spectrum, length = stft(mixture), mixture.shape[-1]
-    shares = stft(sources).abs()
-    shares /= shares.sum(0).clamp(min=torch.finfo(shares.dtype).tiny)
-    return torch.stack([stft.istft(share * spectrum, length) for share in shares])
+    stft, estimates = STFTProcessor(N_FFT, HOP_LENGTH), sources.new_empty(sources.shape)
+    for channel, waveform in enumerate(mixture):
+        spectrum = stft(waveform)
+        shares = spectrum.real.new_empty(len(sources), *spectrum.shape)
+        for share, source in zip(shares, sources, strict=True):
+            share[:] = stft(source[channel]).abs()
+        shares /= shares.sum(0).clamp(min=torch.finfo(shares.dtype).tiny)
+        for estimate, share in zip(estimates, shares, strict=True):
+            estimate[channel] = stft.istft(share * spectrum, len(waveform))
+    return estimates
 
 
 def multichannel_wiener(mixture: Tensor, sources: Tensor) -> Tensor:
@@ -67,11 +75,16 @@ def multichannel_wiener(mixture: Tensor, sources: Tensor) -> Tensor:
 
     Notebook: 08_evaluation
     """
-    stft = STFTProcessor(N_FFT, HOP_LENGTH)
-    spectrum, estimates = stft(mixture), stft(sources)
+    stft, estimates = STFTProcessor(N_FFT, HOP_LENGTH), sources.new_empty(sources.shape)
+    spectrum = stft(mixture)
+    spectra = spectrum.new_empty(len(sources), *spectrum.shape)
+    for one, waveform in zip(spectra.flatten(0, 1), sources.flatten(0, 1), strict=True):
+        one[:] = stft(waveform)
     for some in torch.arange(N_FFT // 2 + 1, device=mixture.device).split(BINS_AT_ONCE):
-        estimates[:, :, some] = wiener_filter(spectrum[:, some], estimates[:, :, some])
-    return torch.stack([stft.istft(estimate, mixture.shape[-1]) for estimate in estimates])
+        spectra[:, :, some] = wiener_filter(spectrum[:, some], spectra[:, :, some])
+    for one, estimate in zip(spectra.flatten(0, 1), estimates.flatten(0, 1), strict=True):
+        estimate[:] = stft.istft(one, len(estimate))
+    return estimates
 
 
 def wiener_filter(mixture: Tensor, sources: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ Notebook: 08_evaluation
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from tfswa_lab.evaluation.frames import (
     frames_in_seconds,
     silent_frames,
 )
+
+SAMPLES_AT_ONCE = 2**16  # of every channel
 
 
 def sdr(
@@ -45,8 +49,8 @@ def sdr(
         `(n, m)` in dB, float64, with NaN for silence as `bss_eval` has it.
 
     Raises:
-        ValueError: the shapes differ or are not of this form, samples are not finite, or a number
-            makes no sense.
+        ValueError: the shapes differ or are not of this form, samples are no finite floats, or a
+            number makes no sense.
 
     Notebook: 08_evaluation
     """
@@ -74,7 +78,7 @@ def usdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> Ten
         estimate without any error.
 
     Raises:
-        ValueError: the shapes differ or are not of this form, or samples are not finite.
+        ValueError: the shapes differ or are not of this form, or samples are no finite floats.
 
     Source: Mitsufuji et al., "Music demixing challenge 2021", Frontiers in Signal Processing 2022,
     eq. 1.
@@ -82,7 +86,7 @@ def usdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> Ten
     Notebook: 08_evaluation
     """
     references, estimates = checked_pair(references, estimates)
-    return _ratio(references, estimates).masked_fill(_energy(references) == 0, torch.nan)
+    return _ratio(references, estimates).masked_fill(_silent(references), torch.nan)
 
 
 def si_sdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> Tensor:
@@ -98,24 +102,42 @@ def si_sdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> T
         `(n,)` in dB, float64; NaN where reference or estimate is silent throughout.
 
     Raises:
-        ValueError: the shapes differ or are not of this form, or samples are not finite.
+        ValueError: the shapes differ or are not of this form, or samples are no finite floats.
 
     Source: Le Roux et al., "SDR – half-baked or well done?", ICASSP 2019, eq. 5.
 
     Notebook: 08_evaluation
     """
-    references, estimates = (x.double() for x in checked_pair(references, estimates))
-    gain = (references * estimates).sum((1, 2)) / _energy(references)
-    ratio = _ratio(gain[:, None, None] * references, estimates)
-    return ratio.masked_fill(_energy(estimates) == 0, torch.nan)
+    references, estimates = checked_pair(references, estimates)
+    product = power = 0.0
+    for reference, estimate in _blocks(references, estimates):
+        product = product + _sum(reference * estimate)
+        power = power + _sum(reference.square())
+    ratio = _ratio(references, estimates, (product / power)[:, None, None])
+    return ratio.masked_fill(_silent(estimates), torch.nan)
 
 
-def _ratio(references: Tensor, estimates: Tensor) -> Tensor:
-    """Energy of the references over that of their errors, `(n,)` in dB."""
-    references = references.double()
-    return decibels(_energy(references), _energy(estimates.double() - references))
+def _ratio(references: Tensor, estimates: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """Energy of the references, times a gain, over that of their errors, `(n,)` in dB."""
+    signal = noise = 0.0
+    for reference, estimate in _blocks(references, estimates):
+        target = gain * reference
+        signal = signal + _sum(target.square())
+        noise = noise + _sum((estimate - target).square())
+    return decibels(signal, noise)
 
 
-def _energy(stems: Tensor) -> Tensor:
-    """Sum of squares `(n,)` of `(n, c, s)`."""
-    return stems.double().square().sum((1, 2))
+def _blocks(references: Tensor, estimates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Stretches of both in float64, in which a whole song takes much memory."""
+    pair = (x.split(SAMPLES_AT_ONCE, -1) for x in (references, estimates))
+    for reference, estimate in zip(*pair, strict=True):
+        yield reference.double(), estimate.double()
+
+
+def _sum(block: Tensor) -> Tensor:
+    """Over channels and samples, `(n,)`."""
+    return block.sum((1, 2))
+
+
+def _silent(stems: Tensor) -> Tensor:
+    return ~stems.any(-1).any(-1)

@@ -1,0 +1,71 @@
+"""How much memory does it take to score one song, with its floor and its ceilings?
+
+    python benchmarks/score_memory.py [--seconds 180]
+
+`score_track` on a song of four stereo stems of noise (44.1 kHz, 16 bits), with one thread: each
+bound alone, then all three as `tfswa-lab evaluate` scores them, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import apart
+import numpy as np
+import soundfile
+from record import record
+
+from tfswa_lab.audio import SAMPLE_RATE, STEMS
+from tfswa_lab.data.tracks import WavTrack
+from tfswa_lab.evaluation.estimates import FolderEstimates
+from tfswa_lab.evaluation.oracles import BOUNDS
+from tfswa_lab.evaluation.scoring import Scoring, score_track
+
+SOURCES = ("mixture", *STEMS)
+
+
+def write_song(folder: Path, seconds: int) -> None:
+    """A song in one-second blocks, so that its maker takes no memory."""
+    draw = np.random.default_rng(0)
+    files = {
+        name: soundfile.SoundFile(folder / f"{name}.wav", "w", SAMPLE_RATE, 2, "PCM_16")
+        for name in SOURCES
+    }
+    for _ in range(seconds):
+        stems = draw.integers(-5000, 5000, (len(STEMS), SAMPLE_RATE, 2), dtype=np.int16)
+        for name, samples in zip(SOURCES, (stems.sum(0, dtype=np.int16), *stems), strict=True):
+            files[name].write(samples)
+    for file in files.values():
+        file.close()
+
+
+def measure(song: str, methods: list[str]) -> dict:
+    """The most memory that this process took before the song, and ever."""
+    scoring = Scoring(FolderEstimates(song))  # which it is not asked for
+    before = apart.peak_gib()
+    score_track(scoring, WavTrack.open(Path(song), SOURCES), methods)
+    return {"before_gib": before, "peak_gib": apart.peak_gib()}
+
+
+def main() -> None:
+    """Measure, record, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=180)
+    seconds = parser.parse_args().seconds
+    jobs = {name: [name] for name in BOUNDS} | {"all three": list(BOUNDS)}
+    with tempfile.TemporaryDirectory() as song:
+        write_song(Path(song), seconds)
+        rows = {
+            name: apart.run(__file__, 1, song=song, methods=methods)
+            for name, methods in jobs.items()
+        }
+    record("score_memory", {"bounds": rows, "seconds": seconds})
+    print(f"| bounds of {seconds} s | peak | before the song |\n|---|---|---|")
+    for name, row in rows.items():
+        print(f"| {name} | {row['peak_gib']} GiB | {row['before_gib']} GiB |")
+
+
+if __name__ == "__main__":
+    apart.start(main, measure)
