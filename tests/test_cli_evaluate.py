@@ -9,6 +9,7 @@ import soundfile
 from typer.testing import CliRunner
 
 from tfswa_lab.cli import app
+from tfswa_lab.weights import BAND
 
 
 def run(*arguments):
@@ -34,10 +35,19 @@ def test_without_model_the_shipped_one_is_scored_and_a_second_time_nothing(
     assert result.exit_code == 0, result.output
     assert "(SiSEC)" in result.output
     assert "(Music Demixing)" in result.output
-    (scores,) = (tmp_path / "evaluations" / "band" / "test").glob("*.json")
+    assert "tfswa-lab: 0.1.0" in result.output
+    folder = tmp_path / "evaluations" / "weights" / "band"
+    assert "evaluations/weights/band/test.md" in result.output
+    assert "evaluations/weights/band/test.png" in result.output
+    assert (folder / "test.png").read_bytes().startswith(b"\x89PNG")
+    (scores,) = (folder / "test").glob("*.json")
     stems = [target["name"] for target in json.loads(scores.read_text())["targets"]]
     assert stems == ["vocals", "drums", "bass", "other"]
-    text = (tmp_path / "evaluations" / "band" / "test.md").read_text()
+    text = (folder / "test.md").read_text()
+    assert text.startswith(
+        f"- model: {BAND.resolve()}\n- songs of: {data}, test\n- songs: 1, whole"
+    )
+    assert "segment_seconds: 6.0, overlap: 0.25, shifts: 1" in text
     assert "| vocals | mixture (floor) |" in text
     before = scores.stat().st_mtime_ns
     assert run("--data-root", data, "--device", "cpu").exit_code == 0
@@ -63,15 +73,27 @@ def test_without_data_the_band_is_scored(band_root, tmp_path):
 
 def test_errors_are_short_and_say_what_to_do(data, tmp_path):
     (song,) = (data / "test").iterdir()
+    common = ["--data-root", data, "--output-dir", tmp_path / "o", "--jobs", 1]
     for options, words in (
         (["--estimates", tmp_path / "no"], "no such folder of estimates"),
         (["--estimates", data, "--model", tmp_path], "leave one out"),
         (["--stems", "vocals"], "a model has its own"),
         (["--model", tmp_path], "separator.json is missing"),
         (["--estimates", data, "--split", "tests"], "did you mean 'test'"),
-        (["--estimates", data, "--window", 0], "window=0.0 must be"),
+        (["--estimates", data, "--window", 0], "window=0.0 must be seconds"),
+        (["--estimates", data, "--hop", "inf"], "hop=inf must be seconds"),
+        (["--estimates", data, "--seconds", 1e-6], "seconds=1e-06 must be seconds"),
+        (["--seconds", "nan"], "seconds=nan must be seconds"),
+        (["--segment-seconds", "inf"], "segment_seconds=inf must be seconds"),
+        (["--overlap", 1], "overlap=1.0 must be"),
+        (["--batch-size", 0], "batch_size=0 must be"),
+        (["--shifts", -1], "shifts=-1 must be"),
+        (["--estimates", data, "--jobs", 0], "jobs=0 must be"),
+        (["--estimates", data, "--overlap", 0.5, "--shifts", 2], "--overlap, --shifts: "),
+        (["--estimates", data, "--output-dir", song / "bass.wav"], "bass.wav is a file; choose"),
+        (["--estimates", data, "--bounds-dir", tmp_path / "o"], "is the output folder itself"),
     ):
-        result = run("--data-root", data, "--output-dir", tmp_path / "o", "--jobs", 1, *options)
+        result = run(*common, *options)
         assert result.exit_code == 1, (options, result.output)
         assert words in result.output
         assert "Traceback" not in result.output

@@ -174,50 +174,49 @@ def evaluate(
     stems: Annotated[tuple | None, SONGS(help="Of the estimates.", **list_of(str))] = None,
     data_root: Annotated[Path | None, SONGS(help="Shaped as MUSDB18; the band if absent.")] = None,
     split: Annotated[str, SONGS(help="train, valid or test.")] = "test",
-    output_dir: Annotated[Path | None, SCORES(help="evaluations/NAME if absent.")] = None,
-    overwrite: Annotated[bool, SCORES(help="Score again what lies there.")] = False,
-    window: Annotated[float, SCORES(help="Seconds of a frame.")] = 1.0,
-    hop: Annotated[float, SCORES(help="From frame to frame.")] = 1.0,
+    output_dir: Annotated[
+        Path | None, SCORES(help="evaluations/PARENT/NAME of the model or estimates if absent.")
+    ] = None,
+    overwrite: Annotated[bool, SCORES(help="Remove the scores there and begin anew.")] = False,
+    window: Annotated[float | None, SCORES(help="Seconds of a frame; 1 if absent.")] = None,
+    hop: Annotated[float | None, SCORES(help="From frame to frame; 1 if absent.")] = None,
     seconds: Annotated[float | None, SCORES(help="Only the beginning of songs.")] = None,
     bounds: Annotated[bool, SCORES(help="Score floor and ceilings as well.")] = True,
     bounds_dir: Annotated[Path | None, SCORES(help="Theirs; several models can share it.")] = None,
-    segment_seconds: Annotated[float, MODEL(help="What the model sees at once.")] = 6.0,
-    overlap: Annotated[float, MODEL(help="Of two segments.")] = 0.25,
-    shifts: Annotated[int, MODEL(help="Average so many estimates.")] = 1,
-    batch_size: Annotated[int, MODEL(help="Segments at once.")] = 1,
-    jobs: Annotated[int | None, WORK(help="Songs side by side.")] = None,
+    segment_seconds: Annotated[float | None, MODEL(help="It sees at once; 6 if absent.")] = None,
+    overlap: Annotated[float | None, MODEL(help="Of segments; 0.25 if absent.")] = None,
+    shifts: Annotated[int | None, MODEL(help="Average so many estimates; 1 if absent.")] = None,
+    batch_size: Annotated[int | None, MODEL(help="Segments at once; 1 if absent.")] = None,
+    jobs: Annotated[int | None, WORK(help="Songs side by side; 3 GiB each.")] = None,
     device: Annotated[str, WORK(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
     """Score a model, or estimates in files; with no option at all, what ships with the package.
 
-    Killed, it goes on where it stopped. museval's EvalStore reads the scores.
+    Run again after a kill, it goes on where it stopped; leave out --overwrite then. museval's
+    EvalStore reads the scores.
     """
+    run_evaluate({name: value for name, value in locals().items() if value is not None})
+
+
+def run_evaluate(options: dict) -> None:
+    """Score, with `evaluate`'s own defaults for what was not given, and draw the scores."""
     import torch
 
     from tfswa_lab.evaluation.oracles import BOUNDS
-    from tfswa_lab.evaluation.report_command import run_evaluation
+    from tfswa_lab.evaluation.report_command import OF_MODEL, Source, run_evaluation
+    from tfswa_lab.teaching.score_plot import write_picture
 
-    of_model = {
-        "segment_seconds": segment_seconds,
-        "overlap": overlap,
-        "shifts": shifts,
-        "batch_size": batch_size,
-    }
-    settings = {
-        "window": window,
-        "hop": hop,
-        "seconds": seconds,
-        "bounds": tuple(BOUNDS) if bounds else (),
-        "bounds_dir": bounds_dir,
-        "overwrite": overwrite,
-    }
+    options["bounds"] = tuple(BOUNDS) if options["bounds"] else ()
+    of_model = {name: options.pop(name) for name in OF_MODEL if name in options}
+    files = {name: options.pop(name, None) for name in ("model", "estimates", "stems")}
     try:
-        run_evaluation(
-            model, estimates, stems, data_root, output_dir, jobs, device, split, of_model, settings
-        )
+        report, text = run_evaluation(Source(**files, of_model=of_model), **options)
+        picture = text.with_suffix(".png")
+        write_picture(report, picture)
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+    typer.echo(f"the tables: {text}\na picture:  {picture}")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,48 @@ def end_group(leader):
         os.killpg(leader, signal.SIGKILL)
 
 
+class Killed(FolderEstimates):
+    """Estimates whose second song kills the process, once the scores of the first are there."""
+
+    def __init__(self, folder, first):
+        super().__init__(folder, STEMS)
+        self.first = first
+
+    def estimate(self, track, mixture):
+        if track.name == "Song 1":
+            while not self.first.is_file():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().estimate(track, mixture)
+
+
+def test_a_worker_that_is_killed_is_told_and_finished_songs_are_kept(data, guesses, tmp_path):
+    out = tmp_path / "out"
+    estimates = Killed(guesses, out / "test" / "Song 0.json")
+    with pytest.raises(ChildProcessError, match=r"one of 2 .*songs are kept.* fewer jobs"):
+        evaluate(estimates, data, out, **QUICK, jobs=2)
+    part = load_report(out)
+    assert "Song 0" in part.tracks
+    assert "Song 1" not in part.tracks
+    assert part.gaps == (f"{len(part.tracks)} of 3 songs are scored: evaluate again for the rest",)
+    assert part.notes()[0] == part.gaps[0]
+    before = stamps(out)
+    whole = evaluate(FolderEstimates(guesses, STEMS), data, out, **QUICK)
+    assert stamps(out).items() >= before.items()
+    assert load_report(out) == whole
+    assert whole.gaps == ()
+
+
+def test_bounds_that_some_songs_lack_are_left_out_and_told(data, guesses, tmp_path):
+    out = tmp_path / "out"
+    settings = QUICK | {"bounds": ("mixture",)}
+    report = evaluate(FolderEstimates(guesses, STEMS), data, out, **settings)
+    (out / "bounds" / "mixture" / "test" / "Song 1.json").unlink()
+    part = load_report(out)
+    assert part.scores == {"estimates": report.scores["estimates"]}
+    assert part.gaps == ("mixture (floor): left out, scored for 2 of 3 songs",)
+
+
 def test_sigkill_of_two_processes_loses_no_finished_song(data, guesses, tmp_path, request):
     for number in range(3, 6):
         write_noise(data / "test" / f"Song {number}", number)
@@ -135,7 +177,7 @@ def test_other_settings_models_and_files_are_refused_and_named(data, guesses, tm
     for estimator, settings, words in (
         (estimates, {"window": 1.0}, "window was 0.5 and is 1.0 now"),
         (estimates, {"seconds": 0.7}, "seconds was None and is 0.7 now"),
-        (ModelEstimates(model), {}, "estimates was files and is absent now"),
+        (ModelEstimates(model), {}, "the estimator's estimates was files and is absent now"),
         (FolderEstimates(guesses, ("vocals", "drums")), {}, "stems was"),
     ):
         with pytest.raises(ValueError, match="choose another output folder, or overwrite") as error:
@@ -183,6 +225,65 @@ def test_bounds_that_differ_are_refused_and_with_overwrite_made_anew(data, guess
         load_report(tmp_path / "out")  # whose bounds were written over
 
 
+class Stopped(Exception):
+    pass
+
+
+def after_one(names):
+    """As if killed after the first song."""
+    yield names[0]
+    raise Stopped
+
+
+def test_an_overwrite_that_is_killed_goes_on_without_overwrite(data, guesses, tmp_path):
+    out, estimates = tmp_path / "out", FolderEstimates(guesses, STEMS)
+    evaluate(estimates, data, out, **QUICK | {"bounds": ("mixture",)})
+    settings = QUICK | {"bounds": ("mixture",), "seconds": 0.6}
+    with pytest.raises(Stopped):
+        evaluate(estimates, data, out, **settings, overwrite=True, progress=after_one)
+    before = stamps(out)
+    assert len(before) == 2  # a song's estimates and floor; nothing of other settings is left
+    report = evaluate(estimates, data, out, **settings)
+    assert stamps(out).items() >= before.items()
+    assert {song.seconds for song in (*report.scores["estimates"], *report.scores["mixture"])} == {
+        0.6
+    }
+
+
+def test_broken_and_foreign_files_are_refused_and_with_overwrite_made_anew(data, guesses, tmp_path):
+    out, estimates = tmp_path / "out", FolderEstimates(guesses, STEMS)
+    settings = QUICK | {"bounds": ("mixture",)}
+    report = evaluate(estimates, data, out, **settings)
+    own, bound = (folder / "test" / "Song 1.json" for folder in (out, out / "bounds" / "mixture"))
+    for path, content in ((own, "{"), (bound, "[]")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"Song 1\.json is not .*, or overwrite it"):
+            evaluate(estimates, data, out, **settings)
+        kept = stamps(out / "bounds").keys() - {bound}
+        before = {path: stamp for path, stamp in stamps(out).items() if path in kept}
+        assert evaluate(estimates, data, out, **settings, overwrite=True) == report
+        assert stamps(out).items() >= before.items()  # bounds that agree stay
+
+
+def test_an_overwrite_that_cannot_begin_removes_nothing(data, guesses, tmp_path):
+    out = tmp_path / "out"
+    evaluate(FolderEstimates(guesses, STEMS), data, out, **QUICK)
+    before = contents(out)
+    (guesses / "test" / "Song 2" / "vocals.wav").unlink()
+    with pytest.raises(FileNotFoundError, match=r"vocals\.wav is missing"):
+        evaluate(FolderEstimates(guesses, STEMS), data, out, **QUICK, overwrite=True)
+    assert contents(out) == before
+
+
+def test_scores_of_different_settings_are_no_report(data, guesses, tmp_path):
+    for seconds, out in ((0.6, tmp_path / "a"), (0.7, tmp_path / "b")):
+        evaluate(FolderEstimates(guesses, STEMS), data, out, **QUICK, seconds=seconds)
+    other = tmp_path / "b" / "test" / "Song 1.json"
+    (tmp_path / "a" / "test" / "Song 1.json").write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=r"Song 1\.json .* seconds was 0\.6 and is 0\.7 now"):
+        load_report(tmp_path / "a")
+
+
 def test_a_folder_of_other_songs_or_files_is_refused(data, guesses, tmp_path):
     out = tmp_path / "out"
     (out / "test").mkdir(parents=True)
@@ -202,6 +303,16 @@ def test_one_evaluation_to_a_folder(data, guesses, tmp_path):
         pytest.raises(FileExistsError, match="another process is evaluating"),
     ):
         evaluate(FolderEstimates(guesses, STEMS), data, tmp_path / "out", **QUICK)
+
+
+def test_bounds_are_written_beside_those_who_hold_the_folder(data, guesses, tmp_path):
+    estimates, settings = FolderEstimates(guesses, STEMS), QUICK | {"bounds": ("mixture",)}
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    with FileLock(shared / ".lock"):  # an evaluation whose output it is
+        evaluate(estimates, data, tmp_path / "out", **settings, bounds_dir=shared)
+    with pytest.raises(ValueError, match="is the output folder itself"):
+        evaluate(estimates, data, shared, **settings, bounds_dir=tmp_path / "out" / ".." / "shared")
 
 
 def test_dask_scores_songs_in_its_workers(data, guesses, tmp_path):

@@ -27,7 +27,20 @@ from tfswa_lab.evaluation.separate import separate_track
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.storage import describe, load_separator
 
+SHORTEST, LONGEST = 0.001, 1e6  # seconds: some samples of any song, and more than one can have
 Estimates = tuple[Tensor, tuple[str, ...]]  # (n, 2, s), and what the reader should know of them
+
+
+def check_seconds(name: str, value: float) -> None:
+    """Refuse a duration that makes no sense.
+
+    Raises:
+        ValueError: it is shorter than a millisecond, endless, or not a number.
+
+    Notebook: 08_evaluation
+    """
+    if not SHORTEST <= value <= LONGEST:
+        raise ValueError(f"{name}={value} must be seconds, from {SHORTEST} to {LONGEST:.0f}")
 
 
 class ModelEstimates:
@@ -44,7 +57,8 @@ class ModelEstimates:
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: the model is broken, in training mode, or has a stem that no data set has.
+        ValueError: the model is broken, in training mode, or has a stem that no data set has; or
+            a number is out of range.
 
     Notebook: 08_evaluation
     """
@@ -62,6 +76,13 @@ class ModelEstimates:
         if separator.training:
             raise ValueError("the separator is in training mode; call its eval() first")
         stem_parts(separator.stems)
+        check_seconds("segment_seconds", segment_seconds)
+        if not 0 <= overlap <= 0.5:
+            raise ValueError(f"overlap={overlap} must be a share of a segment, from 0 to 0.5")
+        if shifts < 0:
+            raise ValueError(f"shifts={shifts} must be 0 or more estimates to average")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more segments at once")
         self.separator = separator
         self.segment_seconds, self.overlap = segment_seconds, overlap
         self.shifts, self.batch_size = shifts, batch_size

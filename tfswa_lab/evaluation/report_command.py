@@ -1,4 +1,4 @@
-"""What `tfswa-lab evaluate` does: options in, tables out.
+"""What `tfswa-lab evaluate` does: options in, tables out, on the screen and as Markdown.
 
 Notebook: 08_evaluation
 """
@@ -6,6 +6,7 @@ Notebook: 08_evaluation
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -26,34 +27,79 @@ from tfswa_lab.evaluation.summary import Report, Table
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.weights import BAND
 
+OF_MODEL = ("segment_seconds", "overlap", "shifts", "batch_size")  # of `ModelEstimates`
 BYTES_PER_JOB = 3 * 2**30  # for a song of 3 minutes
 
 
+@dataclass(frozen=True)
+class Source:
+    """Whose estimates are to be scored: files, a model's, or those of the one that we ship.
+
+    Args:
+        model: its folder.
+        estimates: a folder of files.
+        stems: of the files; all four if None.
+        of_model: arguments of `ModelEstimates`, as far as they were given.
+
+    Raises:
+        ValueError: options of files and of a model are mixed.
+
+    Notebook: 08_evaluation
+    """
+
+    model: Path | None = None
+    estimates: Path | None = None
+    stems: Sequence[str] | None = None
+    of_model: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.estimates and self.model:
+            raise ValueError("--model and --estimates: a report is of one of them, leave one out")
+        if self.estimates and self.of_model:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in self.of_model)
+            raise ValueError(f"{names}: says how a model is used; --estimates are scored as is")
+        if self.stems and not self.estimates:
+            raise ValueError("--stems says which of the --estimates to score; a model has its own")
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return (self.estimates or self.model or BAND).expanduser().resolve()
+
+    def estimator(self, device: torch.device) -> Estimator:
+        """What `evaluate` takes, a model on this device.
+
+        Raises:
+            OSError: it is not there.
+            ValueError: it is broken, or a number is out of range.
+        """
+        if self.estimates:
+            return FolderEstimates(self.folder, self.stems or STEMS)
+        return ModelEstimates(load_separator(self.folder).to(device), **self.of_model)
+
+
 def run_evaluation(
-    model: Path | None,
-    estimates: Path | None,
-    stems: Sequence[str] | None,
-    data_root: Path | None,
-    output_dir: Path | None,
-    jobs: int | None,
-    device: str,
-    split: str,
-    of_model: dict,
-    settings: dict,
-) -> None:
+    source: Source,
+    data_root: Path | None = None,
+    output_dir: Path | None = None,
+    split: str = "test",
+    jobs: int | None = None,
+    device: str = "auto",
+    **settings,
+) -> tuple[Report, Path]:
     """Evaluate, print the tables, and write them to `OUTPUT_DIR/SPLIT.md`.
 
     Args:
-        model: its folder; the separator that ships with the package if there are no estimates.
-        estimates: their folder, None for a model.
-        stems: of the estimates; all four if None.
+        source: of the estimates.
         data_root: the embedded band if None.
-        output_dir: `evaluations/NAME` if None, after the model or the estimates.
+        output_dir: `default_output` if None.
+        split: train, valid or test.
         jobs: `default_jobs` if None.
         device: cpu, cuda or auto.
-        split: train, valid or test.
-        of_model: other arguments of `ModelEstimates`.
         settings: other arguments of `evaluate`.
+
+    Returns:
+        The report, and the file that it was written to.
 
     Raises:
         OSError: something is missing, or cannot be written.
@@ -62,44 +108,29 @@ def run_evaluation(
     Notebook: 08_evaluation
     """
     place = pick_device(device)
-    estimator = estimator_of(model, estimates, stems, place, of_model)
-    output_dir = output_dir or Path("evaluations", (estimates or model or BAND).resolve().name)
-    report = evaluate(
-        estimator,
-        data_root or ensure_band(),
-        output_dir,
-        split,
-        jobs=jobs or default_jobs(place),
-        device=place,
-        progress=tqdm,
-        **settings,
-    )
-    write_whole({output_dir / f"{split}.md": [report.to_markdown().encode()]})
+    jobs = default_jobs(place) if jobs is None else jobs
+    data_root = data_root or ensure_band()
+    output_dir = output_dir or default_output(source.folder)
+    settings |= {"split": split, "jobs": jobs, "device": place, "progress": tqdm}
+    report = evaluate(source.estimator(place), data_root, output_dir, **settings)
+    whose = "estimates of" if source.estimates else "model"
+    origin = {whose: str(source.folder), "songs of": f"{data_root}, {split}"}
+    report = replace(report, origin=origin)
+    text = output_dir / f"{split}.md"
+    write_whole({text: [report.to_markdown().encode()]})
     show(report)
+    return report, text
 
 
-def estimator_of(
-    model: Path | None,
-    estimates: Path | None,
-    stems: Sequence[str] | None,
-    device: torch.device,
-    of_model: dict,
-) -> Estimator:
-    """Files or a model, whichever was asked for.
+def default_output(folder: Path) -> Path:
+    """Named after a model or estimates, and what they lie in: many runs have a model `best`.
 
-    Raises:
-        OSError: they are not there.
-        ValueError: both were asked for, or other stems of a model than it has.
+    >>> default_output(Path("/somewhere/runs/tiny/best")).as_posix()
+    'evaluations/tiny/best'
 
     Notebook: 08_evaluation
     """
-    if estimates and model:
-        raise ValueError("--model and --estimates: a report is of one of them, leave one out")
-    if estimates:
-        return FolderEstimates(estimates, stems or STEMS)
-    if stems:
-        raise ValueError("--stems says which of the --estimates to score; a model has its own")
-    return ModelEstimates(load_separator(model or BAND).to(device), **of_model)
+    return Path("evaluations", folder.parent.name, folder.name)
 
 
 def default_jobs(device: torch.device) -> int:
@@ -110,11 +141,13 @@ def default_jobs(device: torch.device) -> int:
 
 
 def show(report: Report) -> None:
-    """Print tables and notes.
+    """Print what was scored, tables and notes.
 
     Notebook: 08_evaluation
     """
     console = Console()
+    for name, fact in report.facts().items():
+        console.print(f"{name}: {fact}", markup=False)
     for table in report.tables():
         console.print(_drawn(table))
     for note in report.notes():

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,10 +21,11 @@ from tfswa_lab import __version__
 from tfswa_lab.data.musdb import stem_parts
 from tfswa_lab.data.tracks import Track
 from tfswa_lab.evaluation.bsseval import bss_eval
-from tfswa_lab.evaluation.estimates import Estimates
+from tfswa_lab.evaluation.estimates import Estimates, check_seconds
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.ratios import si_sdr, usdr
 from tfswa_lab.evaluation.store import DECIMALS, TrackScores, frames_by_stem
+from tfswa_lab.evaluation.threads import compute_threads
 
 ESTIMATES = "estimates"  # beside "mixture", "irm" and "mwf", what can be scored
 ACCOMPANIMENT = "accompaniment"  # museval's name for all but the voice
@@ -55,13 +55,13 @@ class Scoring:
 
     Args:
         estimator: who makes or finds the estimates.
-        window: length of a frame in seconds.
+        window: length of a frame in seconds; longer than a song, it is one frame.
         hop: from one frame to the next, in seconds.
         seconds: how much of each song, from its beginning; None for all.
         device: where ratios and oracles are computed.
 
     Raises:
-        ValueError: a number of seconds is none.
+        ValueError: a number of seconds makes no sense.
 
     Notebook: 08_evaluation
     """
@@ -74,9 +74,8 @@ class Scoring:
 
     def __post_init__(self):
         for name in ("window", "hop", "seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be seconds above 0")
+            if getattr(self, name) is not None:
+                check_seconds(name, getattr(self, name))
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -93,8 +92,13 @@ class Scoring:
 
         Args:
             method: `estimates` or the name of a bound.
+
+        Raises:
+            ValueError: those of the estimator hold what JSON cannot.
         """
-        own = self.estimator.settings() if method == ESTIMATES else {"bound": method}
+        own = {"bound": method}
+        if method == ESTIMATES:
+            own = {"estimator": self.estimator.settings()}
         settings = {
             "version": __version__,
             "stems": self.parts,
@@ -102,7 +106,10 @@ class Scoring:
             "hop": self.hop,
             "seconds": self.seconds,
         }
-        return json.loads(json.dumps(settings | own))
+        try:
+            return json.loads(json.dumps(settings | own, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{own} must be of JSON's types, with finite numbers") from error
 
     def digests(self, track: Track, methods: Sequence[str]) -> dict[str, dict[str, str]]:
         """SHA-256 of the files of a song that each method's scores depend on; each is read once."""
@@ -154,19 +161,29 @@ def score_track(
     with compute_threads(threads or torch.get_num_threads()):
         mixture, stems = scoring.read(track)
         stems = _accompanied(mixture, stems)
-        complete = len(scoring.parts) == 1 or "other" in scoring.parts
         digests = scoring.digests(track, methods)
-        found = {}
-        for method in methods:
-            if method == ESTIMATES:
-                estimates, notes = scoring.estimator.estimate(track, mixture)
-                estimates = _accompanied(mixture, estimates)
-            else:
-                estimates, notes = bound(method, mixture, stems, complete), ()
-            found[method] = _score(
-                scoring, track, method, (stems, estimates), digests[method], notes
+        return {
+            method: _score(
+                scoring,
+                track,
+                method,
+                digests[method],
+                stems,
+                *_estimates(scoring, track, method, mixture, stems),
             )
-        return found
+            for method in methods
+        }
+
+
+def _estimates(
+    scoring: Scoring, track: Track, method: str, mixture: Tensor, stems: Tensor
+) -> tuple[Tensor, tuple[str, ...]]:
+    """What is scored, and notes on it."""
+    if method != ESTIMATES:
+        complete = len(scoring.parts) == 1 or "other" in scoring.parts
+        return bound(method, mixture, stems, complete), ()
+    estimates, notes = scoring.estimator.estimate(track, mixture)
+    return _accompanied(mixture, estimates), notes
 
 
 def _accompanied(mixture: Tensor, stems: Tensor) -> Tensor:
@@ -193,22 +210,18 @@ def _score(
     scoring: Scoring,
     track: Track,
     method: str,
-    waveforms: tuple[Tensor, Tensor],
     digests: dict[str, str],
+    stems: Tensor,
+    estimates: Tensor,
     notes: tuple[str, ...],
 ) -> TrackScores:
-    stems, estimates = waveforms
     names = (*scoring.parts, ACCOMPANIMENT)[: len(stems)]
     result = bss_eval(stems, estimates, scoring.window, scoring.hop, rate=track.rate)
-    # One stem at a time: whole songs in float64 are large.
-    pairs = [(stem[None], estimate[None]) for stem, estimate in zip(stems, estimates, strict=True)]
+    ratios = usdr(stems, estimates).tolist(), si_sdr(stems, estimates).tolist()
     whole = {
         # Rounded as museval rounds: the last bits depend on the number of threads.
-        name: {
-            "uSDR": round(usdr(*pair).item(), DECIMALS),
-            "SI-SDR": round(si_sdr(*pair).item(), DECIMALS),
-        }
-        for name, pair in zip(names, pairs, strict=True)
+        name: {"uSDR": round(plain, DECIMALS), "SI-SDR": round(invariant, DECIMALS)}
+        for name, plain, invariant in zip(names, *ratios, strict=True)
     }
     return TrackScores(
         track.name,
@@ -228,17 +241,3 @@ def _named(note: str, names: tuple[str, ...]) -> str:
     for number, name in enumerate(names):
         note = note.replace(f"stem {number} ", f"{name} ")
     return note
-
-
-@contextmanager
-def compute_threads(count: int) -> Iterator[None]:
-    """So many threads for torch's operations, for a while.
-
-    Notebook: 08_evaluation
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,7 +2,8 @@
 
     FOLDER/SPLIT/TRACK.json
 
-`museval.EvalStore().add_eval_dir(FOLDER)` reads those of the test split.
+`museval.EvalStore().add_eval_dir(FOLDER)` reads those of the test split. A frame without a value
+is NaN, as museval writes it, though strict JSON has no such number; our own key is strict.
 
 Axis letters: `n` stems, `m` frames.
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def _to_json(scores: TrackScores) -> str:
         "settings": scores.settings,
         "files": scores.files,
         "seconds": scores.seconds,
-        "whole": scores.whole,
+        "whole": _whole(scores.whole, _strict),
         "notes": scores.notes,
     }
     targets = [
@@ -126,6 +127,24 @@ def _to_json(scores: TrackScores) -> str:
     ]
     window = {"window": scores.window, "hop": scores.hop}
     return json.dumps({OURS: window | ours, "targets": targets}, indent=1) + "\n"
+
+
+def _strict(value: float) -> float | str | None:
+    """A number as strict JSON can hold it: null for NaN, and a text for an infinite one."""
+    if math.isnan(value):
+        return None
+    return str(value) if math.isinf(value) else value
+
+
+def _number(value: float | str | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _whole(ratios: dict[str, dict], convert: Callable) -> dict[str, dict]:
+    return {
+        stem: {name: convert(value) for name, value in named.items()}
+        for stem, named in ratios.items()
+    }
 
 
 def _frames(ratios: dict[str, list[float]], scores: TrackScores) -> list[dict]:
@@ -158,10 +177,36 @@ def read_scores(path: Path) -> TrackScores:
             }
             for target in content["targets"]
         }
-        notes = tuple(ours.pop("notes"))
-        return TrackScores(path.stem, frames, notes=notes, **ours)
-    except (KeyError, TypeError, ValueError) as error:
+        ours |= {"notes": tuple(ours["notes"]), "whole": _whole(ours["whole"], _number)}
+        return TrackScores(path.stem, frames, **ours)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a file of scores that tfswa-lab wrote ({error!r}); choose another "
-            "output folder, or move it away"
+            "folder, or overwrite it"
         ) from error
+
+
+def difference(there: dict, wanted: dict) -> str:
+    """The first value of settings or digests that differs, in words; none if none does.
+
+    >>> difference({"hop": 1.0, "seconds": 3}, {"hop": 0.5, "seconds": 3})
+    'hop was 1.0 and is 0.5 now'
+
+    Notebook: 08_evaluation
+    """
+    for key in there | wanted:
+        old, new = there.get(key, "absent"), wanted.get(key, "absent")
+        if old != new:
+            if key == "estimator" and isinstance(old, dict) and isinstance(new, dict):
+                return f"the estimator's {difference(old, new)}"
+            return f"{key} was {shortened(old)} and is {shortened(new)} now"
+    return ""
+
+
+def shortened(value: object) -> str:
+    """A value as text, of a digest the beginning.
+
+    Notebook: 08_evaluation
+    """
+    text = str(value)
+    return f"{text[:8]}…" if len(text) == 64 else text

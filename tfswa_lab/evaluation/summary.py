@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tfswa_lab.evaluation.bsseval import median_of
-from tfswa_lab.evaluation.store import RATIOS, Ratios, TrackScores
+from tfswa_lab.evaluation.store import RATIOS, Ratios, TrackScores, shortened
 
 PERFECT = 100  # dB; there is no error but that of rounding
 # What is scored: its name in tables.
@@ -22,6 +22,8 @@ NAMES = {
     "irm": "ideal ratio mask",
     "mwf": "Wiener oracle",
 }
+# What a song's score lies between, if it was scored.
+ENDS = {"floor": ("mixture",), "higher ceiling": ("irm", "mwf")}
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class Report:
 
     Args:
         scores: `estimates`, `mixture`, `irm`, `mwf` → the scores of all songs in the same order.
+        gaps: what is missing of it, for the reader.
+        origin: where estimates and songs come from, for the reader.
 
     Notebook: 08_evaluation
     """
 
     scores: dict[str, list[TrackScores]]
+    gaps: tuple[str, ...] = ()
+    origin: dict[str, str] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[str]:
@@ -86,6 +92,31 @@ class Report:
         songs = [track.whole for track in self.scores[method]]
         return {stem: mean_of([song[stem][ratio] for song in songs]) for stem in self.stems}
 
+    def facts(self) -> dict[str, str]:
+        """What was scored, and how, in words."""
+        songs = self.scores["estimates"]
+        of = songs[0].settings
+        part = "whole" if of["seconds"] is None else f"the first {of['seconds']:g} s of each"
+        lasting = sum(song.seconds for song in songs)
+        own = (f"{name}: {shortened(value)}" for name, value in of["estimator"].items())
+        return self.origin | {
+            "songs": f"{len(songs)}, {part}: {lasting:.0f} s",
+            "frames": f"of {songs[0].window:g} s, {songs[0].hop:g} s apart; {self._frames()}",
+            "estimates": ", ".join(own),
+            "tfswa-lab": of["version"],
+        }
+
+    def _frames(self) -> str:
+        """How many frames have a value, stem by stem if they differ."""
+        songs = [song.frames for song in self.scores["estimates"]]
+        values = {stem: [x for song in songs for x in song[stem]["SDR"]] for stem in self.stems}
+        counts = {stem: sum(not math.isnan(x) for x in values[stem]) for stem in self.stems}
+        if len(set(counts.values())) == 1:
+            scored = str(counts[self.stems[0]])
+        else:
+            scored = ", ".join(f"{stem} {count}" for stem, count in counts.items())
+        return f"scored: {scored} of {len(values[self.stems[0]])}"
+
     def tables(self) -> list[Table]:
         """Medians, means, and both song by song."""
         return [
@@ -115,36 +146,47 @@ class Report:
         return Table("Mean over songs of uSDR (Music Demixing), in dB", columns, tuple(rows))
 
     def _songs_table(self, title: str, score: Callable[[TrackScores, str], float]) -> Table:
-        """Each score with the floor and the highest ceiling that there are."""
-        bounds = [method for method in self.methods if method != "estimates"]
-        bounds = [bounds[0], bounds[-1]] if len(bounds) > 1 else bounds
+        """Each score with the floor and the higher ceiling, as far as they are there."""
+        ends = {
+            name: [self.scores[method] for method in methods if method in self.scores]
+            for name, methods in ENDS.items()
+        }
+        ends = {name: bounds for name, bounds in ends.items() if bounds}
         rows = []
         for number, song in enumerate(self.scores["estimates"]):
-            around = [self.scores[method][number] for method in bounds]
+            around = [[songs[number] for songs in bounds] for bounds in ends.values()]
             cells = [_between(song, around, stem, score) for stem in self.stems]
             rows.append((song.track, *cells))
-        within = f" ({' … '.join(NAMES[method] for method in bounds)})" if bounds else ""
+        within = f" ({' … '.join(ends)})" if ends else ""
         return Table(title + within, ("song", *self.stems), tuple(rows))
 
     def notes(self) -> list[str]:
-        """What a reader of the estimates' scores should know, by song."""
-        return [f"{song.track}: {note}" for song in self.scores["estimates"] for note in song.notes]
+        """What a reader of the scores should know: what is missing, and by song what was done."""
+        notes = list(self.gaps)
+        for number, song in enumerate(self.scores["estimates"]):
+            notes += [f"{song.track}: {note}" for note in song.notes]
+            for method in self.methods:  # a bound's, if the estimates have no such note
+                new = [x for x in self.scores[method][number].notes if x not in song.notes]
+                notes += [f"{song.track}, {NAMES[method]}: {note}" for note in new]
+        return notes
 
     def to_markdown(self) -> str:
-        """All tables and notes."""
-        texts = [table.to_markdown() for table in self.tables()]
+        """What was scored, all tables, and notes."""
+        texts = ["\n".join(f"- {name}: {value}" for name, value in self.facts().items())]
+        texts += [table.to_markdown() for table in self.tables()]
         texts += ["\n".join(f"- {note}" for note in self.notes())] if self.notes() else []
         return "\n\n".join(texts) + "\n"
 
 
 def _between(
     song: TrackScores,
-    bounds: Sequence[TrackScores],
+    ends: Sequence[Sequence[TrackScores]],
     stem: str,
     score: Callable[[TrackScores, str], float],
 ) -> str:
-    around = f" ({' … '.join(show(score(bound, stem)) for bound in bounds)})" if bounds else ""
-    return show(score(song, stem)) + around
+    """A score and, in brackets, the highest of each of these bounds."""
+    highest = [highest_of([score(bound, stem) for bound in bounds]) for bounds in ends]
+    return show(score(song, stem)) + (f" ({' … '.join(map(show, highest))})" if ends else "")
 
 
 def median_sdr(song: TrackScores, stem: str) -> float:
@@ -173,6 +215,17 @@ def mean_of(values: Sequence[float]) -> float:
     """
     numbers = [value for value in values if not math.isnan(value)]
     return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def highest_of(values: Sequence[float]) -> float:
+    """The highest of those that are numbers, NaN if none is.
+
+    >>> highest_of([1.0, math.nan, 4.0])
+    4.0
+
+    Notebook: 08_evaluation
+    """
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def show(value: float) -> str:

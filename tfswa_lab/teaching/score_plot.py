@@ -5,48 +5,76 @@ Notebook: 08_evaluation
 
 from __future__ import annotations
 
+import io
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tfswa_lab.durable import write_whole
+from tfswa_lab.evaluation.bsseval import median_of
 from tfswa_lab.evaluation.store import RATIOS, TrackScores
-from tfswa_lab.evaluation.summary import NAMES, Report
+from tfswa_lab.evaluation.summary import NAMES, Report, mean_of
 from tfswa_lab.teaching.plots import OTHER_COLOUR, STEM_COLOURS
 
-MARKS = {"mixture": "_", "estimates": "o", "irm": "x", "mwf": "+"}
+MARKS = {"mixture": "v", "estimates": "o", "irm": "^", "mwf": "D"}
 
 
 def plot_scores(report: Report, ratio: str = "SDR", ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Every song's score, floor and ceilings, stem by stem, in dB.
+
+    A dot is a song, in the order of the report. A line is what the report's tables say of all of
+    them: the median of SDR, ISR, SIR and SAR, the mean of uSDR and SI-SDR.
 
     Args:
         report: of `evaluate`.
         ratio: SDR, ISR, SIR or SAR, medians over frames; or uSDR or SI-SDR, of whole songs.
         ax: where to draw.
 
+    Raises:
+        ValueError: there is no such ratio.
+
     Notebook: 08_evaluation
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 3.6), layout="constrained", dpi=100)
-    count = len(report.methods)
+    width = 0.84 / len(report.methods)  # of a column; stems are 1 apart
     for place, stem in enumerate(report.stems):
-        colour = STEM_COLOURS.get(stem, OTHER_COLOUR)
         for number, method in enumerate(report.methods):
+            left = place - 0.42 + number * width
             songs = [of_song(song, stem, ratio) for song in report.scores[method]]
-            x = place + 0.7 * ((number + 0.5) / count - 0.5)
-            # Side by side, or songs of equal scores would hide one another.
-            spread = [x + 0.1 * ((i + 0.5) / len(songs) - 0.5) for i in range(len(songs))]
-            ax.scatter(spread, songs, 30, colour, marker=MARKS[method], linewidths=1.2)
+            look = _look(method, STEM_COLOURS.get(stem, OTHER_COLOUR))
+            ax.scatter(_spread(len(songs), left, width), songs, max(8, 30 - len(songs)), **look)
+            of_all = median_of(songs) if ratio in RATIOS else mean_of(songs)
+            ax.hlines(of_all, left + 0.1 * width, left + 0.9 * width, "black", linewidth=1.5)
     for method in report.methods:  # in grey: a stem's colour is no part of the legend
-        ax.scatter([], [], 30, OTHER_COLOUR, marker=MARKS[method], label=NAMES[method])
+        ax.scatter([], [], 24, **_look(method, OTHER_COLOUR), label=NAMES[method])
+    across = "median" if ratio in RATIOS else "mean"
+    ax.plot([], [], color="black", label=f"{across} over songs")
     what = "median over frames" if ratio in RATIOS else "whole song"
-    ax.set(ylabel=f"{ratio} in dB ({what})", xlim=(-0.5, len(report.stems) - 0.5))
+    ax.set(ylabel=f"{ratio} in dB\n({what})", xlim=(-0.5, len(report.stems) - 0.5))
     ax.set_xticks(range(len(report.stems)), report.stems)
     ax.grid(axis="y", alpha=0.3)
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax.figure, ax
+
+
+def _spread(count: int, left: float, width: float) -> list[float]:
+    """Places side by side, or songs of equal scores would hide one another."""
+    return [left + width * (0.15 + 0.7 * (number + 0.5) / count) for number in range(count)]
+
+
+def _look(method: str, colour: str) -> dict:
+    """Estimates are filled, their bounds are outlines."""
+    filled = method == "estimates"
+    return {
+        "marker": MARKS[method],
+        "facecolors": colour if filled else "none",
+        "edgecolors": colour,
+        "linewidths": 0.8,
+    }
 
 
 def of_song(song: TrackScores, stem: str, ratio: str) -> float:
@@ -61,3 +89,24 @@ def of_song(song: TrackScores, stem: str, ratio: str) -> float:
     if ratio not in known:
         raise ValueError(f"ratio={ratio!r}: choose one of {', '.join(known)}")
     return known[ratio] if math.isfinite(known[ratio]) else math.nan
+
+
+def write_picture(report: Report, path: Path) -> None:
+    """Draw SDR above uSDR into a PNG file, which appears whole or not at all.
+
+    No screen is needed, and no figure stays open.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Notebook: 08_evaluation
+    """
+    wide = 3.5 + 1.6 * len(report.stems)
+    figure = Figure(figsize=(wide, 6.4), layout="constrained", dpi=150)
+    for ax, ratio in zip(figure.subplots(2), ("SDR", "uSDR"), strict=True):
+        plot_scores(report, ratio, ax)
+    facts = [f"{name}: {report.facts()[name]}" for name in (*report.origin, "songs")]
+    figure.suptitle("\n".join(facts), x=0.01, ha="left", fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_whole({path: [content.getvalue()]})
