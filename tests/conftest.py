@@ -27,10 +27,15 @@ def band_root() -> Path:
     return ensure_band()
 
 
+def audio_folder() -> Path:
+    """Where real recordings are looked for."""
+    return Path(os.environ.get("TFSWA_LAB_AUDIO", CHECKOUT.parent / "shared" / "audio"))
+
+
 @pytest.fixture(scope="session")
 def audio_root() -> Path:
     """Real recordings, with `music_delta` and `mir1k` in it; they are not part of the project."""
-    folder = Path(os.environ.get("TFSWA_LAB_AUDIO", CHECKOUT.parent / "shared" / "audio"))
+    folder = audio_folder()
     if not folder.is_dir():
         pytest.skip(f"no real stems in {folder}; set TFSWA_LAB_AUDIO")
     return folder
@@ -51,3 +56,9 @@ def music_delta(audio_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         mixture = sum(samples.astype(np.int32) for samples, _ in stems)
         soundfile.write(track / "mixture.wav", mixture.astype(np.int16), stems[0][1])
     return root
+
+
+@pytest.fixture(scope="session")
+def songs_folder(request: pytest.FixtureRequest) -> str:
+    """Real songs where there are some, elsewhere the empty name that means the band to lessons."""
+    return str(request.getfixturevalue("music_delta")) if audio_folder().is_dir() else ""

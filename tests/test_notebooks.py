@@ -107,13 +107,6 @@ def test_runs_in_quick_mode(path, band_root, tmp_path):
     assert run.peak_bytes <= 4 * 2**30
 
 
-@pytest.mark.notebook
-@pytest.mark.audio
-@lessons
-def test_runs_on_real_songs(path, music_delta, tmp_path):
-    run_notebook(path, tmp_path / path.name, QUICK | {"data_root": str(music_delta)}, 600)
-
-
 @pytest.fixture(scope="session")
 def students_folder(tmp_path_factory) -> Path:
     """The lessons without their solutions, as a class gets them."""
@@ -128,5 +121,7 @@ def students_folder(tmp_path_factory) -> Path:
 
 @pytest.mark.notebook
 @lessons
-def test_runs_without_its_solutions(path, students_folder, band_root, tmp_path):
-    run_notebook(students_folder / path.name, tmp_path / path.name, QUICK, 600)
+def test_runs_as_a_class_gets_it(path, students_folder, songs_folder, band_root, tmp_path):
+    """Without solutions and, where there are some, on real songs: two questions in one run."""
+    parameters = QUICK | {"data_root": songs_folder}
+    run_notebook(students_folder / path.name, tmp_path / path.name, parameters, 600)
