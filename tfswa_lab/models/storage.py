@@ -17,12 +17,13 @@ from torch import nn
 from tfswa_lab.durable import write_whole
 from tfswa_lab.models.mask_resunet import MaskResUNet
 from tfswa_lab.models.separator import Separator
+from tfswa_lab.models.tf_locoformer import TFLocoformer
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
 from tfswa_lab.stft import LevelNormalizer, SpectrogramNormalizer, STFTProcessor
 
 WEIGHTS = "separator.safetensors"
 SIZES = "separator.json"
-MODELS = {cls.__name__: cls for cls in (TFSWAUNet, MaskResUNet)}
+MODELS = {cls.__name__: cls for cls in (TFSWAUNet, MaskResUNet, TFLocoformer)}
 NORMALIZERS = {cls.__name__: cls for cls in (SpectrogramNormalizer, LevelNormalizer)}
 
 
