@@ -1,0 +1,84 @@
+"""What does it cost to watch every allocation?
+
+    python benchmarks/memory_trace.py [--device cuda]
+
+A training step of a small TF-Locoformer, alone and traced, with and without the lines of Python, in
+turns. The peer is torch's MemTracker, which keeps no timeline and no lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from record import record
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from tfswa_lab.device import pick_device
+from tfswa_lab.memory.trace import trace
+from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
+
+GPU = True
+REPEATS = 5
+
+
+def make_step(device: torch.device) -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable]:
+    """Model, optimizer and step."""
+    torch.manual_seed(0)
+    model = TFLocoformer(4, 16, **TINY).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(1, 4, 64, 129, device=device)
+
+    def step() -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return model, optimizer, step
+
+
+def tracked(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> MemTracker:
+    """The peer, ready to be entered."""
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    return tracker
+
+
+def main() -> None:
+    """Time in turns, record, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    device = pick_device(parser.parse_args().device)
+    model, optimizer, step = make_step(device)
+    ways = {
+        "alone": nullcontext,
+        "traced": lambda: trace(model, optimizer),
+        "traced, without lines": lambda: trace(model, optimizer, stacks=False),
+        "MemTracker": lambda: tracked(model, optimizer),
+    }
+    spent = defaultdict(list)
+    for _ in range(1 + REPEATS):
+        for name, watching in ways.items():
+            with watching():
+                began = time.perf_counter()
+                step()
+                spent[name].append(time.perf_counter() - began)
+    seconds = {name: statistics.median(times[1:]) for name, times in spent.items()}
+    ratios = {name: round(each / seconds["alone"], 2) for name, each in seconds.items()}
+    rounded = {name: round(each, 4) for name, each in seconds.items()}
+    name = "memory_trace" if device.type == "cpu" else "memory_trace-gpu"
+    record(name, {"seconds": rounded, "ratio": ratios})
+    print("| step | seconds | ratio |\n|---|---|---|")
+    for name, ratio in ratios.items():
+        print(f"| {name} | {rounded[name]} | {ratio} |")
+
+
+if __name__ == "__main__":
+    main()

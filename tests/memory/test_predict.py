@@ -1,0 +1,319 @@
+"""Predictions: equal to traces of real tensors, to arithmetic, and to a reading from a card."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tfswa_lab.memory.compare import compare, max_batch_size, to_markdown
+from tfswa_lab.memory.predict import predict
+from tfswa_lab.memory.trace import trace
+from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
+from tfswa_lab.models.tfswa_unet import TFSWAUNet
+
+MIB = 2**20
+
+
+def linear_chain(layers=100):
+    """Of torchinfo's issue 144."""
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1024, 1024)
+
+        def forward(self, x):
+            for _ in range(layers):
+                x = self.linear(x)
+            return x
+
+    def make_step():
+        model, x = Chain(), torch.zeros(10240, 1024)
+        return lambda: model(x)
+
+    return make_step
+
+
+def training(batch=1, net=lambda: TFLocoformer(4, 16, **TINY), precision=None, t=32, f=65, **of):
+    """A training step of a network of 4 and 16 channels."""
+    model = net(**of)
+    optimizer = torch.optim.AdamW(model.parameters())
+    x, target = torch.randn(batch, 4, t, f), torch.randn(batch, 16, t, f)
+
+    def step():
+        with torch.autocast("cuda", dtype=precision, enabled=precision is not None):
+            estimate = model(x)
+        loss = (estimate.float() - target).abs().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def test_a_public_reading_from_a_card_to_the_byte():
+    """torch.cuda.memory_allocated() in https://github.com/TylerYep/torchinfo/issues/144."""
+    prediction = predict(linear_chain(), steps=1)
+    assert prediction.peak == 4044.00390625 * MIB
+
+
+def test_the_same_blocks_as_of_real_tensors_but_for_rounding():
+    """Without attention and optimizer, whose kernels are CUDA's."""
+
+    def make_step():
+        net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.GELU(), nn.Conv2d(8, 2, 3))
+        x = torch.randn(3, 4, 30, 41)
+        return lambda: net(x).square().mean().backward()
+
+    prediction = predict(make_step)
+    with trace() as seen:
+        step = make_step()
+        for _ in range(2):
+            seen.step()
+            step()
+    ours, theirs = prediction.timeline.blocks, seen.timeline().blocks
+    for name in ("size", "op", "category", "phase", "module", "born", "died", "step"):
+        of_ours, of_theirs = ([getattr(b, name) for b in blocks] for blocks in (ours, theirs))
+        assert of_ours == of_theirs, name
+    assert all(b.rounded % 512 == 0 for b in ours)
+    assert all(0 <= b.rounded - b.size < 512 for b in ours)
+
+
+def test_the_math_kernel_keeps_all_scores_and_the_others_do_not():
+    b, h, length, width = 2, 4, 512, 32
+
+    def make_step():
+        q, k, v = (torch.randn(b, h, length, width, requires_grad=True) for _ in range(3))
+        return lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()
+
+    of_tokens = 4 * b * h * length * width
+    scores = 4 * b * h * length * length
+    math, efficient = (predict(make_step, attention=a).peak for a in ("math", "efficient"))
+    assert math > 2 * scores
+    assert efficient < 12 * of_tokens < scores
+
+
+def test_the_math_kernel_keeps_scores_in_float32_whatever_it_is_given():
+    """As on the CPU, where it can be seen: autocast is over when the kernel begins."""
+    b, h, length, width = 1, 2, 128, 16
+
+    def make_step(device="cuda"):
+        q, k, v = (torch.randn(b, h, length, width, requires_grad=True) for _ in range(3))
+
+        def step():
+            with torch.autocast(device, dtype=torch.bfloat16):
+                out = F.scaled_dot_product_attention(q, k, v)
+            out.float().sum().backward()
+
+        return step
+
+    def scores(blocks):
+        return Counter(b.dtype for b in blocks if b.shape[-2:] == (length, length))
+
+    predicted = predict(make_step, attention="math", steps=1).timeline.blocks
+    with trace() as seen, sdpa_kernel(SDPBackend.MATH):
+        make_step("cpu")()
+    assert scores(predicted) == scores(seen.timeline().blocks)
+    assert scores(predicted)["float32"]
+
+
+def test_dropout_keeps_a_byte_per_element():
+    def make_step():
+        x = torch.randn(1000, 512, requires_grad=True)
+        return lambda: F.dropout(x, 0.1).sum().backward()
+
+    kept = [b for b in predict(make_step).timeline.blocks if b.dtype == "bool"]
+    assert {b.size for b in kept} == {512_000}
+
+
+def test_optimizers_update_all_parameters_at_once_as_on_cuda():
+    step = predict(training)
+    operators = {block.op for block in step.timeline.blocks}
+    assert any(operator.startswith("aten._foreach_") for operator in operators)
+
+
+@pytest.mark.parametrize(
+    ("run", "kept"),
+    [
+        (lambda x: F.layer_norm(x, (64,)), torch.float32),
+        (lambda x: x.softmax(-1), torch.float32),
+        (lambda x: x.exp(), torch.float32),
+        (lambda x: x.sum(), torch.float32),
+        (lambda x: F.group_norm(x, 4), torch.float32),
+        (lambda x: F.gelu(x), torch.bfloat16),
+        (lambda x: F.linear(x.float(), torch.ones(64, 64)), torch.bfloat16),
+        (lambda x: torch.einsum("ij,kj->ik", x.float(), x.float()), torch.bfloat16),
+        (lambda x: F.mse_loss(x, x), torch.float32),
+        (lambda x: F.scaled_dot_product_attention(*[x.float()[None, None]] * 3), torch.bfloat16),
+    ],
+)
+def test_autocast_has_cudas_lists(run, kept):
+    found = []
+
+    def make_step():
+        x = torch.randn(8, 64, dtype=torch.bfloat16)
+
+        def step():
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                found.append(run(x).dtype)
+
+        return step
+
+    predict(make_step, steps=1)
+    assert found == [kept]
+
+
+def test_cudas_default_of_autocast_is_half():
+    found = []
+
+    def make_step():
+        def step():
+            with torch.autocast("cuda"):
+                found.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+            with torch.autocast("cuda", enabled=False):
+                found.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+
+        return step
+
+    predict(make_step, steps=1)
+    assert found == [torch.float16, torch.float32]
+
+
+def test_torch_is_as_before():
+    before = F.scaled_dot_product_attention, F.dropout, torch.autocast.__init__
+    with pytest.raises(ZeroDivisionError):
+        predict(lambda: lambda: 1 / 0)
+    assert before == (F.scaled_dot_product_attention, F.dropout, torch.autocast.__init__)
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert x.exp().dtype == torch.bfloat16  # the CPU's list again
+    state = torch.get_rng_state()
+    predict(training, steps=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_checkpointing_trades_activations():
+    plain = predict(lambda: training(net=lambda: TFLocoformer(4, 16, **TINY)))
+    saved = predict(
+        lambda: training(net=lambda: TFLocoformer(4, 16, **TINY, activation_checkpointing="path"))
+    )
+    assert saved.peak < plain.peak
+    assert any(block.phase == "recompute" for block in saved.timeline.blocks)
+
+
+def test_the_peak_is_affine_in_the_batch():
+    """But for the megabyte that the allocator may add to each large block."""
+    found = [predict(lambda batch=batch: training(batch)) for batch in (4, 8, 12)]
+    asked = [prediction.timeline.peak()[0] for prediction in found]
+    assert asked[1] - asked[0] == pytest.approx(asked[2] - asked[1], rel=1e-3)
+    given = [prediction.peak for prediction in found]
+    assert all(a <= b < 1.05 * a for a, b in zip(asked, given, strict=True))
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    budget = 200 * MIB
+    batch = max_batch_size(training, budget, slack=0.0)
+    assert predict(lambda: training(batch)).peak <= budget
+    assert predict(lambda: training(batch + 1)).peak > budget
+    assert max_batch_size(training, budget, slack=0.5) < batch
+    assert max_batch_size(training, MIB) == 0
+
+
+def test_a_batch_that_does_not_matter_is_named():
+    with pytest.raises(ValueError, match="does make_step use its batch size"):
+        max_batch_size(lambda batch: training(1), 2**30)
+    with pytest.raises(ValueError, match=r"slack=1\.5"):
+        max_batch_size(training, 2**30, slack=1.5)
+
+
+def test_comparisons_are_tables_of_all_combinations():
+    choices = {"batch": [1, 2], "attention": ["math", "efficient"]}
+    rows = list(compare(training, choices))
+    assert [row.choices for row in rows] == [
+        {"batch": batch, "attention": attention}
+        for batch in (1, 2)
+        for attention in ("math", "efficient")
+    ]
+    table = to_markdown(rows, budget=rows[0].prediction.peak).splitlines()
+    assert table[0] == "| batch | attention | peak | reserved, about | fits |"
+    assert [line.endswith("yes |") for line in table[2:]] == [True, True, False, False]
+
+
+def test_shifted_windows_and_masks_work_with_every_kernel():
+    net = lambda: TFSWAUNet(4, 16, (16, 16, 16, 16), (2, 1, 1, 1), 2, 2)  # noqa: E731
+    peaks = {
+        kernel: predict(lambda: training(net=net), attention=kernel).peak
+        for kernel in ("math", "efficient")
+    }
+    half = predict(lambda: training(net=net, precision=torch.bfloat16)).peak
+    assert half < peaks["efficient"] < peaks["math"]
+
+
+def test_waveforms_can_pass_through_spectra_and_back():
+    def make_step():
+        window = torch.hann_window(512)
+        gain = nn.Parameter(torch.ones(257, 1))
+        x = torch.randn(2, 8000)
+
+        def step():
+            spectra = torch.stft(x, 512, window=window, return_complex=True)
+            y = torch.istft(spectra * gain, 512, window=window, length=8000)
+            (y - x).square().mean().backward()
+
+        return step
+
+    prediction = predict(make_step)
+    assert prediction.peak > 0
+    assert any("cuFFT" in sentence for sentence in prediction.budget)
+    scratch = [b for b in prediction.timeline.blocks if b.op == "aten._fft_c2r.default"]
+    assert len({b.size for b in scratch}) == 2  # the output, and the copy of the input
+
+
+def test_what_depends_on_values_is_named_with_its_line():
+    def make_step():
+        x = torch.randn(100)
+        return lambda: x[x > 0].sum()
+
+    with pytest.raises(NotImplementedError, match=r"aten\.index.*test_predict\.py:\d+"):
+        predict(make_step)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_step_may_be_written_for_a_card(device):
+    def make_step():
+        model = nn.Linear(512, 256, device=device)
+        other = nn.Linear(256, 128, bias=False).to(device=device, dtype=torch.bfloat16)
+        third = nn.Linear(256, 128, bias=False).cuda().to(torch.device(device))
+        x = torch.randn(16, 512).to(device)
+
+        def step():
+            y = model(x.cuda())
+            target = torch.zeros(16, 128, device=y.device)
+            (other(y.bfloat16()) + third(y) - target).sum().backward()
+
+        return step
+
+    prediction = predict(make_step)
+    parameters = 4 * (512 * 256 + 256 + 256 * 128) + 2 * 256 * 128
+    assert prediction.by_category()["parameter"] == parameters
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match="must return a function"):
+        predict(lambda: None)
+    with pytest.raises(ValueError, match=r"attention='fast' is none of"):
+        predict(training, attention="fast")
+    with pytest.raises(ValueError, match=r"flash.*use autocast"):
+        predict(training, attention="flash")
+
+
+def test_it_is_printed_with_what_it_cannot_see():
+    text = str(predict(training))
+    assert "activation" in text
+    assert "not in these numbers" in text
+    assert "cuBLAS" in text

@@ -1,0 +1,155 @@
+"""CUDA's choices on a machine without a card: kernels, casts and loops that change what is kept.
+
+The tensors are the CPU's, so what CUDA would do otherwise must be said: which attention kernel runs
+and what it saves, how dropout keeps its mask, that optimizers update all parameters at once.
+
+Functions are replaced rather than watched, because a mode for functions is off in the backward
+pass, where checkpointed parts run again.
+
+Source: aten/src/ATen/native/transformers/{attention.cpp, cuda/sdp_utils.cpp} and
+cuda/flash_attn/flash_api.cpp of PyTorch 2.13, which were read and not copied.
+
+Notebook: 05_where_memory_goes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim import optimizer as optimizers
+from torch.utils import _foreach_utils
+
+from tfswa_lab.memory.cuda_autocast import cuda_autocast
+
+ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def cuda_like(attention: str = "auto") -> Iterator[None]:
+    """CPU tensors are treated as a card would treat its own.
+
+    Args:
+        attention: the kernel of `scaled_dot_product_attention`: "flash" for half precision without
+            a mask, "efficient", "cudnn", "math", which keeps all scores; "auto" takes the first
+            of flash, efficient and math that can.
+
+    Raises:
+        ValueError: there is no such kernel, or it cannot do what it is asked for.
+
+    Notebook: 05_where_memory_goes
+    """
+    if attention not in ATTENTION:
+        raise ValueError(f"attention={attention!r} is none of {', '.join(ATTENTION)}")
+    devices = partial(_with_cpu, _foreach_utils._get_foreach_kernels_supported_devices)
+    types = [*_foreach_utils._foreach_supported_types, FakeTensor]
+    with ExitStack() as stack:
+        for place, name, value in (
+            (F, "scaled_dot_product_attention", partial(_attention, attention)),
+            (F, "dropout", _dropout),
+            (optimizers, "_get_foreach_kernels_supported_devices", devices),
+            (_foreach_utils, "_get_foreach_kernels_supported_devices", devices),
+            (optimizers, "_foreach_supported_types", types),
+            (_foreach_utils, "_foreach_supported_types", types),
+        ):
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
+        stack.enter_context(cuda_autocast())
+        yield
+
+
+def _with_cpu(devices: Any) -> list[str]:
+    return [*devices(), "cpu"]
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """CUDA keeps a byte per element, the CPU a float."""
+    return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else x
+
+
+def _attention(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` by a kernel of CUDA's."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(dtype)
+    refusals = _refusals(query, key, value, attn_mask, enable_gqa)
+    if kernel == "auto":
+        kernel = next(name for name in ("flash", "efficient", "math") if not refusals.get(name))
+    if refusals.get(kernel):
+        raise ValueError(f"attention={kernel!r} cannot run here: {refusals[kernel]}")
+    common = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    with torch.autocast("cpu", enabled=False):  # inside, autocast has done its work
+        if kernel == "math":
+            attend = torch.ops.aten._scaled_dot_product_attention_math
+            return attend(query, key, value, attn_mask, enable_gqa=enable_gqa, **common)[0]
+        if kernel == "flash":
+            return _flash(query, key, value, **common)
+        keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        attend = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention")
+        bias = _bias(attn_mask, query, key)
+        return attend(query, key, value, bias, keeps, **common)[0]
+
+
+def _refusals(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> dict[str, str]:
+    """Kernels that cannot do this, and why."""
+    width, half = query.shape[-1], query.dtype in HALVES
+    aligned = width % (8 if half else 4) == 0
+    found = {}
+    if query.ndim != 4 or enable_gqa:
+        reason = "it is emulated for (batch, heads, length, width) without groups of heads only"
+        found = dict.fromkeys(("flash", "efficient", "cudnn"), reason)
+    if not half:
+        found["flash"] = found["cudnn"] = f"{query.dtype} is no half precision; use autocast"
+    if mask is not None:
+        found["flash"] = "it takes no mask"
+    if width > 256:
+        found["flash"] = f"heads of {width} channels are wider than 256"
+    if not aligned:
+        found["efficient"] = found["cudnn"] = f"heads of {width} channels are not aligned"
+    return found
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: Any
+) -> Tensor:
+    """Heads are padded to multiples of eight channels, and cut again."""
+    width = query.shape[-1]
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    if width % 8:
+        query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    return attend(query, key, value, dropout_p, is_causal, scale=scale)[0][..., :width]
+
+
+def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """A mask as the kernels take it: numbers to be added, in rows of a multiple of eight."""
+    if mask is None:
+        return None
+    if mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
+    length = mask.shape[-1]
+    if length % 8:
+        mask = F.pad(mask, (0, -length % 8))[..., :length]
+    return mask.expand(*query.shape[:2], query.shape[2], key.shape[2])

@@ -1,0 +1,100 @@
+"""Which module is at work: while its forward pass runs, and later while its gradients are computed.
+
+Autograd numbers its nodes in the order of their making. The numbers at which modules begin and end
+therefore tell which of them made a node that the backward pass has come to.
+
+Notebook: 05_where_memory_goes
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+
+class Call(NamedTuple):
+    """A module whose forward pass is running."""
+
+    path: str
+    graph_task: int  # the backward pass that it runs in, -1 for none
+
+
+class ModulePaths:
+    """The modules that are called while `watching`.
+
+    Args:
+        on_root: called with every module that is called outside of others, once.
+
+    Attributes:
+        calls: those that are running, the innermost last.
+        roots: how many have been called outside of others.
+
+    Notebook: 05_where_memory_goes
+    """
+
+    def __init__(self, on_root: Callable[[nn.Module], None] = lambda module: None):
+        self.calls: list[Call] = []
+        self.roots = 0
+        self._on_root = on_root
+        self._paths: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+        self._numbers, self._at = [0], [""]
+
+    def name(self, root: nn.Module) -> None:
+        """Give paths to a module and all in it; a second model's begin with its class."""
+        prefix = type(root).__name__ if self._paths else ""
+        for path, module in root.named_modules():
+            full = ".".join(filter(None, (prefix, path))) or type(root).__name__
+            self._paths.setdefault(module, full)
+        self._on_root(root)
+
+    def path_of(self, module: nn.Module) -> str:
+        """Its path, if it or a module that it is part of was called or named."""
+        return self._paths.get(module, type(module).__name__)
+
+    @property
+    def now(self) -> str:
+        """The path of the innermost running module, empty outside of all."""
+        return self.calls[-1].path if self.calls else ""
+
+    def that_made(self, number: int) -> str:
+        """The path of the module that was running when autograd gave out a number."""
+        return self._at[bisect_right(self._numbers, number) - 1]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See every call of a module."""
+        original = nn.Module.__call__
+
+        def seen(module: nn.Module, *args, **kwargs):
+            self._enter(module)
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                self.calls.pop()
+                self._note()
+
+        nn.Module.__call__ = seen
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original
+
+    def _enter(self, module: nn.Module) -> None:
+        self.roots += not self.calls
+        if module not in self._paths:
+            if self.calls:  # made on the way
+                self._paths[module] = f"{self.now}.{type(module).__name__}"
+            else:
+                self.name(module)
+        self.calls.append(Call(self._paths[module], torch._C._current_graph_task_id()))
+        self._note()
+
+    def _note(self) -> None:
+        self._numbers.append(torch._C._autograd._get_sequence_nr())
+        self._at.append(self.now)

@@ -1,0 +1,41 @@
+"""Sizes that CUDA's caching allocator deals in (torch 2.13, `c10/core/AllocatorConfig.h`).
+
+Notebook: 05_where_memory_goes
+"""
+
+from __future__ import annotations
+
+from tfswa_lab.memory.sizes import MIB
+
+QUANTUM = 512  # every request is rounded up to a multiple of it
+SMALL = MIB  # the largest request of the small pool
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB  # for requests of the large pool below `OWN_SEGMENT`
+OWN_SEGMENT = 10 * MIB  # from here on a request gets a segment of its own size, rounded up to
+SEGMENT_QUANTUM = 2 * MIB
+
+
+def rounded(requested: int) -> int:
+    """Bytes that are set aside for a request, at least.
+
+    Notebook: 05_where_memory_goes
+
+    >>> rounded(1), rounded(512), rounded(513)
+    (512, 512, 1024)
+    """
+    return -(-requested // QUANTUM) * QUANTUM
+
+
+def segment_size(size: int) -> int:
+    """Bytes that the device is asked for when nothing cached is large enough.
+
+    Notebook: 05_where_memory_goes
+
+    >>> [segment_size(n * MIB) // MIB for n in (1, 2, 10, 11)]
+    [2, 20, 10, 12]
+    """
+    if size <= SMALL:
+        return SMALL_SEGMENT
+    if size < OWN_SEGMENT:
+        return LARGE_SEGMENT
+    return -(-size // SEGMENT_QUANTUM) * SEGMENT_QUANTUM
