@@ -161,7 +161,7 @@ def test_no_length_leaves_anything_behind():
         before = tensors()
         for length in range(1, 40):
             unit(torch.randn(1, length, 8))
-    assert tensors() == before
+    assert tensors() <= before  # others' may go meanwhile
     assert not list(unit.buffers())
 
 

@@ -39,12 +39,16 @@ def refusal(folder):
     return "nothing"
 
 
-if __name__ == "__main__":
+def main(folder):
+    """All of it; trainers are gone when this returns."""
     torch.set_num_threads(1)
     for norm in NORMS:
-        folder = Path(sys.argv[1]) / norm
-        trainer = train(norm, folder)
+        trainer = train(norm, folder / norm)
         name = f"rank_{trainer.fabric.global_rank}.safetensors"
-        save_file(weights(trainer), folder / name, {"sdr": str(trainer.best_sdr)})
-    said = refusal(Path(sys.argv[1]) / "poisoned")
-    Path(sys.argv[1], f"rank_{trainer.fabric.global_rank}.txt").write_text(said)
+        save_file(weights(trainer), folder / norm / name, {"sdr": str(trainer.best_sdr)})
+    said = refusal(folder / "poisoned")
+    (folder / f"rank_{trainer.fabric.global_rank}.txt").write_text(said)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
