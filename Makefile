@@ -10,12 +10,14 @@
 #   make clean       remove .venv and build
 #
 # PYTHON=…         interpreters to try for .venv, the first suitable one is taken
+# JOBS=2           how many tests run at once, each on one core
 # TORCH_INDEX=…    package index to take torch from, for instance one with CPU-only builds
 .POSIX:
 .PHONY: lab test notebooks bench gpu wheels band tidy clean
 
 PYTHON ?= python3.11 python3.12 python3.13 python3
 TORCH_INDEX ?=
+JOBS ?= 2
 ARGS ?=
 HAVE ?= /dev/null
 
@@ -35,7 +37,7 @@ test: .venv/.ready
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) $(STRIP) --verify notebooks/*.ipynb
-	$(IN_VENV) python -m pytest -q
+	$(IN_VENV) OMP_NUM_THREADS=1 python -m pytest -q -n $(JOBS) --dist worksteal
 
 notebooks: .venv/.ready band
 	@$(IN_VENV) python -m tfswa_lab.teaching.runner $(ARGS)

@@ -23,8 +23,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tfswa_lab.device import pick_device
+from tfswa_lab.memory.card.fake import without_values
 from tfswa_lab.memory.compare import predict_choices
-from tfswa_lab.memory.fake import without_values
 from tfswa_lab.memory.sizes import in_words
 from tfswa_lab.models import tf_locoformer, tfswa_unet
 from tfswa_lab.models.tf_locoformer import TFLocoformer

@@ -9,6 +9,7 @@ import soundfile
 import torch
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+os.environ["COLUMNS"] = "300"  # messages name paths, which a narrow terminal breaks in two
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

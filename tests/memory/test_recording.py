@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from tfswa_lab.memory import recording, snapshot
-from tfswa_lab.memory.blocks import Block, Timeline
-from tfswa_lab.memory.emit import as_snapshot
+from tfswa_lab.memory import snapshot
+from tfswa_lab.memory.snapshots import recording
+from tfswa_lab.memory.snapshots.emit import as_snapshot
+from tfswa_lab.memory.tracing.blocks import Block, Timeline
 
 MIB = 2**20
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")

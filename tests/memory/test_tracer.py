@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.checkpoint import checkpoint
 
-from tfswa_lab.memory.fake import FakeMode
+from tfswa_lab.memory.card.fake import FakeMode
 from tfswa_lab.memory.trace import trace
 from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
 from tfswa_lab.models.tfswa_unet import TFSWAUNet

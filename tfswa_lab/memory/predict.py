@@ -22,15 +22,15 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from tfswa_lab.memory.allocator import replay
-from tfswa_lab.memory.cuda_like import cuda_like
-from tfswa_lab.memory.error_budget import error_budget
-from tfswa_lab.memory.fake import without_values
-from tfswa_lab.memory.fullest import Fullest
-from tfswa_lab.memory.rounding import rounded
+from tfswa_lab.memory.card.allocator import replay
+from tfswa_lab.memory.card.error_budget import error_budget
+from tfswa_lab.memory.card.fake import without_values
+from tfswa_lab.memory.card.kernels import cuda_like
+from tfswa_lab.memory.card.rounding import rounded
+from tfswa_lab.memory.card.workspaces import workspace
 from tfswa_lab.memory.sizes import in_words
-from tfswa_lab.memory.tracer import Tracer
-from tfswa_lab.memory.workspaces import workspace
+from tfswa_lab.memory.tracing.fullest import Fullest
+from tfswa_lab.memory.tracing.tracer import Tracer
 
 Step = Callable[[], Any]
 

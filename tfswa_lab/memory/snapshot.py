@@ -1,6 +1,6 @@
 """CUDA memory snapshots: recorded, dumped, read safely, and asked what they mean.
 
-Notebook: 05_where_memory_goes
+Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tfswa_lab.memory.blocks import Block, Timeline
-from tfswa_lab.memory.emit import SEPARATOR
-from tfswa_lab.memory.pickles import LARGEST, SnapshotError, no_garbage_collection, read_plain
-from tfswa_lab.memory.recording import dump, dump_on_oom, record
-from tfswa_lab.memory.snapshot_history import (
+from tfswa_lab.memory.snapshots.emit import SEPARATOR
+from tfswa_lab.memory.snapshots.history import (
     Lives,
     OverTime,
     lives_of,
@@ -24,7 +21,14 @@ from tfswa_lab.memory.snapshot_history import (
     reserved_at,
     without,
 )
-from tfswa_lab.memory.snapshot_report import (
+from tfswa_lab.memory.snapshots.pickles import (
+    LARGEST,
+    SnapshotError,
+    no_garbage_collection,
+    read_plain,
+)
+from tfswa_lab.memory.snapshots.recording import dump, dump_on_oom, record
+from tfswa_lab.memory.snapshots.report import (
     Change,
     Fragmentation,
     Holder,
@@ -33,8 +37,9 @@ from tfswa_lab.memory.snapshot_report import (
     fragmentation,
     holders,
 )
-from tfswa_lab.memory.snapshot_schema import Contents, Segment, Trace, understand
-from tfswa_lab.memory.user_line import user_line
+from tfswa_lab.memory.snapshots.schema import Contents, Segment, Trace, understand
+from tfswa_lab.memory.snapshots.user_line import user_line
+from tfswa_lab.memory.tracing.blocks import Block, Timeline
 
 __all__ = ["Snapshot", "SnapshotError", "diff", "dump", "dump_on_oom", "read", "record"]
 
@@ -57,7 +62,7 @@ def read(
         FileNotFoundError: there is no such file.
         SnapshotError: it is damaged, hostile, no snapshot, or too large; a ValueError.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     if last is not None and last < 1:
         raise ValueError(f"last={last} entries; keep at least 1, or None for all")
@@ -81,7 +86,7 @@ class Snapshot:
     Args:
         contents: as they were understood.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     contents: Contents
@@ -208,6 +213,6 @@ class Snapshot:
 def diff(before: Snapshot, after: Snapshot, device: int | None = None) -> list[Change]:
     """What grew and shrank between two snapshots, by the line that allocated it.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     return changes(before.holders(device=device), after.holders(device=device))

@@ -12,11 +12,11 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tfswa_lab.memory.blocks import Timeline
-from tfswa_lab.memory.emit import write_snapshot
-from tfswa_lab.memory.fullest import Fullest
 from tfswa_lab.memory.sizes import in_words
-from tfswa_lab.memory.tracer import Tracer
+from tfswa_lab.memory.snapshots.emit import write_snapshot
+from tfswa_lab.memory.tracing.blocks import Timeline
+from tfswa_lab.memory.tracing.fullest import Fullest
+from tfswa_lab.memory.tracing.tracer import Tracer
 
 
 class Trace:

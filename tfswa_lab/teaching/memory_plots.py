@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from tfswa_lab.memory.blocks import CATEGORIES, Block, Timeline, by_category
 from tfswa_lab.memory.sizes import GIB, KIB, MIB, in_words
+from tfswa_lab.memory.tracing.blocks import CATEGORIES, Block, Timeline, by_category
 
 OTHERS = "others"
 # Dark to light in the order in which they are stacked, 9 steps (CIE L*) or more apart, so they

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from tfswa_lab.memory.blocks import Block, Timeline, by_category, by_line, by_module
 from tfswa_lab.memory.sizes import in_words
+from tfswa_lab.memory.tracing.blocks import Block, Timeline, by_category, by_line, by_module
 from tfswa_lab.teaching.memory_plots import (
     OTHERS,
     PASS_COLOURS,

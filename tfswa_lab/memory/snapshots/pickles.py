@@ -6,7 +6,7 @@ So the program is looked at first: only the few opcodes that numbers, strings, l
 dictionaries are written with may occur, with no length or index that the file is too short for.
 What is left takes time and memory in proportion to the file.
 
-Notebook: 05_where_memory_goes
+Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHORT = 64  # strings up to this length are passed over by the regular expressio
 class SnapshotError(ValueError):
     """A file that is no memory snapshot, is damaged, or is hostile.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
 
@@ -43,7 +43,7 @@ def read_plain(path: str | Path, largest: int = LARGEST) -> object:
         FileNotFoundError: there is no such file.
         SnapshotError: it is too large, not a pickle, damaged, or asks for anything else.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     path = Path(path)
     if not path.is_file():
@@ -70,7 +70,7 @@ def read_plain(path: str | Path, largest: int = LARGEST) -> object:
 def no_garbage_collection() -> Iterator[None]:
     """Millions of new containers are no garbage: looking for some doubles the time.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     was = gc.isenabled()
     gc.disable()
@@ -91,12 +91,12 @@ class _Reader(pickle.Unpickler):
 def check(program: bytes | mmap.mmap) -> None:
     """Raise SnapshotError unless this is a pickle of plain data, without executing it.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
 
     >>> check(pickle.dumps({"size": 512}))
     >>> check(pickle.dumps(print))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    tfswa_lab.memory.pickles.SnapshotError: opcode STACK_GLOBAL at byte 30 has no place in ...
+    tfswa_lab.memory.snapshots.pickles.SnapshotError: opcode STACK_GLOBAL at byte 30 has no ...
     """
     harmless = _harmless((len(program) // 4).bit_length())
     at = 0

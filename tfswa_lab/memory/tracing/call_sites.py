@@ -12,11 +12,17 @@ from types import CodeType
 import einops
 import torch
 
-from tfswa_lab.memory.blocks import Frame
+from tfswa_lab.memory.tracing.blocks import Frame
 
 MOST = 16  # lines of a stack that are kept
+ROOM = Path(__file__).parents[1]
 # Lines in these say nothing about the model.
-HIDDEN = (*(str(Path(x).parent) for x in (torch.__file__, einops.__file__, __file__)), "<frozen")
+HIDDEN = (
+    *(str(Path(library.__file__).parent) for library in (torch, einops)),
+    *(str(ROOM / part) for part in ("tracing", "card", "diagnosis")),
+    *(str(ROOM / f"{part}.py") for part in ("trace", "predict", "leaks")),
+    "<frozen",
+)
 
 
 class CallSites:

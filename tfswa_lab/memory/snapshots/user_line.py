@@ -1,6 +1,6 @@
 """The line of a stack that its reader wrote, rather than one of torch's own.
 
-Notebook: 05_where_memory_goes
+Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tfswa_lab.memory.blocks import Frame
+from tfswa_lab.memory.tracing.blocks import Frame
 
 NOWHERE = "(no stack was recorded)"
 NOBODY = "(no line outside of torch: its own threads, such as the backward pass)"
@@ -24,7 +24,7 @@ _NOT_OURS = re.compile(
 def user_line(stack: Sequence[Frame]) -> str:
     """The innermost line of a stack that is neither torch's nor C++.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
 
     >>> torch = Frame("/lib/python3.12/site-packages/torch/nn/functional.py", 9, "linear")
     >>> user_line([torch, Frame("model.py", 12, "forward"), Frame("train.py", 3, "<module>")])

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import optimizer as optimizers
 from torch.utils import _foreach_utils
 
-from tfswa_lab.memory.cuda_autocast import cuda_autocast
+from tfswa_lab.memory.card.autocast import cuda_autocast
 
 ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
 HALVES = (torch.float16, torch.bfloat16)

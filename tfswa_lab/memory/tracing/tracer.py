@@ -24,10 +24,11 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tfswa_lab.memory.blocks import Block, Timeline
-from tfswa_lab.memory.call_sites import CallSites
-from tfswa_lab.memory.module_paths import ModulePaths
-from tfswa_lab.memory.rounding import rounded
+from tfswa_lab.memory.card.rounding import rounded
+from tfswa_lab.memory.tracing.blocks import Block, Timeline
+from tfswa_lab.memory.tracing.call_sites import CallSites
+from tfswa_lab.memory.tracing.module_paths import ModulePaths
+from tfswa_lab.memory.tracing.storages import has_storage
 
 
 class Birth(NamedTuple):
@@ -129,7 +130,7 @@ class Tracer(TorchDispatchMode):
 
     def label(self, tensor: Tensor, category: str, module: str = "") -> None:
         """Say what a tensor is, whether it was seen before or not."""
-        if not _has_storage(tensor):
+        if not has_storage(tensor):
             return
         block = self._block_of(tensor) or self._add(tensor)
         block.category = category
@@ -262,8 +263,8 @@ class Tracer(TorchDispatchMode):
                 self.label(parameter.grad, "gradient", self._module_of(parameter))
 
     def _module_of(self, parameter: Tensor) -> str:
-        birth = self._live.get(parameter.untyped_storage()._cdata)
-        return birth.block.module if birth else ""
+        block = self._block_of(parameter) if has_storage(parameter) else None
+        return block.module if block else ""
 
 
 def _present(named: dict[str, Tensor | None]) -> Iterable[Tensor]:
@@ -275,14 +276,10 @@ def _device_of(tensor: Tensor) -> str:
     return str(getattr(tensor, "fake_device", None) or tensor.device)
 
 
-def _has_storage(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided
-
-
 def _tensors(value: Any) -> Iterator[Tensor]:
     """All tensors with a storage in nested lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
-        if _has_storage(value):
+        if has_storage(value):
             yield value
     elif isinstance(value, list | tuple):
         for each in value:

@@ -1,6 +1,6 @@
 """Have CUDA's allocator write down what it does, and keep what it wrote.
 
-Notebook: 05_where_memory_goes
+Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def record(
     Raises:
         RuntimeError: there is no CUDA.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     _need_cuda()
     history = torch.cuda.memory._record_memory_history
@@ -51,7 +51,7 @@ def dump(path: str | Path) -> Path:
         RuntimeError: there is no CUDA.
         OSError: the folder cannot be written to.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     _need_cuda()
     path = Path(path)
@@ -79,7 +79,7 @@ def dump_on_oom(path: str | Path, most: int = 3) -> OomDump:
     Raises:
         RuntimeError: there is no CUDA, or this torch has no hook for it.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     _need_cuda()
     attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
@@ -97,7 +97,7 @@ class OomDump:
         path: of the first.
         most: files to write.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     def __init__(self, path: Path, most: int):

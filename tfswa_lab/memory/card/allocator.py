@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfswa_lab.memory.blocks import Block, Timeline
-from tfswa_lab.memory.rounding import (
+from tfswa_lab.memory.card.rounding import (
     LARGE_SEGMENT,
     OWN_SEGMENT,
     QUANTUM,
@@ -27,6 +26,7 @@ from tfswa_lab.memory.rounding import (
     segment_size,
 )
 from tfswa_lab.memory.sizes import in_words
+from tfswa_lab.memory.tracing.blocks import Block, Timeline
 
 Watch = Callable[[str, int, int], None]
 

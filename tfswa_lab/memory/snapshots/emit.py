@@ -3,7 +3,7 @@
 The allocator's simulator decides on segments and addresses; lines, categories and modules are those
 of the trace. A trace has no clock: times are the numbers of its events.
 
-Notebook: 05_where_memory_goes
+Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pickle
 from pathlib import Path
 
 from tfswa_lab.durable import parts_of
-from tfswa_lab.memory.allocator import CachingAllocator, OutOfMemory, Piece, by_event
-from tfswa_lab.memory.blocks import Block, Frame, Timeline
+from tfswa_lab.memory.card.allocator import CachingAllocator, OutOfMemory, Piece, by_event
+from tfswa_lab.memory.tracing.blocks import Block, Frame, Timeline
 
 SEPARATOR = " | "  # of category and module in `user_metadata`
 
@@ -21,7 +21,7 @@ SEPARATOR = " | "  # of category and module in `user_metadata`
 def write_snapshot(path: str | Path, timeline: Timeline, limit: int | None = None) -> Path:
     """Write `as_snapshot` as a pickle, whole or not at all.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def as_snapshot(timeline: Timeline, limit: int | None = None) -> dict:
         Segments with their blocks and one device's trace, in the schema of torch 2.13. An entry's
         `user_metadata` is `category | module`, its `category` what the viewer colours by.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     story = _Story(limit)
     births, deaths = by_event(timeline)

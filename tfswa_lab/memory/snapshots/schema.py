@@ -4,7 +4,7 @@ Snapshots differ: `active_awaiting_free` became `active_pending_free`; blocks ha
 they had `frames`; `oom` entries have no address; keys come and go. Nothing of it is fatal. What a
 reader should know about is noted.
 
-Notebook: 05_where_memory_goes
+Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tfswa_lab.memory.blocks import Frame
-from tfswa_lab.memory.pickles import SnapshotError
+from tfswa_lab.memory.snapshots.pickles import SnapshotError
+from tfswa_lab.memory.tracing.blocks import Frame
 
 ACTIONS = (
     "alloc",
@@ -45,7 +45,7 @@ LARGEST_SIZE = 2**50  # bytes of a block or a segment
 class Part(NamedTuple):
     """A part of a segment; torch calls it a block.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     address: int
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 class Segment(NamedTuple):
     """Memory that the allocator has from the device.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     device: int
@@ -82,7 +82,7 @@ class Trace:
         stack: number of the stack.
         text: number of the `user_metadata`.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     action: np.ndarray
@@ -113,7 +113,7 @@ class Contents:
         settings: of the allocator, as written.
         notes: what a reader should know about.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -136,7 +136,7 @@ def understand(raw: object, last: int | None = None, most: int | None = None) ->
     Raises:
         SnapshotError: it is no snapshot.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     return _Understanding(most).snapshot(raw, last)
 

@@ -1,6 +1,6 @@
 """What a snapshot comes to: who holds the memory, what is fragmented, and why it ran out.
 
-Notebook: 05_where_memory_goes
+Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfswa_lab.memory.rounding import OWN_SEGMENT, SEGMENT_QUANTUM, SMALL, rounded, segment_size
+from tfswa_lab.memory.card.rounding import (
+    OWN_SEGMENT,
+    SEGMENT_QUANTUM,
+    SMALL,
+    rounded,
+    segment_size,
+)
 from tfswa_lab.memory.sizes import in_words
-from tfswa_lab.memory.snapshot_history import Lives, parts
-from tfswa_lab.memory.snapshot_schema import Segment
+from tfswa_lab.memory.snapshots.history import Lives, parts
+from tfswa_lab.memory.snapshots.schema import Segment
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Holder:
         size: bytes.
         blocks: how many.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     line: str
@@ -45,7 +51,7 @@ def holders(lives: Lives, event: int, lines: Sequence[str]) -> list[Holder]:
         event: when.
         lines: the user's line of each stack, by its number.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     alive = lives.alive(event)
     by_stack = np.zeros(len(lines), np.int64)
@@ -69,7 +75,7 @@ class Change:
         blocks_before: how many blocks in the first.
         blocks_after: in the second.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     line: str
@@ -91,7 +97,7 @@ class Change:
 def changes(before: Sequence[Holder], after: Sequence[Holder]) -> list[Change]:
     """Lines that hold more or less than before, the largest change first.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     old: Mapping[str, Holder] = {holder.line: holder for holder in before}
     new: Mapping[str, Holder] = {holder.line: holder for holder in after}
@@ -116,7 +122,7 @@ class Fragmentation:
         inactive_split: free, but in segments that are in use.
         largest_free: the largest request that a cached block would serve.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     reserved: int
@@ -139,7 +145,7 @@ class Fragmentation:
 def fragmentation(segments: Sequence[Segment]) -> Fragmentation:
     """The state of one device's segments.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     active, free = parts(segments, "active"), parts(segments, "inactive")
     idle = [one for one in segments if all(part.state == "inactive" for part in one.parts)]
@@ -169,7 +175,7 @@ class OutOfMemoryReport:
         device_free: what the device had left outside of segments.
         holders: by line, largest first.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     event: int

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tfswa_lab.memory.blocks import Timeline, by_category, by_line, by_module, top
 from tfswa_lab.memory.sizes import in_words
+from tfswa_lab.memory.tracing.blocks import Timeline, by_category, by_line, by_module, top
 
 
 @dataclass(frozen=True)

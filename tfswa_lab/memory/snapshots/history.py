@@ -4,7 +4,7 @@ The history is a ring: the oldest entries may be lost. The end is known whole, f
 everything is counted from there. Time is counted in entries; right after the first is event 1, and
 event 0 is before it.
 
-Notebook: 05_where_memory_goes
+Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfswa_lab.memory.rounding import QUANTUM, rounded
-from tfswa_lab.memory.snapshot_schema import ACTIONS, CODES, Part, Segment, Trace
+from tfswa_lab.memory.card.rounding import QUANTUM, rounded
+from tfswa_lab.memory.snapshots.schema import ACTIONS, CODES, Part, Segment, Trace
 
 GROWTH = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 
@@ -34,7 +34,7 @@ class Lives:
         stack: number of the stack that asked for it, 0 if unknown.
         text: number of its `user_metadata`.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     address: np.ndarray
@@ -60,7 +60,7 @@ class OverTime:
         reserved: by segments.
         time_us: when, in microseconds; event 0 has the time of the first entry.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
 
     allocated: np.ndarray
@@ -85,7 +85,7 @@ class _Life:
 def lives_of(trace: Trace, segments: Sequence[Segment]) -> tuple[Lives, int]:
     """Match allocations and releases of one device, and count the releases that were not recorded.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     never = len(trace) + 1
     rows, there, unrecorded = _matched(trace, never)
@@ -130,7 +130,7 @@ def _matched(trace: Trace, never: int) -> tuple[list[_Life], dict[int, _Life], i
 def release_of(trace: Trace) -> int:
     """The action that ends a life: the request, or its completion where only that was recorded.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     requested = CODES["free_requested"]
     return requested if requested in trace.action else CODES["free_completed"]
@@ -139,7 +139,7 @@ def release_of(trace: Trace) -> int:
 def parts(segments: Iterable[Segment], state: str) -> list[Part]:
     """The parts of segments that are in a state.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     return [part for segment in segments for part in segment.parts if part.state == state]
 
@@ -147,7 +147,7 @@ def parts(segments: Iterable[Segment], state: str) -> list[Part]:
 def over_time(trace: Trace, segments: Sequence[Segment], lives: Lives) -> OverTime:
     """Bytes allocated, active and reserved on one device, after each event.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     change = np.zeros(len(trace) + 2, np.int64)
     np.add.at(change, lives.born, lives.size)
@@ -181,7 +181,7 @@ def _back_from(end: int, change: np.ndarray) -> np.ndarray:
 def reserved_at(event: int, trace: Trace, segments: Sequence[Segment]) -> list[tuple[int, int]]:
     """The ranges of addresses, from and to, that were reserved right after an event.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
     """
     ranges = [(segment.address, segment.address + segment.size) for segment in segments]
     for entry in range(len(trace) - 1, event - 1, -1):
@@ -198,7 +198,7 @@ def reserved_at(event: int, trace: Trace, segments: Sequence[Segment]) -> list[t
 def without(ranges: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """What is left of ranges of addresses when others are taken out of them.
 
-    Notebook: 05_where_memory_goes
+    Notebook: 06_leak_diagnosis
 
     >>> without([(0, 10), (10, 15), (20, 30)], [(8, 12), (2, 4), (9, 25)])
     [(0, 2), (4, 8), (25, 30)]

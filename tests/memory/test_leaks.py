@@ -1,0 +1,37 @@
+"""The diagnosis of planted scripts: no growth called a leak, no leak called healthy.
+
+All of them take minutes; `benchmarks/leaks.py` runs them. Here are the sound ones and a part of the
+others.
+"""
+
+import pytest
+import torch
+from planted_healthy import SOUND
+from planted_holders import HELD_LEAKS
+from planted_judged import JUDGED
+from planted_second import SECOND
+from planted_tensors import TENSOR_LEAKS
+from planted_unseen import UNSEEN
+
+from tfswa_lab.memory.leaks import diagnose
+
+SOME = [*SOUND, *TENSOR_LEAKS[::2], *HELD_LEAKS[::2], *SECOND[::4], *UNSEEN[::4], *JUDGED]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("script", SOME, ids=lambda script: script.name)
+def test_planted(script):
+    made = script.make()
+    step, arguments = made if isinstance(made, tuple) else (made, {})
+    diagnosis = diagnose(step, **arguments)
+    assert diagnosis.verdict in script.verdicts, diagnosis
+    said = f"{diagnosis.verdict} {diagnosis.cause}".lower()
+    assert all(word.lower() in said for word in script.words), diagnosis

@@ -1,0 +1,1 @@
+"""What a CUDA card would do, told without one: kernels, autocast, rounding, the allocator."""

@@ -1,0 +1,152 @@
+"""Runs steps under a trace and takes stock in between.
+
+The collector of cycles rests while a step runs and is called between steps, so that what only it
+frees is told apart. All that existed before is frozen meanwhile (`gc.freeze`): what is new can be
+looked through in milliseconds.
+
+Notebook: 06_leak_diagnosis
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tfswa_lab.memory.diagnosis.census import Boundary, Census
+from tfswa_lab.memory.diagnosis.device_signals import device_signals
+from tfswa_lab.memory.diagnosis.hook_counts import hook_counts
+from tfswa_lab.memory.tracing.blocks import Block
+from tfswa_lab.memory.tracing.storages import has_storage
+from tfswa_lab.memory.tracing.tracer import Tracer
+
+OWNERS = (Tensor, nn.Module, Optimizer)
+
+
+class TracedSteps:
+    """Steps that are run one after another, and what is known of them.
+
+    Args:
+        call: runs the next step.
+        model: whose parts are to be called by their paths.
+
+    Attributes:
+        ended: how the last one failed, if it was one that may fail; else empty.
+        out_of_memory: whether that was for want of memory.
+
+    Notebook: 06_leak_diagnosis
+    """
+
+    def __init__(self, call: Callable[[], None], model: nn.Module | None = None):
+        self.ended, self.out_of_memory = "", False
+        self._call, self._boundaries = call, []
+        self._tracer = Tracer()
+        gc.collect()  # what is lost already is not to be counted
+        self._old = [ref(owner) for owner in of_types(OWNERS)]
+        if model is not None:
+            self._tracer.modules.name(model)
+
+    @property
+    def done(self) -> int:
+        """How many steps have been run to their end."""
+        return len(self._boundaries)
+
+    @contextmanager
+    def running(self) -> Iterator[TracedSteps]:
+        """Trace, with the collector of cycles at rest."""
+        with resting_gc(), self._tracer:
+            self._register(self._old_owners())
+            self._start = self._tracer.event
+            yield self
+
+    def run(self, count: int, may_fail: bool = False) -> None:
+        """Run steps until `count` are done.
+
+        Args:
+            may_fail: an error ends the run instead of being raised, as steps beyond those that
+                were asked for may find no more data. Running out of memory always does.
+        """
+        while self.done < count and not self.ended:
+            self._tracer.step()
+            try:
+                self._call()
+            except Exception as error:
+                self.out_of_memory = is_out_of_memory(error)
+                if not (may_fail or self.out_of_memory):
+                    error.add_note(f"raised in step {self.done} of a diagnosis of leaks")
+                    raise
+                self.ended = f"step {self.done} ended with {type(error).__name__}: {error}"
+            else:
+                self._take_stock()
+
+    def census(self) -> Census:
+        """What is known so far."""
+        devices = sorted(self._tracer.devices, key=lambda device: device.startswith("cpu"))
+        timelines = [self._tracer.timeline(device) for device in devices]
+        return Census(timelines, self._start, self._boundaries)
+
+    def references(self) -> dict[Block, ref]:
+        """Weak references to the storages of all blocks that are there now."""
+        return {block: ref(storage) for block, storage in self._tracer.living()}
+
+    def owners(self) -> list[ref]:
+        """All tensors, modules and optimizers that there are."""
+        return [*self._old, *map(ref, of_types(OWNERS))]
+
+    def has_tracebacks(self) -> bool:
+        """Whether any traceback is kept that was made since the start."""
+        return bool(of_types((TracebackType,)))
+
+    def _take_stock(self) -> None:
+        before = self._tracer.event
+        gc.collect()
+        new = of_types(OWNERS)
+        self._register(new)  # what was made unseen: in other threads, or from arrays
+        hooks = hook_counts([*self._old_owners(), *new]) if self.done % 2 else None
+        self._boundaries.append(Boundary(before, self._tracer.event, hooks, device_signals()))
+
+    def _old_owners(self) -> list[Any]:
+        return [owner for each in self._old if (owner := each()) is not None]
+
+    def _register(self, owners: Iterable[Any]) -> None:
+        known = {storage._cdata for _, storage in self._tracer.living()}
+        for tensor in owners:
+            if has_storage(tensor) and tensor.untyped_storage()._cdata not in known:
+                self._tracer.label(tensor, "input")
+
+
+def of_types(types: tuple[type, ...]) -> list[Any]:
+    """All objects of some classes that the collector of cycles knows and has not frozen."""
+    things = gc.get_objects()
+    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, types)}
+    return [thing for thing in things if type(thing) in kinds]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory left, on a device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextmanager
+def resting_gc() -> Iterator[None]:
+    """No collection of cycles but those asked for; these leave alone what is there already."""
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+    gc.disable()
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
+        if enabled:
+            gc.enable()

@@ -1,0 +1,1 @@
+"""Snapshots of CUDA's allocator: recording, reading without trust, what they say."""
