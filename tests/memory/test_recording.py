@@ -8,6 +8,7 @@ import torch
 from tfswa_lab.memory import snapshot
 from tfswa_lab.memory.snapshots import recording
 from tfswa_lab.memory.snapshots.emit import as_snapshot
+from tfswa_lab.memory.trace import trace
 from tfswa_lab.memory.tracing.blocks import Block, Timeline
 
 MIB = 2**20
@@ -49,6 +50,18 @@ def test_a_recording_ends_when_its_body_fails(cuda):
     assert calls[1] == ((None,), {})
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_a_trace_beside_a_card_keeps_what_the_allocator_wrote(cuda, monkeypatch, started):
+    calls, _ = cuda
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: started, raising=False)
+    with trace() as seen:
+        torch.zeros(3)
+    assert seen.allocator.fragmentation().allocated == 5 * MIB
+    assert seen.timeline("cpu").peak()[0] == 12
+    assert len(calls) == (0 if started else 2), "what others have started goes on"
+
+
 def test_a_dump_is_read_again(cuda, tmp_path):
     path = snapshot.dump(tmp_path / "new" / "now.pickle")
     assert snapshot.read(path).fragmentation().allocated == 5 * MIB
@@ -82,6 +95,15 @@ def test_nothing_is_raised_inside_of_the_allocator(cuda, tmp_path):
     cuda[1][0](0, 1, 2, 3)
     assert hook.written == []
     assert len(hook.failures) == 1
+
+
+@pytest.mark.gpu
+def test_the_allocator_and_a_trace_agree_on_a_card():
+    torch.cuda.init()
+    with trace() as seen:
+        kept = torch.zeros(5 * MIB, dtype=torch.uint8, device="cuda")
+    assert seen.timeline("cuda:0").peak()[0] == kept.nbytes
+    assert kept.nbytes in {block.size for block in seen.allocator.timeline().blocks}
 
 
 @pytest.mark.gpu

@@ -6,13 +6,15 @@ Notebook: 05_where_memory_goes
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tfswa_lab.memory.sizes import in_words
+from tfswa_lab.memory.snapshot import Snapshot, read, record
 from tfswa_lab.memory.snapshots.emit import write_snapshot
 from tfswa_lab.memory.tracing.blocks import Timeline
 from tfswa_lab.memory.tracing.fullest import Fullest
@@ -22,10 +24,15 @@ from tfswa_lab.memory.tracing.tracer import Tracer
 class Trace:
     """What `trace` has seen; complete when its region has ended.
 
+    Attributes:
+        allocator: where a card is in use, what CUDA's allocator itself wrote down meanwhile: what
+            is no tensor of Python's, such as workspaces, is in it, too. None elsewhere.
+
     Notebook: 05_where_memory_goes
     """
 
     def __init__(self, tracer: Tracer):
+        self.allocator: Snapshot | None = None
         self._tracer = tracer
 
     def step(self) -> None:
@@ -100,5 +107,17 @@ def trace(
         tracer.add_optimizer(optimizer)
     for tensor in inputs:
         tracer.label(tensor, "input")
-    with tracer:
-        yield Trace(tracer)
+    seen = Trace(tracer)
+    with tracer, _history_of_allocator(seen):
+        yield seen
+
+
+@contextmanager
+def _history_of_allocator(seen: Trace) -> Iterator[None]:
+    if not torch.cuda.is_initialized():  # starting CUDA to record nothing would cost its context
+        yield
+        return
+    started_by_others = torch._C._cuda_isHistoryEnabled()
+    with nullcontext() if started_by_others else record():
+        yield
+        seen.allocator = read(torch.cuda.memory._snapshot())

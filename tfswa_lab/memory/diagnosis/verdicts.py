@@ -57,10 +57,10 @@ class Diagnosis:
         return "\n  ".join(filter(None, lines))
 
 
-LEAKS = (
+LEAKS = {
     *("leak of graph", "leak of tensors", "reference cycle", "duplicated state"),
     *("frame/exception retention", "hook accumulation", "outside the allocator", "host memory"),
-)
+}
 
 
 def judge(findings: Findings) -> Diagnosis:

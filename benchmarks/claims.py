@@ -1,0 +1,109 @@
+"""Five published "leaks" of a TF-Locoformer: what their mends save, and what truly saves.
+
+    python benchmarks/claims.py [--device cuda]
+
+The patient of lesson 06, one step of 10 s of stereo, predicted for a card; on a card, measured as
+well where it fits. "On its own" is without the network: the most that a line can ever save.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import torch
+from record import record
+from torchaudio.transforms import Resample
+
+from tfswa_lab.device import pick_device
+from tfswa_lab.memory import claims
+from tfswa_lab.memory.card.allocator import replay
+from tfswa_lab.memory.predict import predict
+
+GPU = True
+MODES = {"training": True, "inference": False}
+CURES = {
+    "fused attention": {},
+    "and checkpoint each path": {"activation_checkpointing": "path"},
+    "and crop to 5 s": {"seconds": 5.0},
+    "and bfloat16": {"half": True},
+}
+MIB, ROOM = 2**20, 0.95  # of a card, that a step may be predicted to take to be tried there
+
+
+def peak(make=claims.make_step, attention="auto", **choices) -> int:
+    """Predicted bytes."""
+    return predict(partial(make, **choices), attention, steps=1).peak
+
+
+def on_card(predicted: int, **choices) -> int | None:
+    """Measured bytes; None where the step would not fit."""
+    if predicted > ROOM * torch.cuda.get_device_properties(0).total_memory:
+        return None
+    torch.cuda.empty_cache()
+    return claims.measured(claims.make_step(device="cuda", **choices))
+
+
+def trial(measure: bool) -> list[dict]:
+    """Claims 1 to 3, in a whole step and on their own."""
+    rows = []
+    for claim, change in claims.MENDED.items():
+        alone = claims.make_attention if "attend" in change else claims.make_alone
+        for mode, training in MODES.items():
+            both = {}, change
+            whole = [peak(training=training, **each) for each in both]
+            most = [peak(alone, training=training, **each) for each in both]
+            row = {"claim": claim, "mode": mode, "claimed_gb": claims.CLAIMED_GB[claim]}
+            row |= {"saved": whole[0] - whole[1], "on_its_own": most[0] - most[1]}
+            if measure:
+                pairs = zip(whole, both, strict=True)
+                row["measured"] = [on_card(p, training=training, **each) for p, each in pairs]
+            rows.append(row)
+    return rows
+
+
+def emptied() -> list[dict]:
+    """Claim 5, on the simulated allocator."""
+    rows = []
+    for mode, training in MODES.items():
+        make = partial(claims.make_step, training=training, num_blocks=4)
+        history = predict(make, steps=1).timeline
+        starts = [event - 1 for event in claims.block_starts(history)]
+        never, often = replay(history), replay(history, empty_cache_after=starts[2::2])
+        row = {"claim": "5 empty_cache", "mode": mode, "claimed_gb": 10}
+        row["saved"] = never.peak_allocated[0] - often.peak_allocated[0]
+        row["saved_reserved"] = never.peak_reserved[0] - often.peak_reserved[0]
+        rows.append(row)
+    return rows
+
+
+def cures(measure: bool) -> list[dict]:
+    """The peak of a training step, one cure on top of the other."""
+    rows, choices = [{"cure": "none: the math kernel", "predicted": peak(attention="math")}], {}
+    for cure, change in CURES.items():
+        choices |= change
+        rows.append({"cure": cure, "predicted": peak(**choices)})
+        if measure:
+            rows[-1]["measured"] = on_card(rows[-1]["predicted"], **choices)
+    return rows
+
+
+def main() -> None:
+    """Try, record, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    measure = pick_device(parser.parse_args().device).type == "cuda"
+    found = {"trial": trial(measure) + emptied(), "cures": cures(measure)}
+    found["resample_filter"] = Resample(48_000, 44_100).kernel.nbytes
+    record("claims", found)
+    print("| claim | mode | claimed | saved, MiB | on its own, MiB |\n|---|---|---|---|---|")
+    for row in found["trial"]:
+        own = f"{row['on_its_own'] / MIB:.2f}" if "on_its_own" in row else ""
+        saved = f"{row['saved'] / MIB:.2f}"
+        print(f"| {row['claim']} | {row['mode']} | {row['claimed_gb']} GB | {saved} | {own} |")
+    for row in found["cures"]:
+        print(f"| {row['cure']} | {row['predicted'] / 2**30:.2f} GiB |")
+
+
+if __name__ == "__main__":
+    main()
