@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 from torch import nn
@@ -43,24 +45,29 @@ def diagnose(
 ) -> Diagnosis:
     """Run a step again and again, and tell whether memory is lost, by which line, and to whom.
 
-    What it returns is let go at once. The collector of cycles rests while a step runs.
+    The steps are real: they train, draw random numbers and use up data. What they return is let go
+    at once, and the collector of cycles rests while one runs. What happens less often than every
+    few steps needs a `longest` that spans it several times: a cache that has not met all its keys
+    by then grows as a leak does. On CUDA, the statistics of peaks are reset in each step.
 
     Args:
         step: anything that can be called, such as one training step; if it needs an argument, it
             gets the number of the step.
-        steps: how many to run. As many again are run without the trace, and more if the first ones
-            do not tell; these may end early with an error, such as the end of the data.
+        steps: how many to run under a trace, and again without it.
         model: names its parts.
         optimizer: names its state.
-        longest: how many steps to run at most under the trace, and without it.
+        longest: how many steps to run if something may be growing, under the trace and without it.
+            Finding the holder takes up to two dozen more.
         limit: bytes that are to be enough for a step.
 
     Returns:
         Verdict, cause, evidence and advice.
 
     Raises:
-        ValueError: there are too few steps to tell, or `step` only makes a generator or coroutine.
-        Exception: whatever one of the first `steps` raises, unless it is want of memory.
+        ValueError: numbers make no sense, or `step` only makes a generator or coroutine.
+        TypeError: `step` is nothing that can be called, `model` no module, `optimizer` none.
+        Exception: whatever one of the first `steps` raises, unless it is want of memory. The steps
+            after these may end early, such as at the end of the data.
 
     Notebook: 06_leak_diagnosis
 
@@ -70,13 +77,12 @@ def diagnose(
     >>> diagnosis.verdict, diagnosis.growth_per_step
     ('leak of tensors', 4096.0)
     """
-    if not FEWEST <= steps <= longest:
-        raise ValueError(f"steps={steps}, longest={longest}; expected {FEWEST} <= steps <= longest")
+    _check(steps, longest, limit, model, optimizer)
     call = Numbered(step)
     traced = TracedSteps(call, model)
     with traced.running():
         traced.run(steps)
-        if not traced.ended and is_open(traced.census()):
+        if not traced.ended.words and is_open(traced.census()):
             traced.run(_enough(traced.census(), longest), may_fail=True)
         census, storages = traced.census(), traced.references()
         failed, owners = traced.has_tracebacks(), traced.owners()
@@ -84,13 +90,25 @@ def diagnose(
         findings = replace(
             examined.findings(failed),
             limit=limit,
-            out_of_memory=traced.out_of_memory,
             ended=traced.ended,
         )
         # A cache of tensors that still grows makes the process grow, too.
         kinds = ("nodes", "python") if findings.rising else ("nodes", "python", "process")
         host = HostSteps(call, owners, kinds)
         return judge(_completed(findings, host, examined, steps, longest))
+
+
+def _check(steps: int, longest: int, limit: int | None, model: Any, optimizer: Any) -> None:
+    if not (isinstance(steps, int) and isinstance(longest, int) and FEWEST <= steps <= longest):
+        raise ValueError(
+            f"steps={steps!r}, longest={longest!r}; expected {FEWEST} <= steps <= longest: fewer "
+            "do not tell a leak from a warm-up, and for more raise longest"
+        )
+    if limit is not None and not (isinstance(limit, int) and limit > 0):
+        raise ValueError(f"limit={limit!r}; expected bytes, such as 8 * 2**30, or None")
+    for name, thing, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
+        if thing is not None and not isinstance(thing, kind):
+            raise TypeError(f"{name}={thing!r}; expected a torch {kind.__name__}, or None")
 
 
 def _named(step: Callable, model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:
@@ -109,13 +127,20 @@ def _completed(
     findings: Findings, host: HostSteps, examined: Examination, steps: int, longest: int
 ) -> Findings:
     """With what some more steps tell, if tensors do not grow."""
-    if findings.hooks or findings.ended or not all(map(bounded, findings.rising)):
+    leaks = any(not bounded(each, findings.steps) for each in findings.rising)
+    if findings.hooks or findings.ended.words or leaks:
         return findings
     if sum(map(bool, findings.freed[2:])) > 1:
         line = examined.census.line_of_garbage()
         return replace(findings, circle=circle_of_step(host.call), in_circle=line)
     host.run(steps, longest)
-    return replace(findings, host=_host_growth(host, examined), kernels=host.kernels)
+    return replace(
+        findings,
+        host=_host_growth(host, examined),
+        kernels=host.kernels,
+        ended=host.ended,
+        untraced=host.call.count - findings.steps,
+    )
 
 
 def _host_growth(host: HostSteps, examined: Examination) -> HostGrowth | None:
@@ -124,5 +149,7 @@ def _host_growth(host: HostSteps, examined: Examination) -> HostGrowth | None:
         return None
     holder = host.deepest_tensor() if kind == "nodes" else host.grown_container()
     spelled = examined.spell(holder) if holder is not None else ("", "")
-    size = slope(host.levels["process" if kind == "nodes" else kind])
-    return HostGrowth(kind, slope(host.levels[kind]), max(0.0, size), host.line, *spelled)
+    size = slope(host.levels[kind])
+    if kind == "nodes":  # others' memory is in the process's, too
+        size = max(0.0, median(b - a for a, b in pairwise(host.levels["process"])))
+    return HostGrowth(kind, slope(host.levels[kind]), size, host.line, *spelled)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 def assert_no_leak() -> Callable[..., Diagnosis]:
     """Diagnose a step as `leaks.diagnose` does, and fail with its words if memory is lost.
 
+    It fails, too, if a step raises an error (but for the end of its data), runs out of memory, or
+    takes more than `limit`.
+
     Returns:
         A function with the arguments of `diagnose`, that returns the diagnosis.
 
@@ -29,7 +32,7 @@ def assert_no_leak() -> Callable[..., Diagnosis]:
 
     def check(step: Callable, steps: int = 12, **options) -> Diagnosis:
         diagnosis = diagnose(step, steps, **options)
-        if diagnosis.leaks:
+        if diagnosis.leaks or diagnosis.failed:
             pytest.fail(str(diagnosis), pytrace=False)
         return diagnosis
 

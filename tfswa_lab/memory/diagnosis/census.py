@@ -101,11 +101,6 @@ class Census:
             sizes[line_of(block.frames)] += block.rounded
         return max(sizes, key=sizes.get, default=None)
 
-    def survivors(self, age: int = 0) -> list[Block]:
-        """Blocks that are alive after the last step and `age` steps old."""
-        newest = self.steps - 1 - age
-        return [b for b in self.blocks if b.died is None and self.birth(b) <= newest]
-
     def levels(self, blocks: list[Block], age: int = 0) -> list[int]:
         """Bytes after each step in some blocks that are at least `age` steps old by then."""
         change = [0] * (self.steps + 1)

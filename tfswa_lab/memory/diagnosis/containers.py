@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tfswa_lab.memory.diagnosis.path_words import LRU_CACHE
 
 SEVERAL = 6  # keys that would not be in order by chance
-LIMITS = re.compile(r"_?(maxlen|max_?size|capacity|limit|max_(items|entries|length))$", re.I)
+LIMITS = re.compile(r"_?(maxlen|max_?size|capacity|max_(items|entries|len))$", re.I)
 
 
 class Container(NamedTuple):
@@ -59,13 +59,21 @@ def container_of(chain: Sequence[Any], at: int) -> Container:
 
 
 def _limit(owner: Any, length: int) -> int | None:
-    """A number of an object that says how many elements it lets its container have."""
-    if isinstance(owner, nn.Module):  # whose `max_length` is that of sequences
+    """A number of an object that its own methods hold against how many elements it has."""
+    if isinstance(owner, nn.Module):
         return None
     for name, value in getattr(owner, "__dict__", {}).items():
-        if LIMITS.match(name) and isinstance(value, int) and value >= max(length, 1):
+        enough = isinstance(value, int) and value >= max(length, 1)
+        if LIMITS.match(name) and enough and _is_used(owner, name):
             return value
     return None
+
+
+def _is_used(owner: Any, name: str) -> bool:
+    """Whether a method reads an attribute, besides the one that sets it."""
+    methods = (each for kind in type(owner).__mro__ for each in vars(kind).items())
+    codes = (getattr(method, "__code__", None) for key, method in methods if key != "__init__")
+    return any(code is not None and name in code.co_names for code in codes)
 
 
 def _by_size(holder: Any) -> bool:
@@ -73,12 +81,15 @@ def _by_size(holder: Any) -> bool:
         return False
     if len(holder) >= SEVERAL and _counted_up(holder):
         return False
-    return all(_tells_size(key, value) for key, value in list(holder.items()))
+    columns = _columns(holder)
+    differing = {at for at, parts in enumerate(columns) if len(set(parts)) > 1 or len(parts) == 1}
+    return all(_tells_size(key, value, differing) for key, value in list(holder.items()))
 
 
-def _tells_size(key: Any, value: Any) -> bool:
-    """Whether a key is, or has in it, a length of a tensor that it stands for."""
-    keys = {each for each in _flat(key) if type(each) is int and each > 1}
+def _tells_size(key: Any, value: Any, places: set[int]) -> bool:
+    """Whether a key has at one of some places a length of a tensor that it stands for."""
+    parts = (part for at, part in enumerate(_flat(key)) if at in places)
+    keys = {part for part in parts if type(part) is int and part > 1}
     tensors = [value] if isinstance(value, Tensor) else _flat(value)
     shapes = {n for each in tensors if isinstance(each, Tensor) for n in each.shape}
     return bool(keys & shapes)
@@ -93,9 +104,15 @@ def _by_content(holder: Any) -> bool:
 
 
 def _counted_up(holder: dict) -> bool:
-    """Whether each key is a number above the one before, or has such a number in it."""
-    numbers = [_number(key) for key in list(holder)]
-    return None not in numbers and numbers == sorted(numbers)
+    """Whether a part of the keys is a number that grows from key to key, or has one in it."""
+    columns = ([_number(part) for part in column] for column in _columns(holder))
+    return any(None not in each and each == sorted(each) and each[0] < each[-1] for each in columns)
+
+
+def _columns(holder: dict) -> list[tuple]:
+    """The keys, part by part; none if they have different numbers of parts."""
+    keys = [tuple(_flat(key)) for key in list(holder)]
+    return list(zip(*keys, strict=True)) if len(set(map(len, keys))) == 1 else []
 
 
 def _number(key: Any) -> int | float | None:

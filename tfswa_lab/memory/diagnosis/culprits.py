@@ -21,6 +21,7 @@ from tfswa_lab.memory.diagnosis.containers import Container, container_of
 from tfswa_lab.memory.diagnosis.growth import Site
 from tfswa_lab.memory.diagnosis.holders import Holders, Holding
 from tfswa_lab.memory.tracing.blocks import Block, Frame
+from tfswa_lab.memory.tracing.storages import has_storage
 
 # What may lead from a holder to a block, and what that is called.
 KINDS = {
@@ -156,6 +157,6 @@ def _pinned(chain: list[Any]) -> float:
     """What the storage has to what is looked at of it, by a tensor or by an array."""
     array, view, storage = [None, *chain][-3:]
     view = array if isinstance(array, np.ndarray) else view
-    if not isinstance(view, Tensor | np.ndarray) or not view.nbytes:
+    if not (has_storage(view) or isinstance(view, np.ndarray)) or not view.nbytes:
         return 1.0
     return storage.nbytes() / view.nbytes

@@ -16,8 +16,7 @@ class DeviceSignals(NamedTuple):
     Notebook: 06_leak_diagnosis
     """
 
-    allocated: int  # in tensors
-    peak: int  # most that were allocated in this step
+    peak: int  # most that tensors took in this step
     reserved: int  # taken from the device, in tensors or cached
     used: int  # of the whole device, by all its users
     retries: int  # how often the cache was emptied to find room, since the start of the process
@@ -33,7 +32,6 @@ def device_signals() -> DeviceSignals | None:
     free, total = torch.cuda.mem_get_info()
     stats = torch.cuda.memory_stats()
     signals = DeviceSignals(
-        allocated=stats.get("allocated_bytes.all.current", 0),
         peak=stats.get("allocated_bytes.all.peak", 0),
         reserved=stats.get("reserved_bytes.all.current", 0),
         used=total - free,

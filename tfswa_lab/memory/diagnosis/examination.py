@@ -100,7 +100,9 @@ class Examination:
         return self._holders.name(thing)
 
     def _rises(self, site: Site) -> bool:
-        return site.rises and not site.ends and not replaces(site, self._sites)
+        return (
+            site.per_step > 0 and site.rises and not site.ends and not replaces(site, self._sites)
+        )
 
     def _largest(self) -> list[Site]:
         return sorted(self._sites, key=lambda site: -site.totals[-1])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tfswa_lab.memory.diagnosis.culprits import Culprit
 from tfswa_lab.memory.diagnosis.device_signals import DeviceSignals
+from tfswa_lab.memory.diagnosis.endings import NOTHING, Ending
 from tfswa_lab.memory.tracing.blocks import Frame
 
 
@@ -73,9 +74,9 @@ class Findings:
         host: what grows in host memory.
         kernels: bytes per step that oneDNN kept on the host, for sizes that it had not met.
         limit: bytes that are to be enough for a step, None if nothing was said.
-        out_of_memory: whether a step ran out of memory.
         at_peak: lines with most bytes at the highest peak, and these bytes.
-        ended: why the run ended early; empty if it did not.
+        ended: why the run ended early, if it did.
+        untraced: how many more steps were run without the trace.
     """
 
     steps: int
@@ -93,6 +94,6 @@ class Findings:
     host: HostGrowth | None = None
     kernels: float = 0.0
     limit: int | None = None
-    out_of_memory: bool = False
     at_peak: Sequence[tuple[str, int]] = ()
-    ended: str = ""
+    ended: Ending = NOTHING
+    untraced: int = 0

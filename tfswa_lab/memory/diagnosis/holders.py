@@ -23,7 +23,7 @@ from tfswa_lab.memory.diagnosis.graph_reach import Reach, last_of
 from tfswa_lab.memory.diagnosis.heap_paths import HeapPaths
 from tfswa_lab.memory.diagnosis.path_words import Words, words
 from tfswa_lab.memory.diagnosis.traced_steps import of_types
-from tfswa_lab.memory.tracing.storages import has_storage
+from tfswa_lab.memory.tracing.storages import has_storage, parts_of
 
 DEEPEST = 5  # references of C++ in one chain
 
@@ -56,10 +56,13 @@ class Holders:
     def __init__(self, named: dict[str, Any]):
         self.paths = HeapPaths(named.values())
         self._names = {id(thing): name for name, thing in named.items()}
-        self._tensors = [tensor for tensor in of_types((Tensor,)) if has_storage(tensor)]
+        every = of_types((Tensor,))
+        self._tensors = [tensor for tensor in every if has_storage(tensor)]
+        self._sparse = [tensor for tensor in every if not has_storage(tensor)]
         leaves = [tensor for tensor in self._tensors if tensor.is_leaf]
         self._owners = [leaf for leaf in leaves if leaf.grad is not None]
         self._gradients = [owner.grad for owner in self._owners]
+        self.paths.ignore(every, self._sparse)
         self.paths.ignore(named, self._tensors, leaves, self._owners, self._gradients)
 
     def of(self, storage: UntypedStorage) -> Holding:
@@ -128,6 +131,9 @@ class Holders:
         """Tensors that lie in a storage."""
         address = storage._cdata
         tensors = [each for each in self._tensors if each.untyped_storage()._cdata == address]
+        for each in self._sparse:
+            if address in [part.untyped_storage()._cdata for part in parts_of(each)]:
+                tensors.append(each)
         self.paths.ignore(tensors)
         return tensors
 

@@ -16,7 +16,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from tfswa_lab.memory.diagnosis.endings import Ending, ending_of
 from tfswa_lab.memory.diagnosis.graph_reach import graph_of, last_of
+from tfswa_lab.memory.diagnosis.numbered import Numbered
 from tfswa_lab.memory.diagnosis.own_lines import line_of
 from tfswa_lab.memory.diagnosis.process_memory import process_memory
 from tfswa_lab.memory.diagnosis.traced_steps import of_types, resting_gc
@@ -43,14 +45,14 @@ class HostSteps:
         levels: after each step, `nodes` of the graphs of all tensors, bytes that `python` (and
             NumPy) has allocated, and bytes of the `process`.
         kernels: bytes per step that oneDNN kept, for sizes that it had not met.
-        ended: how the last step failed, if it did.
+        ended: how the run ended, if it did so early.
 
     Notebook: 06_leak_diagnosis
     """
 
-    def __init__(self, call: Callable[[], None], old: list[ref], kinds: Iterable[str] = LEAST):
+    def __init__(self, call: Numbered, old: list[ref], kinds: Iterable[str] = LEAST):
         self.levels: dict[str, list[int]] = {name: [] for name in LEAST}
-        self.ended, self.kernels = "", 0.0
+        self.ended, self.kernels = Ending(), 0.0
         self.call = call
         self._old, self.kinds = old, kinds
         self._lines: list[tuple[int, Frame]] = []
@@ -102,12 +104,12 @@ class HostSteps:
 
     def _run(self, steps: int, then: Callable[[], None] = lambda: None) -> None:
         for _ in range(steps):
-            if self.ended:
+            if self.ended.words:
                 return
             try:
                 self.call()
             except Exception as error:  # such as no more data: it has run all steps asked for
-                self.ended = f"{type(error).__name__}: {error}"
+                self.ended = ending_of(error, self.call.count)
                 return
             then()
 

@@ -34,7 +34,7 @@ def line_of(frames: Sequence[Frame]) -> Frame | None:
 
 
 def in_short(line: Frame | None) -> str:
-    """File, line and function.
+    """File, line and function; a notebook's cell has a number for a name that nobody knows.
 
     Notebook: 06_leak_diagnosis
 
@@ -44,4 +44,5 @@ def in_short(line: Frame | None) -> str:
     if line is None:
         return "lines unknown"
     name = f" ({line.name})" if line.name else ""
-    return f"{Path(line.filename).name}:{line.line}{name}"
+    file = "cell" if "ipykernel" in line.filename else Path(line.filename).name
+    return f"{file}:{line.line}{name}"

@@ -6,6 +6,7 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 import ctypes
+import os
 
 import psutil
 
@@ -28,7 +29,7 @@ def process_memory() -> int:
     >>> process_memory() > 0
     True
     """
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if os.name == "posix" else None
     if mallinfo is None:
         return psutil.Process().memory_info().rss
     mallinfo.restype = MallocInfo

@@ -16,15 +16,16 @@ from types import TracebackType
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tfswa_lab.memory.diagnosis.census import Boundary, Census
 from tfswa_lab.memory.diagnosis.device_signals import device_signals
+from tfswa_lab.memory.diagnosis.endings import Ending, ending_of
 from tfswa_lab.memory.diagnosis.hook_counts import hook_counts
 from tfswa_lab.memory.tracing.blocks import Block
-from tfswa_lab.memory.tracing.storages import has_storage
+from tfswa_lab.memory.tracing.storages import parts_of
 from tfswa_lab.memory.tracing.tracer import Tracer
 
 OWNERS = (Tensor, nn.Module, Optimizer)
@@ -38,14 +39,13 @@ class TracedSteps:
         model: whose parts are to be called by their paths.
 
     Attributes:
-        ended: how the last one failed, if it was one that may fail; else empty.
-        out_of_memory: whether that was for want of memory.
+        ended: how the run ended, if it did so early.
 
     Notebook: 06_leak_diagnosis
     """
 
     def __init__(self, call: Callable[[], None], model: nn.Module | None = None):
-        self.ended, self.out_of_memory = "", False
+        self.ended = Ending()
         self._call, self._boundaries = call, []
         self._tracer = Tracer()
         gc.collect()  # what is lost already is not to be counted
@@ -73,23 +73,22 @@ class TracedSteps:
             may_fail: an error ends the run instead of being raised, as steps beyond those that
                 were asked for may find no more data. Running out of memory always does.
         """
-        while self.done < count and not self.ended:
+        while self.done < count and not self.ended.words:
             self._tracer.step()
             try:
                 self._call()
             except Exception as error:
-                self.out_of_memory = is_out_of_memory(error)
-                if not (may_fail or self.out_of_memory):
+                self.ended = ending_of(error, self.done)
+                if not (may_fail or self.ended.out_of_memory):
                     error.add_note(f"raised in step {self.done} of a diagnosis of leaks")
                     raise
-                self.ended = f"step {self.done} ended with {type(error).__name__}: {error}"
             else:
                 self._take_stock()
 
     def census(self) -> Census:
         """What is known so far."""
         devices = sorted(self._tracer.devices, key=lambda device: device.startswith("cpu"))
-        timelines = [self._tracer.timeline(device) for device in devices]
+        timelines = [self._tracer.timeline(device) for device in devices if device != "meta"]
         return Census(timelines, self._start, self._boundaries)
 
     def references(self) -> dict[Block, ref]:
@@ -117,9 +116,12 @@ class TracedSteps:
 
     def _register(self, owners: Iterable[Any]) -> None:
         known = {storage._cdata for _, storage in self._tracer.living()}
-        for tensor in owners:
-            if has_storage(tensor) and tensor.untyped_storage()._cdata not in known:
-                self._tracer.label(tensor, "input")
+        tensors = (owner for owner in owners if isinstance(owner, Tensor))
+        with _disable_current_modes():  # to look into a sparse tensor is no work of the step's
+            parts = [part for tensor in tensors for part in parts_of(tensor)]
+        for part in parts:
+            if part.untyped_storage()._cdata not in known:
+                self._tracer.label(part, "input")
 
 
 def of_types(types: tuple[type, ...]) -> list[Any]:
@@ -127,13 +129,6 @@ def of_types(types: tuple[type, ...]) -> list[Any]:
     things = gc.get_objects()
     kinds = {kind for kind in set(map(type, things)) if issubclass(kind, types)}
     return [thing for thing in things if type(thing) in kinds]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no memory left, on a device or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ Notebook: 06_leak_diagnosis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 
 def grows(levels: Sequence[float]) -> bool:
@@ -26,16 +27,20 @@ def grows(levels: Sequence[float]) -> bool:
 
 
 def slows(levels: Sequence[float]) -> bool:
-    """Whether growth comes to its end: it halves, or rests for longer than it used to.
+    """Whether growth comes to its end: it halves and is no steady one, or rests for long.
 
     Notebook: 06_leak_diagnosis
 
     >>> slows(range(12)), slows([0, 4, 6, 7, 8, 8, 8, 9, 9, 9, 9, 9])
     (False, True)
+    >>> slows([0, 8, 16, 24, 32, 40, 48, 49, 50, 51, 52, 53])  # it goes on
+    False
     """
-    middle = levels[len(levels) // 2]
-    if levels[-1] - middle < 0.5 * (middle - levels[0]):
-        return True
+    late, later = levels[len(levels) // 2 :], levels[3 * len(levels) // 4 :]
+    if levels[-1] - late[0] < 0.5 * (late[0] - levels[0]):
+        rising = sum(after > before for before, after in pairwise(late))
+        steady = rising > 0.75 * (len(late) - 1)
+        return not (steady and later[-1] - later[0] > 0.5 * (later[0] - late[0]))
     rises = [step for step, (before, after) in enumerate(pairwise(levels), 1) if after > before]
     if len(rises) < 2:
         return False
@@ -53,3 +58,32 @@ def slope(levels: Sequence[float]) -> float:
     """
     start = len(levels) // 4
     return (levels[-1] - levels[start]) / max(1, len(levels) - 1 - start)
+
+
+def fills_up(births: Sequence[int], steps: int) -> bool:
+    """Whether something new appears ever less often, as when keys come again.
+
+    Two explanations are compared by their likelihood: in each step something new comes with one
+    and the same chance, or it is drawn from a number of keys of which ever fewer are new.
+
+    Args:
+        births: steps in which something new appeared.
+        steps: how many there were.
+
+    Notebook: 06_leak_diagnosis
+
+    >>> fills_up([0, 1, 2, 3, 5, 8, 9, 15], 20), fills_up([0, 1, 3, 4, 6, 7, 9, 10], 12)
+    (True, False)
+    """
+    news = [step in set(births) for step in range(births[0], steps)]
+    before = [0, *accumulate(news)][:-1]
+    count = len(births)
+    same = [count / len(news)] * len(news)
+    fewer = ([1 - seen / keys for seen in before] for keys in range(count, 8 * count + 1))
+    return not all(news) and max(_likelihood(f, news) for f in fewer) > _likelihood(same, news)
+
+
+def _likelihood(chances: Sequence[float], news: Sequence[bool]) -> float:
+    """The logarithm of the chance that all happens as it did."""
+    pairs = zip(chances, news, strict=True)
+    return sum(math.log(max(chance if new else 1 - chance, 1e-9)) for chance, new in pairs)

@@ -6,14 +6,13 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from statistics import median
 
 from tfswa_lab.memory.diagnosis.culprits import Culprit
 from tfswa_lab.memory.diagnosis.findings import Findings
 from tfswa_lab.memory.diagnosis.own_lines import in_short
-from tfswa_lab.memory.diagnosis.trend import grows, slope
+from tfswa_lab.memory.diagnosis.trend import fills_up, grows, slope
 from tfswa_lab.memory.sizes import MIB, in_words
 
 LARGE_PEAK = 16 * MIB  # below this nobody runs out of memory
@@ -36,6 +35,8 @@ class Diagnosis:
         evidence: what was measured, a sentence each.
         growth_per_step: bytes.
         suggestion: what to do.
+        failed: whether a step raised something else than the end of its data, or took more memory
+            than there was, or than `limit`.
 
     Notebook: 06_leak_diagnosis
     """
@@ -45,6 +46,7 @@ class Diagnosis:
     evidence: tuple[str, ...] = ()
     growth_per_step: float = 0.0
     suggestion: str = ""
+    failed: bool = False
 
     @property
     def leaks(self) -> bool:
@@ -71,7 +73,8 @@ def judge(findings: Findings) -> Diagnosis:
     >>> judge(Findings(steps=12, settled=[100] * 12, peaks=[300] * 12)).verdict
     'healthy'
     """
-    return next(verdict for rule in RULES if (verdict := rule(findings)) is not None)
+    found = next(verdict for rule in RULES if (verdict := rule(findings)) is not None)
+    return replace(found, failed=findings.ended.failed or _over(findings))
 
 
 def hook_accumulation(f: Findings) -> Diagnosis | None:
@@ -98,7 +101,7 @@ def leak(f: Findings) -> Diagnosis | None:
     """Blocks become ever more, and nothing bounds their number."""
     kinds: dict[str, list[Culprit]] = {}
     for culprit in f.rising:
-        if not bounded(culprit):
+        if not bounded(culprit, f.steps):
             kinds.setdefault(_kind(culprit), []).append(culprit)
     if not kinds:
         return None
@@ -111,11 +114,10 @@ def leak(f: Findings) -> Diagnosis | None:
     return Diagnosis(verdict, cause, _levels(f), growth, _advice(verdict, main))
 
 
-def bounded(culprit: Culprit) -> bool:
+def bounded(culprit: Culprit, steps: int) -> bool:
     """Whether a container will stop growing: by its limit, or because its keys come again."""
     container = culprit.container
-    gaps = {after - before for before, after in pairwise(culprit.births)}
-    again = container.by_content and len(gaps) > 1
+    again = container.by_content and fills_up(culprit.births, steps)
     return container.limit is not None or container.by_size or again
 
 
@@ -174,14 +176,16 @@ def host_memory(f: Findings) -> Diagnosis | None:
     grown, what, verdict = f.host, in_words(round(f.host.size)), "host memory"
     advice = "keep numbers or sums instead of lists, or empty them after each epoch"
     if grown.kind == "nodes":
-        what, verdict = f"{grown.per_step:.3g} nodes of autograd's graph", "leak of graph"
+        plural = "" if grown.per_step == 1 else "s"
+        what, verdict = f"{grown.per_step:.3g} node{plural} of autograd's graph", "leak of graph"
         advice = "add `loss.item()` or `loss.detach()`: the sum remembers all that it was made of"
     if grown.kind == "process":
         what += " that neither Python nor PyTorch asked for"
         advice = "look at extensions and C libraries: what they allocate, they have to free"
     line = f", made at {in_short(grown.line)}" if grown.line else ""
     holder = f", held by `{grown.holder}` ({grown.where})" if grown.holder else ""
-    cause = f"{what} per step stay on the host{line}{holder}; tensors do not grow"
+    tensors = "" if f.rising else "; tensors do not grow"
+    cause = f"{what} per step stay on the host{line}{holder}{tensors}"
     return Diagnosis(verdict, cause, _levels(f), grown.size, advice)
 
 
@@ -226,8 +230,7 @@ def activation_peak(f: Findings) -> Diagnosis | None:
     """A step needs much more than stays, and that may be too much."""
     stays, peak = f.settled[-1] if f.settled else 0, max(f.peaks, default=0)
     large = peak - stays >= max(LARGE_PEAK, PEAK_RATIO * stays)
-    over = f.limit is not None and peak > f.limit
-    if not (f.out_of_memory or over or (large and f.limit is None)):
+    if not (f.ended.out_of_memory or _over(f) or (large and f.limit is None)):
         return None
     lines = "; ".join(f"{in_words(size)} made at {line}" for line, size in f.at_peak)
     cause = f"within a step {in_words(peak)} are alive at once, between steps {in_words(stays)}"
@@ -266,6 +269,10 @@ RULES: Sequence[Callable[[Findings], Diagnosis | None]] = (
 )
 
 
+def _over(f: Findings) -> bool:
+    return f.limit is not None and max(f.peaks, default=0) > f.limit
+
+
 def _waste(f: Findings) -> list[int]:
     """Bytes reserved beyond the highest peak so far, after each step."""
     waste, highest = [], 0
@@ -284,7 +291,7 @@ def _of_optimizer(culprit: Culprit) -> bool:
 
 
 def _made(culprit: Culprit) -> str:
-    unseen = "made out of sight, in another thread or from an array"
+    unseen = "made out of sight: in another thread, from an array, or sparse"
     where = f"made at {in_short(culprit.line)}" if culprit.line else unseen
     op = culprit.op.removeprefix("aten.").split(".")[0]
     return f"{in_words(culprit.held)} {where}" + (f" by {op}" if op else "")
@@ -302,10 +309,12 @@ def _levels(f: Findings) -> tuple[str, ...]:
     first, last = (in_words(level) for level in (f.settled[0], f.settled[-1]))
     text = f"allocated after step 0: {first}, after step {f.steps - 1}: {last}"
     peak = f"highest peak within a step: {in_words(max(f.peaks))}"
-    kernels = (
-        f"oneDNN keeps {in_words(round(f.kernels))} of kernels per step, for 1024 sizes at most"
-    )
-    return tuple(filter(None, (text, peak, kernels * bool(f.kernels), f.ended)))
+    kept = in_words(round(f.kernels))
+    kernels = f"oneDNN keeps {kept} of kernels per step, for 1024 sizes at most"
+    plural = "s were" if f.untraced > 1 else " was"
+    untraced = f"{f.untraced} more step{plural} run without the trace"
+    said = (text if f.steps else "", peak, kernels if f.kernels else "")
+    return tuple(filter(None, (*said, untraced if f.untraced else "", f.ended.words)))
 
 
 def _advice(verdict: str, culprit: Culprit) -> str:

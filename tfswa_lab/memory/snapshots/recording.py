@@ -136,5 +136,5 @@ def _need_cuda() -> None:
     if not torch.cuda.is_available():
         raise RuntimeError(
             "no CUDA: torch finds no card here, so there is no allocator to record; "
-            "trace on the CPU with tfswa_lab.memory.trace, and write that with memory.emit"
+            "trace on the CPU with tfswa_lab.memory.trace, and write that with its write_snapshot"
         )

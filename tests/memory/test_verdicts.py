@@ -1,0 +1,61 @@
+"""The rules that need a card to happen, on findings made by hand; and the order of the rules."""
+
+import pytest
+
+from tfswa_lab.memory.diagnosis.device_signals import DeviceSignals
+from tfswa_lab.memory.diagnosis.findings import Findings, HostGrowth
+from tfswa_lab.memory.diagnosis.verdicts import judge
+
+MIB, STEPS = 2**20, 12
+
+
+def on_a_card(reserved, used=None, peak=100 * MIB, retries=0):
+    """Findings of steps that all need the same, while the card says something else."""
+    used = used or [each + 500 * MIB for each in reserved]
+    signals = [
+        DeviceSignals(peak, r, u, retries * at)
+        for at, (r, u) in enumerate(zip(reserved, used, strict=True))
+    ]
+    return Findings(STEPS, [50 * MIB] * STEPS, [peak] * STEPS, device=signals)
+
+
+def test_a_card_that_is_at_rest_is_healthy():
+    assert judge(on_a_card([120 * MIB] * STEPS)).verdict == "healthy"
+
+
+def test_more_is_reserved_with_each_step_though_none_needs_more():
+    found = judge(on_a_card([(120 + 40 * step) * MIB for step in range(STEPS)]))
+    assert found.verdict == "fragmentation"
+    assert found.growth_per_step == 40 * MIB
+    assert not found.leaks
+    assert "expandable_segments" in found.suggestion
+
+
+def test_the_allocator_emptied_its_cache_to_find_room():
+    assert judge(on_a_card([180 * MIB] * STEPS, retries=1)).verdict == "fragmentation"
+
+
+def test_an_early_peak_left_a_large_cache():
+    found = judge(on_a_card([900 * MIB] * STEPS))
+    assert found.verdict == "reserved cache"
+    assert "900.00 MiB are reserved" in found.cause
+
+
+def test_the_card_fills_beyond_what_is_reserved():
+    reserved = [120 * MIB] * STEPS
+    found = judge(on_a_card(reserved, [(500 + 20 * step) * MIB for step in range(STEPS)]))
+    assert found.verdict == "outside the allocator"
+    assert found.leaks
+    assert found.growth_per_step == 20 * MIB
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict"),
+    [("nodes", "leak of graph"), ("python", "host memory"), ("process", "host memory")],
+)
+def test_what_grows_on_the_host_has_a_name(kind, verdict):
+    host = HostGrowth(kind, 1.0, 100.0, holder="rows", where="global of train.py")
+    found = judge(Findings(STEPS, [0] * STEPS, [0] * STEPS, host=host))
+    assert found.verdict == verdict
+    assert found.leaks
+    assert "held by `rows`" in found.cause
