@@ -90,10 +90,17 @@ class Examination:
         for key, count in late.items():
             if early.get(key, 0) < middle.get(key, 0) < count:
                 per_step = (count - early.get(key, 0)) / (2 * len(counts) - 2)
-                owner = next((o for o in (*GLOBAL, *of_types(OWNERS)) if id(o) == key[0]), None)
-                name = "torch" if owner in GLOBAL else self.spell(owner)[0]
-                found.append(Hooks(key[1], name, count, per_step, line_of_last(owner, key[1])))
+                found.append(self._hooks_of(*key, count, per_step))
         return found
+
+    def _hooks_of(self, identity: int, name: str, count: int, per_step: float) -> Hooks:
+        of_torch = {id(module): module for module in GLOBAL}
+        owner = of_torch.get(identity)
+        spelled = "torch"
+        if owner is None:
+            owner = next((each for each in of_types(OWNERS) if id(each) == identity), None)
+            spelled = self.spell(owner)[0]
+        return Hooks(name, spelled, count, per_step, line_of_last(owner, name))
 
     def spell(self, thing: Any) -> tuple[str, str]:
         """What a program would write for an object, and where the name is found."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import CoroutineType, GeneratorType
 from typing import Any
 
 from torch import nn
@@ -46,7 +45,7 @@ class Numbered:
             if self._parameter and not self.count:
                 error.add_note(f"the step was given its number, 0, as `{self._parameter}`")
             raise
-        if isinstance(made, GeneratorType | CoroutineType):
+        if _never_began(made):
             _refuse_lazy(self._step)
         self.count += 1
 
@@ -71,6 +70,12 @@ def _needed(step: Any) -> str:
         names = ", ".join(each.name for each in needed)
         raise ValueError(f"step needs {names}; pass one that takes nothing, or only its number")
     return needed[0].name if needed else ""
+
+
+def _never_began(made: Any) -> bool:
+    if inspect.isgenerator(made):
+        return inspect.getgeneratorstate(made) == inspect.GEN_CREATED
+    return inspect.iscoroutine(made) and inspect.getcoroutinestate(made) == inspect.CORO_CREATED
 
 
 def _refuse_lazy(step: Any) -> None:

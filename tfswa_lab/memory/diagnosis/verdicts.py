@@ -259,8 +259,9 @@ def reserved_cache(f: Findings) -> Diagnosis | None:
 def healthy(f: Findings) -> Diagnosis:
     """Nothing was found."""
     rises = [step for step in range(1, f.steps) if f.settled[step] > max(f.settled[:step])]
-    cause = f"nothing grows after step {rises[-1]}" if rises else "nothing grows from step to step"
-    return Diagnosis("healthy", cause, _levels(f))
+    settled = rises and rises[-1] < f.steps // 2
+    since = f"after step {rises[-1]}" if settled else "from step to step"
+    return Diagnosis("healthy", f"nothing grows {since}", _levels(f))
 
 
 RULES: Sequence[Callable[[Findings], Diagnosis | None]] = (

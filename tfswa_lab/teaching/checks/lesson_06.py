@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,33 +24,71 @@ def check_scores_gib(scores_gib: Callable[[float, int, int], object]) -> bool:
 
     Notebook: 06_leak_diagnosis
     """
-    for seconds, n_fft, heads in ((10, 4096, 12), (6, 2048, 4), (2.5, 1024, 1)):
-        if hint := _scores_hint(scores_gib(seconds, n_fft, heads), seconds, n_fft, heads):
-            asked = f"scores_gib({seconds}, {n_fft}, {heads})"
-            return verdict("scores_gib", f"{asked}: {hint}")
+    for asked in ((10, 4096, 12), (6, 2048, 4), (2.5, 1024, 1)):
+        got, failed = _answer(scores_gib, *asked)
+        if hint := failed or _scores_hint(got, *asked):
+            return verdict("scores_gib", f"scores_gib{asked}: {hint}")
     return verdict("scores_gib", None)
 
 
+class _Scores(NamedTuple):
+    """What the size of the scores is made of."""
+
+    samples: int
+    hop: int
+    heads: int
+    bins: int
+    first: int = 1  # the frame at 0 s
+    bins_power: int = 2
+    frames_power: int = 1
+    bytes_each: int = 4
+    unit: float = 2**30
+
+    def size(self) -> float:
+        frames = self.samples // self.hop + self.first
+        scores = self.heads * self.bins**self.bins_power * frames**self.frames_power
+        return scores * self.bytes_each / self.unit
+
+
 def _scores_hint(got: object, seconds: float, n_fft: int, heads: int) -> str | None:
-    frames, bins = 1 + int(seconds * RATE) // (n_fft // 4), n_fft // 2 + 1
-    size = frames * heads * bins**2 * 4
-    hint = mismatch(got, size / 2**30)
+    right = _Scores(int(seconds * RATE), n_fft // 4, heads, n_fft // 2 + 1)
+    hint = mismatch(got, right.size())
     if hint is None:
         return None
-    mistakes = {
-        float(size): "that is bytes; GiB are 2^30 of them",
-        size / 1e9: "that is GB; GiB are 2^30 bytes",
-        size / 4 / 2**30: "a float32 has 4 bytes",
-        size / bins / 2**30: "a score for every pair of bins: their number squared",
-        size / heads / 2**30: "every head has scores of its own",
-        size / frames / 2**30: "every frame has scores of its own",
-        size / bins**2 * (n_fft // 2) ** 2 / 2**30: "n_fft // 2 + 1 bins: 0 Hz is one, too",
-        size / frames * (frames - 1) / 2**30: "1 + samples // hop frames: the first is at 0 s",
-        bins * heads * frames**2 * 4 / 2**30: (
-            "that is the time path: frames among themselves, for each bin"
+    mistakes = (
+        ({"unit": 1}, "that is bytes; GiB are 2^30 of them"),
+        ({"unit": 2**20}, "that is MiB; a GiB is 1024 of them"),
+        ({"unit": 1e9}, "that is GB; GiB are 2^30 bytes"),
+        ({"bytes_each": 1}, "a float32 has 4 bytes"),
+        ({"bytes_each": 2}, "2 bytes are those of bfloat16; these scores are float32"),
+        ({"bins_power": 1}, "a score for every pair of bins: their number squared"),
+        ({"heads": 1}, "every head has scores of its own"),
+        ({"frames_power": 0}, "every frame has scores of its own"),
+        ({"bins": n_fft // 2}, "n_fft // 2 + 1 bins: 0 Hz is one, too"),
+        ({"bins": n_fft}, "n_fft // 2 + 1 bins, not n_fft: the input is real"),
+        ({"first": 0}, "1 + samples // hop frames: the first is at 0 s"),
+        ({"hop": n_fft // 2}, "the hop is a quarter of n_fft, not a half"),
+        (
+            {"bins_power": 1, "frames_power": 2},
+            "that is the time path: frames among themselves, for each bin",
         ),
-    }
-    return next((m for wrong, m in mistakes.items() if mismatch(got, wrong) is None), hint)
+    )
+    for count in (1, 2):
+        for made in combinations(mistakes, count):
+            wrong = right
+            for change, _ in made:
+                wrong = wrong._replace(**change)
+            if mismatch(got, wrong.size()) is None:
+                return "; and ".join(words for _, words in made)
+    return hint
+
+
+def _answer(function: Callable, *arguments: object) -> tuple[object, str]:
+    """What a student's function returns, or in words what it raises."""
+    try:
+        return function(*arguments), ""
+    except Exception as error:  # whatever it is, it belongs to the student
+        return None, f"your function raised {type(error).__name__}: {error}"
 
 
 # levels in KiB, their shape, and what an answer that misses it has probably overlooked
@@ -66,21 +107,27 @@ LEVELS = (
     ([10] * 6 + [12] * 3 + [14] * 3, "staircase", "it may leave something in some steps only"),
     ([10, 30, 50, 70, 90, 110, 10, 30, 50, 70, 90, 30], "sawtooth", "it may come down late"),
     ([50, 30, 10] * 4, "sawtooth", "the last level may lie below the first"),
+    ([40] * 8 + [30, 20, 20, 20], "sawtooth", "what comes down, be it once, is a sawtooth"),
 )
+SHAPES = ("plateau", "staircase", "sawtooth")
 
 
-def check_shape_of(shape_of: Callable[[Sequence[int]], object]) -> bool:
+def check_shape_of(shape_of: Callable[[np.ndarray], object]) -> bool:
     """Exercise 2: `shape_of(levels)` is "plateau", "staircase" or "sawtooth".
 
     Notebook: 06_leak_diagnosis
     """
-    for levels, expected, hint in LEVELS:
-        given = [2**10 * level for level in levels]
-        got = shape_of(list(given))
-        if got != expected:
-            hint = f"{levels} KiB: expected {expected!r}, got {got!r}; {hint}"
-            return verdict("shape_of", hint)
+    for levels, expected, overlooked in LEVELS:
+        got, failed = _answer(shape_of, 2**10 * np.array(levels))
+        if hint := failed or _shape_hint(got, expected, overlooked):
+            return verdict("shape_of", f"{levels} KiB: {hint}")
     return verdict("shape_of", None)
+
+
+def _shape_hint(got: object, expected: str, overlooked: str) -> str | None:
+    if not isinstance(got, str) or got not in SHAPES:
+        return f"answer one of {', '.join(map(repr, SHAPES))}, letter by letter; got {got!r}"
+    return None if got == expected else f"expected {expected!r}, got {got!r}; {overlooked}"
 
 
 class _Card:
@@ -118,29 +165,36 @@ def check_run_in_halves(run_in_halves: Callable[[Callable, list], object]) -> bo
 def _retry_hint(run: Callable) -> str | None:
     for count, fits in ((4, 4), (8, 2), (7, 2), (5, 1)):
         card, clips = _Card(fits), list(range(count))
-        asked = f"{count} clips of which {fits} fit"
-        try:
-            got = run(card, clips)
-        except (torch.OutOfMemoryError, RecursionError) as error:
-            return f"{asked}: {type(error).__name__}: {error}"
-        expected = _halves(clips, fits)
-        if got != expected:
-            order = isinstance(got, list) and sorted(map(str, got)) == sorted(map(str, expected))
-            why = "; the first half comes first" if order else ""
-            return f"{asked}: expected {expected}, got {got!r}{why}"
+        got, failed = _answer(run, card, clips)
+        if hint := failed or _results_hint(got, clips, fits):
+            return f"{count} clips of which {fits} fit: {hint}"
         if card.kept_alive:
             return (
-                f"{asked}: when a retry began, tensors of the failed step were alive; retry after "
-                "the except block, and do not store the error"
+                f"{count} clips of which {fits} fit: when a retry began, tensors of the failed "
+                "step were alive; retry after the except block, and do not store the error"
             )
     return None
 
 
-def _halves(clips: list[int], fits: int) -> list[tuple[int, ...]]:
+def _results_hint(got: object, clips: list[int], fits: int) -> str | None:
+    """Of an odd number either half may be the longer, but the same one throughout."""
+    first_longer, expected = _halves(clips, fits, 1), _halves(clips, fits, 0)
+    if repr(got) in (repr(expected), repr(first_longer)):  # an array's == is no truth value
+        return None
+    said = f"expected {expected}, got {got!r}"
+    if repr(got) in (repr(clips), repr(tuple(clips))):
+        return f"{said}: a list of *results*, such as [step(clips)]"
+    if isinstance(got, list) and sorted(map(str, got)) == sorted(map(str, expected)):
+        return f"{said}; the first half comes first"
+    return said
+
+
+def _halves(clips: list[int], fits: int, more: int) -> list[tuple[int, ...]]:
+    """Results in order; `more` is how many clips the first half of an odd number has more."""
     if len(clips) <= fits:
         return [tuple(clips)]
-    middle = len(clips) // 2
-    return _halves(clips[:middle], fits) + _halves(clips[middle:], fits)
+    middle = (len(clips) + more) // 2
+    return _halves(clips[:middle], fits, more) + _halves(clips[middle:], fits, more)
 
 
 def _last_clip_hint(run: Callable) -> str | None:
@@ -150,6 +204,9 @@ def _last_clip_hint(run: Callable) -> str | None:
         return None
     except RecursionError:
         return "a single clip that does not fit was halved for ever; raise the error then"
+    except Exception as other:  # whatever it is, it belongs to the student
+        got = f"{type(other).__name__}: {other}"
+        return f"a single clip does not fit: expected torch.OutOfMemoryError, got {got}"
     return f"a single clip does not fit: expected torch.OutOfMemoryError, got {got!r}"
 
 
