@@ -1,12 +1,26 @@
-"""What a judge who had not read the rules found them to get wrong, so that they never do again."""
+"""What judges who had not read the rules found them to get wrong, so that they never do again."""
 
 from __future__ import annotations
 
 import functools
+import heapq
+import io
 import random
 
 import torch
-from planted import CACHE, GRAPH, HEALTHY, PEAK, TENSORS, WARM_UP, Training, batch, network, planter
+from planted import (
+    CACHE,
+    GRAPH,
+    HEALTHY,
+    HOST,
+    PEAK,
+    TENSORS,
+    WARM_UP,
+    Training,
+    batch,
+    network,
+    planter,
+)
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -134,5 +148,55 @@ def slices_of_arrays_of_tensors():
     def step(i):
         with torch.no_grad():
             by_name[f"clip {i}"] = net(batch(64)).numpy()[:1].reshape(-1)
+
+    return step
+
+
+def serialized(model: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.getvalue()
+
+
+@planted(HEALTHY, WARM_UP, CACHE)
+def the_four_best_checkpoints():
+    training, best = Training(), []
+
+    def step(i):
+        loss = training.update(training.loss()).item()
+        if i % 2 == 0:
+            heapq.heappush(best, (-loss, i, serialized(training.model)))
+            if len(best) > 4:
+                heapq.heappop(best)
+
+    return step
+
+
+@planted(HOST, words=("saved",))
+def every_checkpoint_as_bytes():
+    class Checkpoints:
+        def __init__(self):
+            self.saved = {}
+
+    training, checkpoints = Training(), Checkpoints()
+
+    def step(i):
+        training()
+        checkpoints.saved[f"step {i}"] = serialized(training.model)
+
+    return step
+
+
+@planted(CACHE, WARM_UP, HEALTHY)
+def pool_that_fills_late():
+    random.seed(0)
+    items, net = [], network()
+
+    def step():
+        fake = net(batch()).detach()
+        if len(items) < 30:
+            items.append(fake.clone())
+        elif random.random() > 0.5:
+            items[random.randrange(30)] = fake.clone()
 
     return step

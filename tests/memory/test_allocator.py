@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tfswa_lab.memory.card.allocator import CachingAllocator, OutOfMemory, replay
-from tfswa_lab.memory.card.rounding import rounded
+from tfswa_lab.memory.rounding import rounded
 from tfswa_lab.memory.tracing.blocks import Block, Timeline
 
 MIB = 2**20

@@ -8,7 +8,7 @@ import pytest
 from torch.cuda import _memory_viz as viewer
 
 from tfswa_lab.memory.card.allocator import replay
-from tfswa_lab.memory.card.rounding import rounded
+from tfswa_lab.memory.rounding import rounded
 from tfswa_lab.memory.snapshots.emit import as_snapshot, write_snapshot
 from tfswa_lab.memory.tracing.blocks import Block, Frame, Timeline
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tfswa_lab.memory.card.allocator import OutOfMemory, replay
-from tfswa_lab.memory.card.rounding import rounded
+from tfswa_lab.memory.rounding import rounded
 from tfswa_lab.memory.snapshot import SnapshotError, diff, read
 from tfswa_lab.memory.snapshots.emit import as_snapshot, write_snapshot
 from tfswa_lab.memory.snapshots.user_line import NOBODY, NOWHERE, user_line

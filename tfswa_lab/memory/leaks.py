@@ -95,7 +95,7 @@ def diagnose(
         # A cache of tensors that still grows makes the process grow, too.
         kinds = ("nodes", "python") if findings.rising else ("nodes", "python", "process")
         host = HostSteps(call, owners, kinds)
-        return judge(_completed(findings, host, examined, steps, longest))
+        return judge(_completed(findings, host, examined, traced, steps, longest))
 
 
 def _check(steps: int, longest: int, limit: int | None, model: Any, optimizer: Any) -> None:
@@ -124,7 +124,12 @@ def _enough(census: Census, longest: int) -> int:
 
 
 def _completed(
-    findings: Findings, host: HostSteps, examined: Examination, steps: int, longest: int
+    findings: Findings,
+    host: HostSteps,
+    examined: Examination,
+    traced: TracedSteps,
+    steps: int,
+    longest: int,
 ) -> Findings:
     """With what some more steps tell, if tensors do not grow."""
     leaks = any(not bounded(each, findings.steps) for each in findings.rising)
@@ -136,20 +141,24 @@ def _completed(
     host.run(steps, longest)
     return replace(
         findings,
-        host=_host_growth(host, examined),
+        host=_host_growth(host, examined, traced),
         kernels=host.kernels,
         ended=host.ended,
         untraced=host.call.count - findings.steps,
     )
 
 
-def _host_growth(host: HostSteps, examined: Examination) -> HostGrowth | None:
-    kind = host.growing
+def _host_growth(host: HostSteps, examined: Examination, traced: TracedSteps) -> HostGrowth | None:
+    kind, line = host.growing, host.line
     if not kind:
         return None
-    holder = host.deepest_tensor() if kind == "nodes" else host.grown_container()
-    spelled = examined.spell(holder) if holder is not None else ("", "")
     size = slope(host.levels[kind])
-    if kind == "nodes":  # others' memory is in the process's, too
+    if kind == "nodes":
+        holder = host.deepest_tensor()
+        line = traced.line_of_graph(holder)
+        # The median, as others' memory is in the process's, too.
         size = max(0.0, median(b - a for a, b in pairwise(host.levels["process"])))
-    return HostGrowth(kind, slope(host.levels[kind]), size, host.line, *spelled)
+    else:
+        holder = host.grown_container()
+    spelled = examined.spell(holder) if holder is not None else ("", "")
+    return HostGrowth(kind, slope(host.levels[kind]), size, line, *spelled)

@@ -26,8 +26,8 @@ from tfswa_lab.memory.card.allocator import replay
 from tfswa_lab.memory.card.error_budget import error_budget
 from tfswa_lab.memory.card.fake import without_values
 from tfswa_lab.memory.card.kernels import cuda_like
-from tfswa_lab.memory.card.rounding import rounded
 from tfswa_lab.memory.card.workspaces import workspace
+from tfswa_lab.memory.rounding import rounded
 from tfswa_lab.memory.sizes import in_words
 from tfswa_lab.memory.tracing.fullest import Fullest
 from tfswa_lab.memory.tracing.tracer import Tracer

@@ -1,1 +1,1 @@
-"""What a CUDA card would do, told without one: kernels, autocast, rounding, the allocator."""
+"""What a CUDA card would do, told without one: kernels, autocast, the allocator."""

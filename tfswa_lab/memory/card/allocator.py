@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfswa_lab.memory.card.rounding import (
+from tfswa_lab.memory.rounding import (
     LARGE_SEGMENT,
     OWN_SEGMENT,
     QUANTUM,

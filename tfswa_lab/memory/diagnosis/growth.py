@@ -60,7 +60,7 @@ class Site:
     @property
     def ends(self) -> bool:
         """Whether the rise comes to its end."""
-        return slows(self.totals if self.joins else self.levels)
+        return slows(self.totals) or (slows(self.levels) and not self.joins)
 
     @property
     def per_step(self) -> float:
@@ -88,9 +88,9 @@ def replaces(site: Site, others: Iterable[Site]) -> bool:
     Notebook: 06_leak_diagnosis
     """
     sizes = {block.size for block in site.blocks}
-    falling = [each for each in others if each is not site and max(each.levels) > each.levels[-1]]
-    alike = [each.levels for each in falling if sizes & {block.size for block in each.blocks}]
-    together = [sum(levels) for levels in zip(site.levels, *alike, strict=True)]
+    falling = [each for each in others if each is not site and max(each.totals) > each.totals[-1]]
+    alike = [each.totals for each in falling if sizes & {block.size for block in each.blocks}]
+    together = [sum(totals) for totals in zip(site.totals, *alike, strict=True)]
     return bool(alike) and (not grows(together) or slows(together))
 
 

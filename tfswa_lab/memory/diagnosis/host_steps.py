@@ -6,6 +6,8 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 import gc
+import math
+import sys
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +32,7 @@ SETTLING = 2  # steps that are run before the first look
 # Growth per step that is worth a word: of nodes; of bytes, as lists of numbers may grow; and of
 # bytes of the whole process, which has others' in it.
 LEAST = {"nodes": 1, "python": 1024, "process": 32 * 1024}
+BLOCK = 64  # bytes of a small object, about
 CONTAINERS = (list, dict, set, deque)
 
 
@@ -56,6 +59,7 @@ class HostSteps:
         self.call = call
         self._old, self.kinds = old, kinds
         self._lines: list[tuple[int, Frame]] = []
+        self._blocks: list[int] = []  # of Python's own allocator, which has those up to 512 bytes
 
     def run(self, steps: int, longest: int) -> None:
         """Run some steps, and on to `longest` if something grows."""
@@ -75,9 +79,23 @@ class HostSteps:
         """The name of the level that grows, empty if none does."""
         for name in self.kinds:
             levels = self.levels[name]
-            if levels and grows(levels) and not slows(levels) and slope(levels) >= LEAST[name]:
+            going_on = bool(levels) and grows(levels) and not slows(levels)
+            enough = going_on and slope(levels) >= LEAST[name]
+            if enough and (name != "python" or self._is_borne_out):
                 return name
         return ""
+
+    @property
+    def _is_borne_out(self) -> bool:
+        """Whether what Python holds more is not made up for by what it held before it was watched.
+
+        Where old objects make room for new ones, as the fourth best checkpoint does for a better
+        one, only the new ones are counted. Large objects are the C library's, small ones blocks.
+        """
+        added = slope(self.levels["python"])
+        large = slope(self.levels["process"])
+        small = BLOCK * slope(self._blocks)
+        return max(large, small) > added / 4
 
     @property
     def line(self) -> Frame | None:
@@ -88,12 +106,21 @@ class HostSteps:
         """The list, dictionary, set or deque that got most new elements in some more steps."""
         return self._grown(lambda: of_types(CONTAINERS)) or self._grown(_overlooked)
 
-    def _grown(self, containers: Callable[[], list[Any]], steps: int = 6) -> Any:
-        before = {id(each): len(each) for each in containers()}
-        self._run(steps)
-        grown = [(len(each) - before.get(id(each), len(each)), each) for each in containers()]
+    def _grown(self, containers: Callable[[], list[Any]], steps: int = 4) -> Any:
+        """Grown twice: once may be another object at the place of one that has gone."""
+        lengths = []
+        for _ in range(2):
+            lengths.append({id(each): len(each) for each in containers()})
+            self._run(steps)
+            gc.collect()
+        first, second = lengths
+        grown = [
+            (len(each) - first[id(each)], each)
+            for each in containers()
+            if first.get(id(each), math.inf) < second.get(id(each), 0) < len(each)
+        ]
         most, container = max(grown, key=lambda pair: pair[0], default=(0, None))
-        return container if 2 * most >= steps else None
+        return container if most >= steps else None
 
     def deepest_tensor(self, steps: int = 6) -> Tensor:
         """The tensor whose graph got most new nodes in some more steps."""
@@ -126,6 +153,7 @@ class HostSteps:
         gc.collect()
         self.levels["process"].append(process_memory())
         self.levels["python"].append(tracemalloc.get_traced_memory()[0])
+        self._blocks.append(sys.getallocatedblocks())
         old = [thing for each in self._old if isinstance(thing := each(), Tensor)]
         self.levels["nodes"].append(len(graph_of([*old, *of_types((Tensor,))])))
 

@@ -23,8 +23,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tfswa_lab.memory.diagnosis.census import Boundary, Census
 from tfswa_lab.memory.diagnosis.device_signals import device_signals
 from tfswa_lab.memory.diagnosis.endings import Ending, ending_of
+from tfswa_lab.memory.diagnosis.graph_reach import graph_of
 from tfswa_lab.memory.diagnosis.hook_counts import hook_counts
-from tfswa_lab.memory.tracing.blocks import Block
+from tfswa_lab.memory.diagnosis.own_lines import line_of
+from tfswa_lab.memory.tracing.blocks import Block, Frame
 from tfswa_lab.memory.tracing.storages import parts_of
 from tfswa_lab.memory.tracing.tracer import Tracer
 
@@ -98,6 +100,11 @@ class TracedSteps:
     def owners(self) -> list[ref]:
         """All tensors, modules and optimizers that there are."""
         return [*self._old, *map(ref, of_types(OWNERS))]
+
+    def line_of_graph(self, tensor: Tensor) -> Frame | None:
+        """The line of the last operation in a tensor's graph that was made in these steps."""
+        frames = (self._tracer.lines_of(node) for node in graph_of([tensor]))
+        return next(filter(None, map(line_of, frames)), None)
 
     def has_tracebacks(self) -> bool:
         """Whether any traceback is kept that was made since the start."""

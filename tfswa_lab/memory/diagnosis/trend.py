@@ -72,15 +72,17 @@ def fills_up(births: Sequence[int], steps: int) -> bool:
 
     Notebook: 06_leak_diagnosis
 
-    >>> fills_up([0, 1, 2, 3, 5, 8, 9, 15], 20), fills_up([0, 1, 3, 4, 6, 7, 9, 10], 12)
+    >>> fills_up([0, 1, 2, 3, 5, 8, 9, 15], 20), fills_up([0, 3, 6, 9], 12)
     (True, False)
     """
+    if len({after - before for before, after in pairwise(births)}) < 2:  # like a clock
+        return False
     news = [step in set(births) for step in range(births[0], steps)]
     before = [0, *accumulate(news)][:-1]
     count = len(births)
     same = [count / len(news)] * len(news)
     fewer = ([1 - seen / keys for seen in before] for keys in range(count, 8 * count + 1))
-    return not all(news) and max(_likelihood(f, news) for f in fewer) > _likelihood(same, news)
+    return max(_likelihood(each, news) for each in fewer) > _likelihood(same, news)
 
 
 def _likelihood(chances: Sequence[float], news: Sequence[bool]) -> float:

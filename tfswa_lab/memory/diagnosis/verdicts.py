@@ -33,7 +33,7 @@ class Diagnosis:
             `host memory`.
         cause: the line that allocates and the object that holds.
         evidence: what was measured, a sentence each.
-        growth_per_step: bytes.
+        growth_per_step: bytes that are lost with each; of nodes of graphs, about.
         suggestion: what to do.
         failed: whether a step raised something else than the end of its data, or took more memory
             than there was, or than `limit`.
@@ -94,7 +94,8 @@ def hook_accumulation(f: Findings) -> Diagnosis | None:
     else:
         return None
     advice = "register hooks once, outside of the step, or keep the handle and call .remove()"
-    return Diagnosis("hook accumulation", cause, _levels(f), _growth(f.rising), advice)
+    growth = max(_growth(f.rising), slope(f.settled))
+    return Diagnosis("hook accumulation", cause, _levels(f), growth, advice)
 
 
 def leak(f: Findings) -> Diagnosis | None:
@@ -213,7 +214,7 @@ def bounded_cache(f: Findings) -> Diagnosis | None:
         why = "it ends when all keys have been seen"
     advice = "no leak; if it is too large, bound it (maxsize) or compute anew"
     evidence = (f"{why}; now {in_words(main.held)}", *_levels(f))
-    return Diagnosis("bounded cache", cause, evidence, _growth(f.rising), advice)
+    return Diagnosis("bounded cache", cause, evidence, 0.0, advice)
 
 
 def warm_up(f: Findings) -> Diagnosis | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfswa_lab.memory.card.rounding import QUANTUM, rounded
+from tfswa_lab.memory.rounding import QUANTUM, rounded
 from tfswa_lab.memory.snapshots.schema import ACTIONS, CODES, Part, Segment, Trace
 
 GROWTH = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}

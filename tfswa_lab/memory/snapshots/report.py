@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfswa_lab.memory.card.rounding import (
+from tfswa_lab.memory.rounding import (
     OWN_SEGMENT,
     SEGMENT_QUANTUM,
     SMALL,

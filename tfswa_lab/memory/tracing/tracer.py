@@ -24,8 +24,8 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tfswa_lab.memory.card.rounding import rounded
-from tfswa_lab.memory.tracing.blocks import Block, Timeline
+from tfswa_lab.memory.rounding import rounded
+from tfswa_lab.memory.tracing.blocks import Block, Frame, Timeline
 from tfswa_lab.memory.tracing.call_sites import CallSites
 from tfswa_lab.memory.tracing.module_paths import ModulePaths
 from tfswa_lab.memory.tracing.storages import has_storage
@@ -127,6 +127,10 @@ class Tracer(TorchDispatchMode):
             module = self._module_of(parameter)
             for tensor in _tensors(state):
                 self.label(tensor, "optimizer state", module)
+
+    def lines_of(self, node: Any) -> tuple[Frame, ...]:
+        """The lines of the forward operation that made a node of a graph; none if unknown."""
+        return self._lines.get(node._sequence_nr(), ())
 
     def label(self, tensor: Tensor, category: str, module: str = "") -> None:
         """Say what a tensor is, whether it was seen before or not."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tfswa_lab.memory.card.rounding import rounded
+from tfswa_lab.memory.rounding import rounded
 from tfswa_lab.memory.trace import Trace, trace
 from tfswa_lab.memory.tracing.blocks import Block, Timeline, by_category
 from tfswa_lab.teaching.checks.verdict import mismatch, verdict
