@@ -99,8 +99,8 @@ class Handler(BaseHTTPRequestHandler):
                     remote.paused.set()
                     remote.resume.wait(20)
                 chunk = remote.body[first : min(first + CHUNK, end)]
+                entry[2] += len(chunk)  # before the client has them, and may be done
                 self.wfile.write(chunk)
-                entry[2] += len(chunk)
 
     def log_message(self, *args):
         pass
