@@ -40,31 +40,23 @@ SETS = {
 COUNTED = ("right", "named", "leak or not", "leak or not, by counting")
 
 
-def made(script) -> tuple:
-    """A fresh step and arguments of `diagnose`."""
-    torch.manual_seed(0)
-    found = script.make()
-    return found if isinstance(found, tuple) else (found, {})
-
-
 def judge(script) -> dict:
     """What is said of one script."""
-    step, arguments = made(script)
+    step, arguments = script.prepare()
     began = time.perf_counter()
     found = diagnose(step, **arguments)
     seconds = round(time.perf_counter() - began, 2)
-    said = f"{found.verdict} {found.cause}".lower()
     leaks = not LEAKS.isdisjoint(script.verdicts)
     return {"name": script.name, "verdict": found.verdict, "seconds": seconds} | {
         "right": found.verdict in script.verdicts,
-        "named": all(word.lower() in said for word in script.words),
+        "named": script.is_named_in(found),
         "leak or not": found.leaks == leaks,
         "leak or not, by counting": _called_a_leak_by_counting(script) == leaks,
     }
 
 
 def _called_a_leak_by_counting(script) -> bool:
-    call, counts = Numbered(made(script)[0]), []
+    call, counts = Numbered(script.prepare()[0]), []
     for _ in range(12):
         call()
         gc.collect()

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tfswa_lab.memory.diagnosis.verdicts import Diagnosis
+
 HEALTHY = "healthy"
 WARM_UP = "warm-up only"
 PEAK = "activation peak"
@@ -28,6 +30,16 @@ class Planted(NamedTuple):
     make: Callable
     verdicts: tuple[str, ...]  # the right one, and others that are as right
     words: tuple[str, ...]  # that the cause has to say
+
+    def prepare(self) -> tuple[Callable, dict]:
+        """A fresh step and arguments of `diagnose`."""
+        torch.manual_seed(0)
+        made = self.make()
+        return made if isinstance(made, tuple) else (made, {})
+
+    def is_named_in(self, diagnosis: Diagnosis) -> bool:
+        said = f"{diagnosis.verdict} {diagnosis.cause}".lower()
+        return all(word.lower() in said for word in self.words)
 
 
 def planter(corpus: list[Planted]) -> Callable:

@@ -22,16 +22,13 @@ SOME = [*SOUND, *TENSOR_LEAKS[::2], *HELD_LEAKS[::2], *SECOND[::4], *UNSEEN[::4]
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("script", SOME, ids=lambda script: script.name)
 def test_planted(script):
-    made = script.make()
-    step, arguments = made if isinstance(made, tuple) else (made, {})
+    step, arguments = script.prepare()
     diagnosis = diagnose(step, **arguments)
     assert diagnosis.verdict in script.verdicts, diagnosis
-    said = f"{diagnosis.verdict} {diagnosis.cause}".lower()
-    assert all(word.lower() in said for word in script.words), diagnosis
+    assert script.is_named_in(diagnosis), diagnosis

@@ -3,7 +3,6 @@
 import random
 from itertools import pairwise
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -19,13 +18,7 @@ MIB = 2**20
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: what most programs make grey with
 
 
-@pytest.fixture(autouse=True)
-def _headless():
-    plt.switch_backend("Agg")
-    settings = dict(matplotlib.rcParams)
-    yield
-    plt.close("all")
-    assert dict(matplotlib.rcParams) == settings
+pytestmark = pytest.mark.usefixtures("headless")
 
 
 def by_module(block: Block) -> str:

@@ -15,13 +15,7 @@ from tfswa_lab.teaching import plots
 RATE = 44_100
 
 
-@pytest.fixture(autouse=True)
-def _headless():
-    plt.switch_backend("Agg")
-    settings = dict(matplotlib.rcParams)
-    yield
-    plt.close("all")
-    assert dict(matplotlib.rcParams) == settings
+pytestmark = pytest.mark.usefixtures("headless")
 
 
 def tone_spectrogram(hz: float, start_seconds: float = 0.0) -> torch.Tensor:

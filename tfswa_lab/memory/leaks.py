@@ -81,9 +81,7 @@ def diagnose(
     call = Numbered(step)
     traced = TracedSteps(call, model)
     with traced.running():
-        traced.run(steps)
-        if not traced.ended.words and is_open(traced.census()):
-            traced.run(_enough(traced.census(), longest), may_fail=True)
+        _run(traced, steps, longest)
         census, storages = traced.census(), traced.references()
         failed, owners = traced.has_tracebacks(), traced.owners()
     with closing(Examination(census, storages, _named(step, model, optimizer))) as examined:
@@ -115,6 +113,14 @@ def _named(step: Callable, model: nn.Module | None, optimizer: Optimizer | None)
     """What holders can be called by, besides the names of globals and classes."""
     things = {"model": model, "optimizer": optimizer, "self": getattr(step, "__self__", None)}
     return {"step": step} | {name: thing for name, thing in things.items() if thing is not None}
+
+
+def _run(traced: TracedSteps, steps: int, longest: int) -> None:
+    """Run some steps, and more if these do not tell."""
+    traced.run(steps)
+    census = traced.census()
+    if not traced.ended.words and is_open(census):
+        traced.run(_enough(census, longest), may_fail=True)
 
 
 def _enough(census: Census, longest: int) -> int:

@@ -16,9 +16,10 @@ from tfswa_lab.memory.diagnosis.census import Census
 from tfswa_lab.memory.diagnosis.culprits import Culprit, culprits_of
 from tfswa_lab.memory.diagnosis.findings import Findings, Hooks
 from tfswa_lab.memory.diagnosis.growth import Site, replaces, sites
+from tfswa_lab.memory.diagnosis.heap_objects import of_types
 from tfswa_lab.memory.diagnosis.holders import Holders
 from tfswa_lab.memory.diagnosis.hook_counts import GLOBAL, line_of_last
-from tfswa_lab.memory.diagnosis.traced_steps import OWNERS, of_types
+from tfswa_lab.memory.diagnosis.traced_steps import OWNERS
 from tfswa_lab.memory.tracing.blocks import Block
 
 LINES = 6  # of each kind, whose holders are looked for
@@ -39,7 +40,11 @@ class Examination:
         self, census: Census, storages: dict[Block, ref[UntypedStorage]], named: dict[str, Any]
     ):
         self.census, self._storages, self._named = census, storages, named
-        self._sites = sites(census)
+        every = sites(census)
+        self._rising = [site for site in every if _rises(site, every)]
+        rising = set(map(id, self._rising))
+        self._largest = sorted(every, key=lambda site: -site.totals[-1])
+        self._resting = [site for site in self._largest if id(site) not in rising]
 
     def findings(self, failed: bool) -> Findings:
         """All that the census tells.
@@ -64,21 +69,20 @@ class Examination:
 
     def rising(self) -> list[Culprit]:
         """Lines whose blocks become ever more, those that grow most first."""
-        return self._culprits(site for site in self._sites if self._rises(site))
+        return self._culprits(self._rising)
 
     def ending(self) -> list[Culprit]:
         """Lines of which some blocks are kept for several steps, and no longer more and more."""
-        return self._culprits(s for s in self._largest() if s.collects and not self._rises(s))
+        return self._culprits(site for site in self._resting if site.collects)
 
     def lasting(self) -> list[Culprit]:
         """Lines that added something after the first step, once, and it stayed."""
-        once = (site for site in self._largest() if not site.collects and not self._rises(site))
-        return self._culprits(site for site in once if site.lasts)
+        return self._culprits(s for s in self._resting if s.lasts and not s.collects)
 
     def newest(self) -> list[Culprit]:
         """Lines whose blocks of the last step are alive."""
         last = self.census.steps - 1
-        return self._culprits(site for site in self._largest() if last in site.births)
+        return self._culprits(site for site in self._largest if last in site.births)
 
     def hooks(self) -> list[Hooks]:
         """Lists of hooks that become longer in both halves of the run."""
@@ -106,14 +110,6 @@ class Examination:
         """What a program would write for an object, and where the name is found."""
         return self._holders.name(thing)
 
-    def _rises(self, site: Site) -> bool:
-        return (
-            site.per_step > 0 and site.rises and not site.ends and not replaces(site, self._sites)
-        )
-
-    def _largest(self) -> list[Site]:
-        return sorted(self._sites, key=lambda site: -site.totals[-1])
-
     def _culprits(self, chosen: Iterable[Site]) -> list[Culprit]:
         few = list(chosen)[:LINES]
         return culprits_of(few, self.census, self._holders, self._storages) if few else []
@@ -126,3 +122,7 @@ class Examination:
     @cached_property
     def _holders(self) -> Holders:
         return Holders(self._named)
+
+
+def _rises(site: Site, others: list[Site]) -> bool:
+    return site.per_step > 0 and site.rises and not site.ends and not replaces(site, others)

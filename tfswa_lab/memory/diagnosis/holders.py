@@ -20,9 +20,9 @@ from torch import Tensor, UntypedStorage
 from torch.autograd.graph import Node
 
 from tfswa_lab.memory.diagnosis.graph_reach import Reach, last_of
+from tfswa_lab.memory.diagnosis.heap_objects import of_types, overlooked
 from tfswa_lab.memory.diagnosis.heap_paths import HeapPaths
 from tfswa_lab.memory.diagnosis.path_words import Words, words
-from tfswa_lab.memory.diagnosis.traced_steps import of_types
 from tfswa_lab.memory.tracing.storages import has_storage, parts_of
 
 DEEPEST = 5  # references of C++ in one chain
@@ -168,11 +168,9 @@ class Holders:
     @cached_property
     def _overlooked(self) -> dict[int, Any]:
         """Dictionaries and tuples that the collector overlooks, as of names and arrays only."""
-        held = (each for thing in gc.get_objects() for each in gc.get_referents(thing))
-        plain = (each for each in held if type(each) in (dict, tuple) and not gc.is_tracked(each))
-        overlooked = {id(each): each for each in plain}
-        self.paths.ignore(overlooked)
-        return overlooked
+        found = overlooked((dict, tuple))
+        self.paths.ignore(found)
+        return found
 
 
 def _viewed(array: np.ndarray) -> Any:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tfswa_lab.memory.diagnosis.endings import Ending, ending_of
 from tfswa_lab.memory.diagnosis.graph_reach import graph_of, last_of
+from tfswa_lab.memory.diagnosis.heap_objects import of_types, overlooked
 from tfswa_lab.memory.diagnosis.numbered import Numbered
 from tfswa_lab.memory.diagnosis.own_lines import line_of
 from tfswa_lab.memory.diagnosis.process_memory import process_memory
-from tfswa_lab.memory.diagnosis.traced_steps import of_types, resting_gc
+from tfswa_lab.memory.diagnosis.traced_steps import resting_gc
 from tfswa_lab.memory.diagnosis.trend import grows, slope, slows
 from tfswa_lab.memory.tracing.blocks import Frame
 
@@ -104,7 +105,9 @@ class HostSteps:
 
     def grown_container(self) -> Any:
         """The list, dictionary, set or deque that got most new elements in some more steps."""
-        return self._grown(lambda: of_types(CONTAINERS)) or self._grown(_overlooked)
+        return self._grown(lambda: of_types(CONTAINERS)) or self._grown(
+            lambda: list(overlooked((dict,)).values())
+        )
 
     def _grown(self, containers: Callable[[], list[Any]], steps: int = 4) -> Any:
         """Grown twice: once may be another object at the place of one that has gone."""
@@ -172,13 +175,6 @@ def _tracemalloc() -> Iterator[None]:
 
 def _depth(tensor: Tensor) -> int:
     return len(graph_of([tensor]))
-
-
-def _overlooked() -> list[Any]:
-    """Dictionaries of plain numbers and arrays, which the collector of cycles overlooks."""
-    held = (each for thing in gc.get_objects() for each in gc.get_referents(thing))
-    every = {id(each): each for each in held if type(each) is dict and not gc.is_tracked(each)}
-    return list(every.values())
 
 
 def _lines_that_grew(

@@ -24,6 +24,7 @@ from tfswa_lab.memory.diagnosis.census import Boundary, Census
 from tfswa_lab.memory.diagnosis.device_signals import device_signals
 from tfswa_lab.memory.diagnosis.endings import Ending, ending_of
 from tfswa_lab.memory.diagnosis.graph_reach import graph_of
+from tfswa_lab.memory.diagnosis.heap_objects import of_types
 from tfswa_lab.memory.diagnosis.hook_counts import hook_counts
 from tfswa_lab.memory.diagnosis.own_lines import line_of
 from tfswa_lab.memory.tracing.blocks import Block, Frame
@@ -129,13 +130,6 @@ class TracedSteps:
         for part in parts:
             if part.untyped_storage()._cdata not in known:
                 self._tracer.label(part, "input")
-
-
-def of_types(types: tuple[type, ...]) -> list[Any]:
-    """All objects of some classes that the collector of cycles knows and has not frozen."""
-    things = gc.get_objects()
-    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, types)}
-    return [thing for thing in things if type(thing) in kinds]
 
 
 @contextmanager

@@ -77,7 +77,8 @@ def fills_up(births: Sequence[int], steps: int) -> bool:
     """
     if len({after - before for before, after in pairwise(births)}) < 2:  # like a clock
         return False
-    news = [step in set(births) for step in range(births[0], steps)]
+    new = set(births)
+    news = [step in new for step in range(births[0], steps)]
     before = [0, *accumulate(news)][:-1]
     count = len(births)
     same = [count / len(news)] * len(news)
