@@ -2,9 +2,10 @@
 
 Two things that pip alone leaves broken:
 
-- torchaudio beside a CPU-only torch. Its compiled extension links CUDA libraries that are not
-  there, so `import torchaudio` fails, although all that this lab uses is plain Python. Moving
-  the extension aside makes torchaudio skip it.
+- torchaudio beside a torch of another kind: PyPI's is built for one version of CUDA, and torch may
+  be CPU-only, or built for another version (a laptop whose driver is for CUDA 12). Its compiled
+  extension then makes `import torchaudio` fail, although all that this lab uses is plain Python.
+  Moving the extension aside makes torchaudio skip it.
 - ffmpeg where the system has none. A wheel brings the programs, but not onto PATH.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 
 # What the lab needs of torchaudio; it fails where the extension cannot be loaded.
 TORCHAUDIO_WORKS = "import torchaudio; torchaudio.transforms.Resample(44100, 16000)"
-TORCH_IS_CPU_ONLY = "import sys, torch; sys.exit(bool(torch.version.cuda or torch.version.hip))"
+TORCH_WORKS = "import torch"
 EXTENSION_NAMES = ("_torchaudio*.so", "_torchaudio*.pyd")
 ASIDE = ".aside"
 FFMPEG = ("ffmpeg", "ffprobe")
@@ -50,9 +51,9 @@ def extensions(torchaudio: Path) -> list[Path]:
 def repair_torchaudio(
     folder: Path | None, runs: Callable[[str], bool] = python_runs
 ) -> tuple[bool, str]:
-    """Move torchaudio's extension aside if it is what breaks a CPU-only install.
+    """Move torchaudio's extension aside if it is what keeps torchaudio from being imported.
 
-    A torchaudio that works and one beside a CUDA or ROCm torch are never touched.
+    A torchaudio that works is never touched, and what does not help is undone.
 
     Args:
         folder: the installed package, None if there is none.
@@ -65,19 +66,17 @@ def repair_torchaudio(
         return False, "torchaudio is not installed; run: pip install torchaudio"
     if runs(TORCHAUDIO_WORKS):
         return True, "torchaudio works; nothing to do"
-    if not runs(TORCH_IS_CPU_ONLY):
-        return False, (
-            "torchaudio cannot be imported, and torch is missing or a GPU build, which is not "
-            "repaired here; install the torchaudio wheel built for the same CUDA or ROCm version"
-        )
+    if not runs(TORCH_WORKS):
+        return False, "torchaudio needs torch, and torch cannot be imported; install torch first"
     compiled = extensions(folder)
     for path in compiled:
         path.rename(f"{path}{ASIDE}")
     if runs(TORCHAUDIO_WORKS):
         names = ", ".join(str(path) for path in compiled)
         return True, (
-            f"torchaudio works now. Its extension needs CUDA and torch is CPU-only, so moved "
-            f"aside: {names}. To undo, remove the suffix {ASIDE}, or: "
+            "torchaudio works now. Its compiled extension is built for another kind of torch "
+            f"(CPU-only, or another version of CUDA), so it was moved aside: {names}. "
+            f"To undo, remove the suffix {ASIDE}, or: "
             "pip install --force-reinstall --no-deps torchaudio"
         )
     for path in compiled:

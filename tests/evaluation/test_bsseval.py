@@ -358,6 +358,18 @@ def test_clips_must_be_mono_and_sound(references, message):
         bss_eval_mono(references, torch.ones_like(references))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["v4", "v3"])
+def test_a_gpu_gives_the_cpus_ratios(mode):
+    references, estimates = noise(samples=30_000)
+    on_cpu, on_gpu = (
+        bss_eval(references.to(device), estimates.to(device), 9000, 9000, 64, mode, rate=1)
+        for device in ("cpu", "cuda")
+    )
+    assert on_gpu.sdr.is_cuda
+    torch.testing.assert_close(values(on_gpu), values(on_cpu), rtol=0, atol=1e-8)
+
+
 def test_sdr_alone_is_bss_evals():
     references, estimates = noise()
     estimates[2, :, 2800:3700] = 0

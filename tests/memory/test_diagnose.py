@@ -12,6 +12,7 @@ import torch
 from planted import Training
 from torch import nn
 
+from tfswa_lab.memory.diagnosis.traced_steps import FROZEN_BY_PYTHON, resting_gc
 from tfswa_lab.memory.diagnosis.trend import fills_up
 from tfswa_lab.memory.leaks import diagnose
 
@@ -109,7 +110,8 @@ def test_a_step_without_memory_fails(assert_no_leak):
 def of_the_interpreter():
     flags = torch.backends.mkldnn
     return (
-        *(gc.isenabled(), gc.get_freeze_count(), gc.get_debug(), len(gc.garbage)),
+        *(gc.isenabled(), gc.get_freeze_count() > FROZEN_BY_PYTHON),
+        *(gc.get_debug(), len(gc.garbage)),
         *(tracemalloc.is_tracing(), torch.is_grad_enabled()),
         *(flags.enabled, flags.deterministic, flags.allow_tf32),
     )
@@ -125,6 +127,18 @@ def test_the_interpreter_is_as_it_was(step):
     with suppress(OSError, KeyboardInterrupt):
         diagnose(step)
     assert of_the_interpreter() == before
+
+
+@pytest.mark.parametrize(("frozen", "calls"), [(0, 1), (375, 1), (100_000, 0)])
+def test_the_heap_is_frozen_unless_the_user_froze_it(monkeypatch, frozen, calls):
+    """Python 3.12.1 starts with 375 frozen objects: no user's, or every step walks the heap."""
+    counted = []
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: frozen)
+    monkeypatch.setattr(gc, "freeze", lambda: counted.append("freeze"))
+    monkeypatch.setattr(gc, "unfreeze", lambda: counted.append("unfreeze"))
+    with resting_gc():
+        assert counted == ["freeze"] * calls
+    assert counted == ["freeze", "unfreeze"] * calls
 
 
 def test_garbage_that_others_keep_stays():

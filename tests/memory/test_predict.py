@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tfswa_lab.memory.card.kernels import present_gpu
 from tfswa_lab.memory.compare import compare, max_batch_size, to_markdown
 from tfswa_lab.memory.predict import predict
 from tfswa_lab.memory.trace import trace
@@ -303,7 +304,62 @@ def test_a_step_may_be_written_for_a_card(device):
     assert prediction.by_category()["parameter"] == parameters
 
 
+def attention_of(batch, length, width, dtype=torch.bfloat16):
+    def make_step():
+        q, k, v = (torch.empty(batch, 2, length, width, dtype=dtype) for _ in range(3))
+        return lambda: F.scaled_dot_product_attention(q, k, v)
+
+    return make_step
+
+
+def kernel_of(make_step, **gpu):
+    operators = {block.op for block in predict(make_step, steps=1, **gpu).timeline.blocks}
+    known = ("cudnn", "flash", "efficient")
+    return next((name for name in known if any(name in op for op in operators)), "math")
+
+
+@pytest.mark.parametrize(
+    ("shape", "on_hopper"),
+    [
+        ((2, 16, 32), "cudnn"),
+        ((2, 16, 128), "cudnn"),
+        ((2, 16, 136), "flash"),  # wider than cuDNN takes
+        ((2, 16, 20), "flash"),  # no multiple of eight
+        ((2, 1, 32), "flash"),  # a sequence of length 1
+        ((32_768, 2, 32), "flash"),  # 65,536 rows of batch and heads
+        ((32_767, 2, 32), "cudnn"),
+        ((2, 16, 32, torch.float32), "efficient"),
+    ],
+)
+def test_auto_is_the_gpus_own_choice(shape, on_hopper):
+    make_step = attention_of(*shape)
+    assert kernel_of(make_step, gpu="hopper") == on_hopper
+    assert kernel_of(make_step, gpu="ampere") == on_hopper.replace("cudnn", "flash")
+    assert kernel_of(make_step) == on_hopper.replace("cudnn", "flash"), "no GPU is here"
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "gpu"),
+    [
+        ((9, 0), 91900, "hopper"),
+        ((10, 0), 91501, "hopper"),
+        ((9, 0), 91500, "ampere"),
+        ((8, 0), 91900, "ampere"),
+        ((12, 0), 91900, "ampere"),
+    ],
+)
+def test_the_present_gpu_decides_where_none_is_named(monkeypatch, capability, cudnn, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    assert present_gpu() == gpu
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+    assert present_gpu() == "ampere"
+
+
 def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"gpu='h100' is none of ampere, hopper"):
+        predict(training, gpu="h100")
     with pytest.raises(TypeError, match="must return a function"):
         predict(lambda: None)
     with pytest.raises(ValueError, match=r"attention='fast' is none of"):

@@ -21,6 +21,7 @@ def cuda(monkeypatch):
     calls, observers = [], []
     raw = as_snapshot(Timeline([Block(5 * MIB, 5 * MIB, 1)], 1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", observers.clear)  # as a real allocator's start does
     monkeypatch.setattr(
         torch.cuda.memory, "_record_memory_history", lambda *a, **k: calls.append((a, k))
     )

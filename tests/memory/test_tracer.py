@@ -1,11 +1,14 @@
 """Traces: equal to torch's MemTracker, and right about who made what."""
 
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 from torch.utils.checkpoint import checkpoint
 
 from tfswa_lab.memory.card.fake import FakeMode
@@ -145,6 +148,62 @@ def test_recomputed_activations_belong_to_their_module_and_phase():
     assert {block.category for block in first} == {"temporary"}
     assert "activation" in {block.category for block in again}
     assert {block.module for block in again} <= {"wide", "Net"}
+
+
+def in_the_engines_thread(backward, engine):
+    """Runs a backward pass as a GPU's runs: in a thread of its own, under the same trace."""
+    mode = _get_current_dispatch_mode()
+
+    def run():
+        _push_mode(mode)
+        try:
+            backward()
+        finally:
+            _pop_mode()
+
+    engine.submit(run).result()
+
+
+def table(timeline):
+    """Blocks and bytes by step, phase, category, module and, inside of modules, line."""
+    held = Counter()
+    for block in timeline.blocks:
+        line = block.frames[0].line if block.module else None
+        held[block.step, block.phase, block.category, block.module, line, block.size] += 1
+    return held
+
+
+def plain(net, x):
+    return net(x)
+
+
+def checkpointed(net, x):
+    return checkpoint(net, x, use_reentrant=False)
+
+
+def checkpointed_anew(net, x):
+    return checkpoint(net, x.requires_grad_(), use_reentrant=True)
+
+
+@pytest.mark.parametrize("forward", [plain, checkpointed, checkpointed_anew])
+def test_a_backward_pass_in_another_thread_gives_the_same_table(forward):
+    def run(backward):
+        torch.manual_seed(0)
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), foreach=False)
+        with trace(net, optimizer) as seen:
+            for _ in range(3):
+                seen.step()
+                x = torch.randn(64, 32)
+                backward(forward(net, x).square().mean().backward)
+                optimizer.step()
+                optimizer.zero_grad()
+        return table(seen.timeline())
+
+    with ThreadPoolExecutor(1) as engine:
+        engine.submit(lambda: torch.zeros(1, requires_grad=True) + 1).result()  # not at 0
+        there = run(lambda backward: in_the_engines_thread(backward, engine))
+    assert there == run(lambda backward: backward())
 
 
 def test_a_view_is_no_memory_and_a_resized_storage_is_other_memory():

@@ -203,15 +203,21 @@ def _tiles(samples: int, frame: int, taps: int) -> list[Stretch]:
 
 
 def _filters(correlations: Tensor, stems: int, channels: int) -> tuple[Tensor, Tensor, float]:
-    """Filters `(l, p, p)` to the errors from all references and from the own ones, and loading."""
-    blocks, sides = correlations[None].chunk(2, -1)
+    """Filters `(l, p, p)` to the errors from all references and from the own ones, and loading.
+
+    The recursion is thousands of small steps, whose launches alone take a GPU longer than the CPU
+    needs for all of it: the few MiB of correlations are solved on the CPU, wherever the songs are.
+    """
+    device = correlations.device
+    blocks, sides = correlations[None].cpu().chunk(2, -1)
     own_blocks, own_sides = (_own(x[0], stems, channels) for x in (blocks, sides))
     with compute_threads(1):  # steps are so small that threads would wait for each other
         of_all, loading = solve(blocks, sides)
         of_own, own_loadings = solve(own_blocks.movedim(-1, 0), own_sides.movedim(-1, 0))
     apart = torch.zeros_like(of_all[0])
     _own(apart, stems, channels).copy_(of_own.movedim(0, -1))
-    return of_all[0], apart, max(loading.item(), own_loadings.max().item())
+    loading = max(loading.item(), own_loadings.max().item())
+    return of_all[0].to(device), apart.to(device), loading
 
 
 def _own(matrices: Tensor, stems: int, channels: int) -> Tensor:

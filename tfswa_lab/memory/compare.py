@@ -13,7 +13,7 @@ from typing import Any
 from tfswa_lab.memory.predict import Prediction, Step, predict
 from tfswa_lab.memory.sizes import in_words
 
-OF_PREDICT = ("attention", "steps")  # choices that are not for `make_step`
+OF_PREDICT = ("attention", "steps", "gpu")  # choices that are not for `make_step`
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def compare(make_step: Callable[..., Step], choices: Mapping[str, Sequence[Any]]
     """Predict all combinations, one after the other.
 
     Args:
-        make_step: as for `predict`; takes the choices by name, but for `attention` and `steps`,
-            which are `predict`'s.
+        make_step: as for `predict`; takes the choices by name, but for `attention`, `steps` and
+            `gpu`, which are `predict`'s.
         choices: values to try, by name; the last one changes fastest.
 
     Notebook: 05_where_memory_goes

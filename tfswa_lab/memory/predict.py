@@ -58,7 +58,12 @@ class Prediction(Fullest):
         return f"{head}\n{self.table()}\nnot in these numbers:{unseen}"
 
 
-def predict(make_step: Callable[[], Step], attention: str = "auto", steps: int = 2) -> Prediction:
+def predict(
+    make_step: Callable[[], Step],
+    attention: str = "auto",
+    steps: int = 2,
+    gpu: str | None = None,
+) -> Prediction:
     """The memory of a step on a CUDA card.
 
     Args:
@@ -67,10 +72,13 @@ def predict(make_step: Callable[[], Step], attention: str = "auto", steps: int =
             written for the CPU or for a card, `torch.autocast("cuda", …)` included.
         attention: kernel of `scaled_dot_product_attention`, see `cuda_like`.
         steps: how many to run; the second finds the optimizer's state there.
+        gpu: whose choice "auto" is: "hopper" (H100, H200, B200) or "ampere" (all others); None for
+            the GPU of this machine, or "ampere" where there is none.
 
     Raises:
         TypeError: `make_step` returns no function.
-        ValueError: the attention kernel is unknown, or cannot do what it is asked for.
+        ValueError: the attention kernel or the GPU is unknown, or the kernel cannot do what it is
+            asked for.
         NotImplementedError: the step depends on values, so it cannot be known in advance; names
             the operation and the line.
 
@@ -85,7 +93,7 @@ def predict(make_step: Callable[[], Step], attention: str = "auto", steps: int =
     """
     began = time.perf_counter()
     tracer = FakeTracer()
-    with torch.random.fork_rng(devices=()), cuda_like(attention), without_values(), tracer:
+    with torch.random.fork_rng(devices=()), cuda_like(attention, gpu), without_values(), tracer:
         step = make_step()
         if not callable(step):
             raise TypeError(

@@ -48,7 +48,7 @@ def band_root() -> Path:
     return Path(pooch.os_cache("tfswa_lab")) / "band"
 
 
-def ensure_band(root: str | Path | None = None) -> Path:
+def ensure_band(root: str | Path | None = None, workers: int = -1) -> Path:
     """The folder of the full band, made now if it is absent or by another version.
 
     Several processes may call this at once: each builds in a folder of its own, and whoever
@@ -56,6 +56,7 @@ def ensure_band(root: str | Path | None = None) -> Path:
 
     Args:
         root: where it is or shall be, `band_root()` if None.
+        workers: processes that render side by side; -1 for one on each core.
 
     Raises:
         FileExistsError: the folder holds something that is not a band.
@@ -66,7 +67,7 @@ def ensure_band(root: str | Path | None = None) -> Path:
     if _is(root, card):
         return root
     with _scratch(root) as scratch:
-        fresh = _render(Path(scratch), SECONDS, TRAIN_SEEDS, TEST_SEEDS, workers=2)
+        fresh = _render(Path(scratch), SECONDS, TRAIN_SEEDS, TEST_SEEDS, workers)
         if not _is(root, card):
             _replace(root, fresh)
     return root

@@ -15,6 +15,7 @@ Notebook: 05_where_memory_goes
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -30,30 +31,56 @@ from torch.utils import _foreach_utils
 from tfswa_lab.memory.card.autocast import cuda_autocast
 
 ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
+# The kernels that "auto" tries, in order. "hopper" is every GPU of compute capability 9.0 or 10.0
+# (H100, H200, B200) with cuDNN above 9.15, as torch >= 2.11 for CUDA 13 brings it; "ampere" is all
+# others.
+AUTO = {
+    "ampere": ("flash", "efficient", "math"),
+    "hopper": ("cudnn", "flash", "efficient", "math"),
+}
+CUDNN_PREFERRED = 9_15_00  # cuDNN's version, above which torch prefers its kernel
+CUDNN_ROWS = 65_535  # batch times heads, the most that cuDNN's kernel takes
 HALVES = (torch.float16, torch.bfloat16)
 
 
+def present_gpu() -> str:
+    """The key of `AUTO` for the GPU that is there; "ampere" where there is none.
+
+    Source: `check_prefer_cudnn_attention` in sdp_utils.cpp of PyTorch 2.11.
+
+    Notebook: 05_where_memory_goes
+    """
+    if not torch.cuda.is_available() or os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1":
+        return "ampere"
+    is_new = torch.cuda.get_device_capability() in ((9, 0), (10, 0))
+    return "hopper" if is_new and torch.backends.cudnn.version() > CUDNN_PREFERRED else "ampere"
+
+
 @contextmanager
-def cuda_like(attention: str = "auto") -> Iterator[None]:
+def cuda_like(attention: str = "auto", gpu: str | None = None) -> Iterator[None]:
     """CPU tensors are treated as a card would treat its own.
 
     Args:
         attention: the kernel of `scaled_dot_product_attention`: "flash" for half precision without
             a mask, "efficient", "cudnn", "math", which keeps all scores; "auto" takes the first
-            of flash, efficient and math that can.
+            that can, in the order of the GPU.
+        gpu: whose order "auto" takes, a key of `AUTO`; None for the GPU that is there.
 
     Raises:
-        ValueError: there is no such kernel, or it cannot do what it is asked for.
+        ValueError: there is no such kernel or GPU, or it cannot do what it is asked for.
 
     Notebook: 05_where_memory_goes
     """
-    if attention not in ATTENTION:
-        raise ValueError(f"attention={attention!r} is none of {', '.join(ATTENTION)}")
+    gpu = present_gpu() if gpu is None else gpu
+    for name, value, known in (("attention", attention, ATTENTION), ("gpu", gpu, AUTO)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
+    kernels = AUTO[gpu] if attention == "auto" else (attention,)
     devices = partial(_with_cpu, _foreach_utils._get_foreach_kernels_supported_devices)
     types = [*_foreach_utils._foreach_supported_types, FakeTensor]
     with ExitStack() as stack:
         for place, name, value in (
-            (F, "scaled_dot_product_attention", partial(_attention, attention)),
+            (F, "scaled_dot_product_attention", partial(_attention, kernels)),
             (F, "dropout", _dropout),
             (optimizers, "_get_foreach_kernels_supported_devices", devices),
             (_foreach_utils, "_get_foreach_kernels_supported_devices", devices),
@@ -76,7 +103,7 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 
 
 def _attention(
-    kernel: str,
+    kernels: tuple[str, ...],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -86,16 +113,16 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` by a kernel of CUDA's."""
+    """`scaled_dot_product_attention` by the first of some kernels of CUDA's that can."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (x.to(dtype) for x in (query, key, value))
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)
     refusals = _refusals(query, key, value, attn_mask, enable_gqa)
-    if kernel == "auto":
-        kernel = next(name for name in ("flash", "efficient", "math") if not refusals.get(name))
-    if refusals.get(kernel):
+    kernel = next((name for name in kernels if name not in refusals), None)
+    if kernel is None:
+        (kernel,) = kernels
         raise ValueError(f"attention={kernel!r} cannot run here: {refusals[kernel]}")
     common = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     with torch.autocast("cpu", enabled=False):  # inside, autocast has done its work
@@ -106,7 +133,7 @@ def _attention(
             return _flash(query, key, value, **common)
         keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         attend = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention")
-        bias = _bias(attn_mask, query, key)
+        bias = _bias(attn_mask, query, key, multiple=8 if kernel == "efficient" else 1)
         return attend(query, key, value, bias, keeps, **common)[0]
 
 
@@ -115,6 +142,7 @@ def _refusals(
 ) -> dict[str, str]:
     """Kernels that cannot do this, and why."""
     width, half = query.shape[-1], query.dtype in HALVES
+    rows = math.prod(query.shape[:-2])
     aligned = width % (8 if half else 4) == 0
     found = {}
     if query.ndim != 4 or enable_gqa:
@@ -126,6 +154,12 @@ def _refusals(
         found["flash"] = "it takes no mask"
     if width > 256:
         found["flash"] = f"heads of {width} channels are wider than 256"
+    if width > 128:
+        found["cudnn"] = f"heads of {width} channels are wider than 128"
+    if rows > CUDNN_ROWS:
+        found["cudnn"] = f"batch times heads is {rows}, more than {CUDNN_ROWS}"
+    if 1 in (query.shape[-2], key.shape[-2]):
+        found["cudnn"] = "a sequence has length 1"
     if not aligned:
         found["efficient"] = found["cudnn"] = f"heads of {width} channels are not aligned"
     return found
@@ -143,13 +177,13 @@ def _flash(
     return attend(query, key, value, dropout_p, is_causal, scale=scale)[0][..., :width]
 
 
-def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """A mask as the kernels take it: numbers to be added, in rows of a multiple of eight."""
+def _bias(mask: Tensor | None, query: Tensor, key: Tensor, multiple: int) -> Tensor | None:
+    """A mask as the kernels take it: numbers to be added, in rows of a multiple of some length."""
     if mask is None:
         return None
     if mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
     length = mask.shape[-1]
-    if length % 8:
-        mask = F.pad(mask, (0, -length % 8))[..., :length]
+    if length % multiple:
+        mask = F.pad(mask, (0, -length % multiple))[..., :length]
     return mask.expand(*query.shape[:2], query.shape[2], key.shape[2])

@@ -85,6 +85,7 @@ def dump_on_oom(path: str | Path, most: int = 3) -> OomDump:
     attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
     if attach is None:
         raise RuntimeError("this torch cannot tell of an out-of-memory; use 2.0 or later")
+    torch.cuda.init()  # the allocator forgets observers that came before it
     observer = OomDump(Path(path), most)
     attach(observer.observe)
     return observer

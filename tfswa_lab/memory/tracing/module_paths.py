@@ -1,7 +1,7 @@
 """Which module is at work: while its forward pass runs, and later while its gradients are computed.
 
-Autograd numbers its nodes in the order of their making. The numbers at which modules begin and end
-therefore tell which of them made a node that the backward pass has come to.
+Autograd numbers the nodes of a thread in the order of their making. The numbers at which modules
+begin and end therefore tell which of them made a node that the backward pass has come to.
 
 Notebook: 05_where_memory_goes
 """
@@ -9,6 +9,7 @@ Notebook: 05_where_memory_goes
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from tfswa_lab.memory.tracing.node_numbers import NodeId, next_node
 
 
 class Call(NamedTuple):
@@ -43,7 +46,8 @@ class ModulePaths:
         self.roots = 0
         self._on_root = on_root
         self._paths: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-        self._numbers, self._at = [0], [""]
+        self._numbers = defaultdict(lambda: [0])  # by thread: where modules begin and end
+        self._at = defaultdict(lambda: [""])  # and which of them runs from there on
 
     def name(self, root: nn.Module) -> None:
         """Give paths to a module and all in it; a second model's begin with its class."""
@@ -62,9 +66,10 @@ class ModulePaths:
         """The path of the innermost running module, empty outside of all."""
         return self.calls[-1].path if self.calls else ""
 
-    def that_made(self, number: int) -> str:
-        """The path of the module that was running when autograd gave out a number."""
-        return self._at[bisect_right(self._numbers, number) - 1]
+    def that_made(self, node: NodeId) -> str:
+        """The path of the module that was running when a node was made."""
+        place = bisect_right(self._numbers[node.thread], node.number) - 1
+        return self._at[node.thread][place]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -96,5 +101,6 @@ class ModulePaths:
         self._note()
 
     def _note(self) -> None:
-        self._numbers.append(torch._C._autograd._get_sequence_nr())
-        self._at.append(self.now)
+        thread, number = next_node()
+        self._numbers[thread].append(number)
+        self._at[thread].append(self.now)

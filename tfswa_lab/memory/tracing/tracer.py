@@ -28,6 +28,7 @@ from tfswa_lab.memory.rounding import rounded
 from tfswa_lab.memory.tracing.blocks import Block, Frame, Timeline
 from tfswa_lab.memory.tracing.call_sites import CallSites
 from tfswa_lab.memory.tracing.module_paths import ModulePaths
+from tfswa_lab.memory.tracing.node_numbers import NodeId, NodeNumbers
 from tfswa_lab.memory.tracing.storages import has_storage
 
 
@@ -57,9 +58,10 @@ class Tracer(TorchDispatchMode):
         self._blocks: dict[str, list[Block]] = {}
         self._live: dict[int, Birth] = {}
         self._sites = CallSites() if stacks else None
-        self._lines = {}  # of forward operations, by the numbers of their nodes
+        self._nodes = NodeNumbers()
+        self._lines: dict[NodeId, tuple[Frame, ...]] = {}  # of forward operations
         self._parameters = WeakIdKeyDictionary()  # tensors compare by element, so no WeakSet
-        self._number = self._backward = -1
+        self._backward = -1
         self._optimizing = False
         self._watching = ExitStack()
 
@@ -75,7 +77,7 @@ class Tracer(TorchDispatchMode):
             (register_optimizer_step_post_hook, self._after_optimizer),
         ):
             self._watching.callback(register(hook).remove)
-        self._number = torch._C._autograd._get_sequence_nr()
+        self._nodes.begin()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -130,7 +132,7 @@ class Tracer(TorchDispatchMode):
 
     def lines_of(self, node: Any) -> tuple[Frame, ...]:
         """The lines of the forward operation that made a node of a graph; none if unknown."""
-        return self._lines.get(node._sequence_nr(), ())
+        return self._lines.get(self._nodes.identify(node), ())
 
     def label(self, tensor: Tensor, category: str, module: str = "") -> None:
         """Say what a tensor is, whether it was seen before or not."""
@@ -148,12 +150,12 @@ class Tracer(TorchDispatchMode):
             if self._block_of(tensor) is None:  # made unseen, as from_numpy does
                 self.label(tensor, "input")
         result = self.call(func, args, kwargs)
-        number = torch._C._autograd._get_sequence_nr()
-        has_node, self._number = number > self._number, number
+        task = torch._C._current_graph_task_id()
+        node = self._nodes.new(task)
         new = [tensor for tensor in _tensors(result) if self._block_of(tensor) is None]
         scratch = self.scratch(func, args, result)
-        if new or has_node or scratch:
-            origin = self._origin(number - 1 if has_node else None) | {"op": str(func)}
+        if new or node or scratch:
+            origin = self._origin(node, task) | {"op": str(func)}
             for tensor in new:
                 self._add(tensor, **origin)
             if scratch:
@@ -179,13 +181,18 @@ class Tracer(TorchDispatchMode):
         self.event += 2
         self._blocks.setdefault(device, []).append(block)
 
-    def _origin(self, node: int | None) -> dict:
-        """Phase, module, step and lines of a new block; `node` is autograd's, of its operation."""
-        task, calls = torch._C._current_graph_task_id(), self.modules.calls
+    def _origin(self, node: NodeId | None, task: int) -> dict:
+        """Phase, module, step and lines of a new block.
+
+        Args:
+            node: autograd's, of the operation that made it.
+            task: the backward pass that is running, -1 for none.
+        """
+        calls = self.modules.calls
         self._backward = max(self._backward, task)
         origin = {"step": len(self.steps) - 1, "module": self.modules.now}
         if task != -1 and not (calls and calls[-1].graph_task == task):
-            return origin | {"phase": "backward"} | self._origin_in_backward()
+            return origin | {"phase": "backward"} | self._origin_in_backward(task)
         frames = self._sites.here() if self._sites else ()
         if node is not None:
             self._lines[node] = frames
@@ -197,16 +204,16 @@ class Tracer(TorchDispatchMode):
             phase = "forward" if calls or node is not None else "outside"
         return origin | {"phase": phase, "frames": frames}
 
-    def _origin_in_backward(self) -> dict:
+    def _origin_in_backward(self, task: int) -> dict:
         """Module and lines of the forward operation whose gradient is computed."""
         node = torch._C._current_autograd_node()
         if node is None:
             return {}
         if hasattr(node, "variable"):  # it adds up the gradient of a parameter
             return {"module": self._module_of(node.variable)}
-        number = node._sequence_nr()
-        lines = self._lines.get(number) or (self._sites.here() if self._sites else ())
-        return {"module": self.modules.that_made(number), "frames": lines}
+        made = self._nodes.identify(node, task)
+        lines = self._lines.get(made) or (self._sites.here() if self._sites else ())
+        return {"module": self.modules.that_made(made), "frames": lines}
 
     def _block_of(self, tensor: Tensor) -> Block | None:
         """The block that a tensor lies in, if it is known and of the same size as ever."""
