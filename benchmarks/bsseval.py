@@ -1,6 +1,8 @@
 """How fast, how lean and how exact is BSSEval here, beside museval?
 
-    python benchmarks/bsseval.py [--device cuda] [--seconds 180 240] [--threads 2 1]
+    python benchmarks/bsseval.py [--seconds 180 240] [--threads 2 1]
+    python benchmarks/bsseval.py --device cuda    songs and solver on a GPU, started by gpu.py
+    python benchmarks/bsseval.py --museval        museval alone, on cores of its own beside them
 
 Four stereo stems of noise that leak into one another, frames of 1 s, filters of 512 taps; both get
 the same float64 arrays. Each measurement is a process of its own: the first call is the cold one,
@@ -13,10 +15,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 
 import apart
 import numpy as np
 import torch
+from events import REHEARSAL, attempt
 from record import record
 
 from tfswa_lab import audio
@@ -24,8 +28,9 @@ from tfswa_lab.device import pick_device
 from tfswa_lab.evaluation.block_toeplitz import solve
 from tfswa_lab.evaluation.bsseval import bss_eval
 
-GPU = True
 RATE = 44_100
+SONGS = [2.0] if REHEARSAL else [180.0, 240.0]  # seconds
+MUSEVALS_CORES = 4
 WARM = 5  # calls after the first
 TAPS = 512
 
@@ -58,9 +63,9 @@ def time_ours(seconds: float, device: str) -> dict:
     return row
 
 
-def time_solver() -> dict:
+def time_solver(device: str = "cpu") -> dict:
     """The equations of four stereo stems by their structure, and by Cholesky's method."""
-    x = torch.from_numpy(stems(10)[0]).flatten(0, 1)
+    x = torch.from_numpy(stems(10)[0]).flatten(0, 1).to(device)
     spectra = torch.fft.rfft(x, n=2**19)
     cross = torch.fft.irfft(spectra[:, None].conj() * spectra, n=2**19)[..., :TAPS]
     blocks = cross.permute(2, 0, 1).contiguous()  # (l, p, p)
@@ -71,6 +76,7 @@ def time_solver() -> dict:
         for _ in range(1 + WARM):
             began = time.perf_counter()
             filters[name] = method(blocks, sides)
+            filters[name][0, 0].cpu()  # waits for a GPU
             times.append(time.perf_counter() - began)
         spent[name] = round(statistics.median(times[1:]), 3)
     first, second = filters.values()
@@ -118,12 +124,11 @@ def measure(what: str, seconds: float = 0.0, device: str = "cpu") -> dict:
     return time_museval(seconds) if what == "museval" else time_ours(seconds, device)
 
 
-def compare(seconds: float, threads: list[int], device: str) -> dict:
+def compare(seconds: float, threads: list[int]) -> dict:
     """museval once, and ours with each number of threads."""
     peer = apart.run(__file__, max(threads), what="museval", seconds=seconds)
     rows = {
-        str(number): apart.run(__file__, number, what="ours", seconds=seconds, device=device)
-        for number in threads
+        str(number): apart.run(__file__, number, what="ours", seconds=seconds) for number in threads
     }
     for row in rows.values():
         row["ratio_warm"] = round(peer["s"] / row["warm_s"], 1)
@@ -131,17 +136,37 @@ def compare(seconds: float, threads: list[int], device: str) -> dict:
     return {"museval": peer, "threads": rows}
 
 
+def on_gpu(songs: list[float]) -> None:
+    """A line for each length of song, and for the solver on either side."""
+    for seconds in songs:
+        row = partial(time_ours, seconds, "cuda")
+        attempt("bsseval", row, what="ours", song_seconds=seconds)
+    for device in ("cpu", "cuda"):
+        attempt("bsseval", partial(time_solver, device), what="solver", where=device)
+
+
+def museval_alone(seconds: float) -> None:
+    """A line for one call of museval, which takes a minute, and so may miss the end."""
+    torch.set_num_threads(MUSEVALS_CORES)
+    row = partial(apart.run, __file__, MUSEVALS_CORES, what="museval", seconds=seconds)
+    attempt("bsseval", row, what="museval", song_seconds=seconds)
+
+
 def main() -> None:
     """Measure, record, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, nargs="+", default=[180.0, 240.0])
+    parser.add_argument("--museval", action="store_true", help="museval alone, once")
+    parser.add_argument("--seconds", type=float, nargs="+", default=SONGS)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     asked = parser.parse_args()
-    device = pick_device(asked.device).type
-    result = {f"{each:g} s": compare(each, asked.threads, device) for each in asked.seconds}
+    if asked.museval:
+        return museval_alone(asked.seconds[0])
+    if pick_device(asked.device).type == "cuda":
+        return on_gpu(asked.seconds)
+    result = {f"{each:g} s": compare(each, asked.threads) for each in asked.seconds}
     solver = {str(number): apart.run(__file__, number, what="solver") for number in asked.threads}
-    record("bsseval" if device == "cpu" else "bsseval-gpu", {"songs": result, "solver": solver})
+    record("bsseval", {"songs": result, "solver": solver})
     print("| song | threads | cold | warm | peak | museval | peak | ratio warm | cold |")
     print("|---|---|---|---|---|---|---|---|---|")
     for song, rows in result.items():

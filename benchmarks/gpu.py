@@ -1,10 +1,13 @@
-"""Tests, full lessons and benchmarks on a CUDA card, in nine minutes and without network.
+"""Everything that needs a GPU, in a quarter of an hour of one, without network.
 
-    python3 benchmarks/gpu.py [--wheels .whl] [--device cpu]
+    python3 benchmarks/gpu.py PART… [--out DIR] [--wheels DIR] [--mir1k DIR] [--seconds N]
+    python3 benchmarks/gpu.py report DIR/events.jsonl…
+    python3 benchmarks/gpu.py carry mir1k ROOT DIR
 
-For a borrowed machine: a checkout, that machine's own Python with its own torch, and a folder
-of wheels (`make wheels`) for the packages which that Python lacks. Nothing is installed into it.
-`--device cpu` rehearses the same on any machine, and keeps its results out of the repository.
+Parts are `smoke` (what the others need is there; exit 3 at once if not), `measure` (benchmarks),
+`tests` (those marked gpu) and `lessons` (in full). A measurement exists when its line is in
+DIR/events.jsonl; `report` makes results and tables of such lines. The two commands for a borrowed
+GPU are in README.md beside this file. `--rehearse` plays a GPU on the CPU, with tiny sizes.
 """
 
 from __future__ import annotations
@@ -13,19 +16,59 @@ import argparse
 import importlib
 import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from events import MACHINE, REHEARSED, emit
+from gpu_jobs import CHECKOUT, Job, Session, end, end_left_over, members, start_in_background
+
+BEGAN = time.monotonic()
+BENCHMARKS = CHECKOUT / "benchmarks"
 BUILD = CHECKOUT / "build" / "gpu"
-SITE = BUILD / "site"
+PARTS = ("smoke", "measure", "tests", "lessons")
+PACKING = 15  # seconds at the end, for what comes back
+FILES, FILE_BYTES = 8, 16 * 2**20  # that come back from a borrowed machine
+ROOMY_GIB = 40  # of a GPU on which several lessons run side by side
+
+
+def script(name: str, seconds: float, command: str, alone: bool = True) -> Job:
+    """A job that runs a script of this folder."""
+    path, *arguments = command.split()
+    return Job(name, seconds, (str(BENCHMARKS / path), *arguments), alone)
+
+
+SMOKE = script("smoke", 55, "gpu_smoke.py")
+# In order of value; seconds are limits on an H100. With the smoke, they add up to less than 385.
+# What is no time (bytes, verdicts, recordings) is measured while the training goes on.
+MEASURE = (
+    script("snapshots", 10, "gpu_snapshots.py", alone=False),
+    script("prediction", 100, "memory_prediction.py --measure"),
+    script("default kernel", 20, "memory_prediction.py --measure --default"),
+    script("leaks", 50, "leaks.py --device cuda"),
+    script("separation", 35, "separator.py --device cuda"),
+    script("bsseval", 40, "bsseval.py --device cuda"),
+    script("training", 40, "training.py --device cuda"),
+    script("memory_trace", 10, "memory_trace.py --device cuda"),
+    script("claims", 20, "claims.py --device cuda", alone=False),
+)
+MUSEVAL = script("museval", 300, "bsseval.py --museval")  # on cores of its own, beside the others
+TRAINER = Job("mir1k", 0, ())  # its command is known when it is started
+PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "emit_tests")
+TESTS = Job("tests", 60, (*PYTEST, "-m", "gpu and not notebook", "tests"), alone=False)
+# The longest first. 07 trains thirteen separators, and may take as long as all others together.
+LESSONS = {"07_training": 240, "03_tfswa_unet": 120, "05_where_memory_goes": 120}
+LESSONS |= {"06_leak_diagnosis": 120, "04_tf_locoformer": 120, "08_evaluation": 120}
+LESSONS |= {"01_sound_to_spectrogram": 60, "02_attention_blocks": 60, "00_start_here": 60}
+
+
+# What the machine lacks ---------------------------------------------------------------------
 
 
 def lacks(wheel: Path) -> bool:
@@ -37,158 +80,180 @@ def lacks(wheel: Path) -> bool:
     return False
 
 
-def add_site(wheels: Path) -> None:
-    """Make the checkout and the missing packages importable, here and in every process below."""
-    files = [str(wheel) for wheel in sorted(wheels.glob("*.whl")) if lacks(wheel)]
+def add_packages(wheels: Path | None) -> None:
+    """Make the checkout and the packages that are missing importable, in all processes below."""
+    found = sorted(wheels.rglob("*.whl")) if wheels else []
+    files = [str(wheel) for wheel in found if lacks(wheel)]
+    site = BUILD / "site"
     if files:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-        command += ["--no-compile", "--upgrade", "--target", str(SITE), *files]
+        command += ["--no-compile", "--upgrade", "--target", str(site), *files]
         subprocess.run(command, check=True)
-    folders = [str(CHECKOUT), str(SITE)]
-    sys.path[1:1] = folders
+    prepend("PYTHONPATH", CHECKOUT, BENCHMARKS, site)
+    sys.path[1:1] = [str(CHECKOUT), str(site)]
     importlib.invalidate_caches()
-    inherited = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(folders + ([inherited] if inherited else []))
-    print(f"{len(files)} packages from {wheels}", flush=True)
+
+
+def prepend(variable: str, *folders: Path) -> None:
+    """Put folders before all others in a variable of the environment."""
+    inherited = os.environ.get(variable)
+    parts = [*map(str, folders), *([inherited] if inherited else [])]
+    os.environ[variable] = os.pathsep.join(parts)
 
 
 def stand_in_for_ffmpeg() -> None:
     """Let musdb list WAV files where there is no ffmpeg; decoding with it fails and says why."""
     scripts = {
         "ffmpeg": "echo 'this machine has no ffmpeg' >&2; exit 1",
-        "ffprobe": f"exec '{sys.executable}' -S -E '{CHECKOUT}/benchmarks/wav_probe.py' \"$@\"",
+        "ffprobe": f"exec '{sys.executable}' -S -E '{BENCHMARKS}/wav_probe.py' \"$@\"",
     }
     folder = BUILD / "bin"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, script in scripts.items():
+    for name, text in scripts.items():
         if shutil.which(name) is None:
-            (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+            (folder / name).write_text(f"#!/bin/sh\n{text}\n")
             (folder / name).chmod(0o755)
     os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], str(folder)])
 
 
-def describe(device: str) -> dict[str, str]:
-    """The card, its driver, and the torch that drives it."""
-    import torch
-
-    about = {"device": device, "torch": torch.__version__, "python": sys.version.split()[0]}
-    if device == "cuda":
-        card = torch.cuda.get_device_properties(0)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-        about |= {"card": card.name, "memory_gib": f"{card.total_memory / 2**30:.1f}"}
-        about |= {"driver": driver, "cuda": torch.version.cuda}
-    return about
+def describe() -> dict:
+    """GPU, driver, torch and cuDNN, found by a process that has ended when others measure."""
+    command = [sys.executable, str(BENCHMARKS / "gpu_smoke.py"), "--describe"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout + done.stderr, file=sys.stderr)
+        sys.exit(3)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_script(name: str, command: list, limit_seconds: float) -> dict:
-    """Run a program and note its time, and its last line as the result."""
-    start = time.perf_counter()
-    print(f"== {name}", flush=True)
-    try:
-        done = subprocess.run(
-            command, cwd=CHECKOUT, text=True, timeout=limit_seconds, capture_output=True
-        )
-        print(done.stdout[-4000:], done.stderr[-4000:], flush=True)
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        good = done.returncode == 0
-    except subprocess.TimeoutExpired:
-        good, last = False, f"not finished after {limit_seconds:.0f} s"
-    return {"name": name, "seconds": time.perf_counter() - start, "ok": good, "result": last}
+# The parts ----------------------------------------------------------------------------------
 
 
-def run_lesson(path: Path, device: str, limit_seconds: float) -> dict:
-    """Execute a lesson in full."""
-    from tfswa_lab.teaching.runner import try_notebook
-
-    print(f"== {path.stem}", flush=True)
-    parameters = {"quick": False, "device": device}
-    run = try_notebook(path, BUILD / "notebooks" / path.name, parameters, limit_seconds)
-    print(f"{run.seconds:.1f} s {run.error}", flush=True)
-    row = {"name": run.name, "seconds": run.seconds, "ok": not run.error}
-    row |= {"result": run.error or "ran in full"}
-    return row if run.peak_bytes is None else row | {"peak_host_mib": run.peak_bytes // 2**20}
+def smoke(session: Session) -> None:
+    """Exit 3 if a later part could not work."""
+    if not session.run(SMOKE):
+        session.log("The smoke test failed, so nothing else is started.")
+        end(TRAINER)
+        sys.exit(3)
 
 
-def jobs(device: str) -> list[Callable[[float], dict]]:
-    """What there is to run, in order: each takes its time limit and returns a row."""
-    from run_all import scripts
-
-    python = sys.executable
-    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    todo = [partial(run_script, "tests marked gpu", tests)]
-    for path in sorted((CHECKOUT / "notebooks").glob("*.ipynb")):
-        todo.append(partial(run_lesson, path, device))
-    for path in scripts(gpu=True):
-        todo.append(partial(run_script, path.stem, [python, path, "--device", device]))
-    return todo
+def measure(session: Session) -> None:
+    """All benchmarks, with museval on cores of its own beside them."""
+    start_in_background(MUSEVAL, BUILD / "museval.txt")
+    for job in MEASURE:
+        session.run(job)
+    end(MUSEVAL)
 
 
-def run_within(budget_seconds: float, todo: list[Callable[[float], dict]]) -> list[dict]:
-    """Run the jobs; each may take twice its equal share of the time that is left, the last all."""
-    deadline = time.monotonic() + budget_seconds
-    rows = []
-    for left, job in zip(range(len(todo), 0, -1), todo, strict=True):
-        share = 2 * (deadline - time.monotonic()) / (left + 1)
-        rows.append(job(max(share, 1.0)))
-    return rows
+def train(clips: Path) -> None:
+    """Start the training on MIR-1K, which goes on when this command has ended."""
+    command = (str(BENCHMARKS / "mir1k.py"), str(clips), "--device", "cuda")
+    job = Job(TRAINER.name, 0, (*command, "--out", str(BUILD / "mir1k")))
+    start_in_background(job, BUILD / "mir1k.txt")
 
 
-def markdown(about: dict[str, str], rows: list[dict]) -> str:
-    """The same as a table for people."""
-    title = about.get("card", "rehearsal on the CPU")
-    facts = ", ".join(f"{key} {value}" for key, value in about.items() if key != "card")
-    lines = [f"# {title}", "", facts, "", "| what | seconds | host MiB | result |"]
-    lines += ["| --- | ---: | ---: | --- |"]
-    for row in rows:
-        result = row["result"] if row["ok"] else f"**failed**: {row['result']}"
-        cells = (row["name"], f"{row['seconds']:.1f}", str(row.get("peak_host_mib", "")), result)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def write_report(folder: Path, about: dict[str, str], rows: list[dict]) -> None:
-    """JSON for scripts and Markdown for people, named after the card."""
-    slug = re.sub(r"\W+", "-", about.get("card", "rehearsal").lower())
-    report = json.dumps({"machine": about, "runs": rows}, indent=2) + "\n"
-    (folder / f"gpu-{slug}.json").write_text(report)
-    (folder / f"gpu-{slug}.md").write_text(markdown(about, rows))
-
-
-def refuse_without_card(device: str) -> None:
-    """Say at once what is missing: everything after this takes minutes."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit(
-            f"torch {torch.__version__} of {sys.executable} sees no CUDA card; run this on a "
-            "machine that has one, or rehearse it on the CPU: make gpu ARGS='--device cpu'"
-        )
-
-
-def main() -> None:
-    """Run everything within the time; exit 1 if anything failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--wheels", type=Path, default=CHECKOUT / ".whl")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
-    options = parser.parse_args()
-    start = time.monotonic()
-    refuse_without_card(options.device)
-    add_site(options.wheels)
-    stand_in_for_ffmpeg()
+def tests_and_lessons(session: Session, parts: list[str], machine: dict) -> None:
+    """Tests beside lessons, four at once where the GPU has room for them."""
     from tfswa_lab.data.band import ensure_band
 
     ensure_band()
-    folder = CHECKOUT / "benchmarks" / "results" if options.device == "cuda" else BUILD
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["TFSWA_LAB_RESULTS"] = str(folder)
-    about = describe(options.device)
-    rows = run_within(options.budget - (time.monotonic() - start), jobs(options.device))
-    write_report(folder, about, rows)
-    print(markdown(about, rows))
-    sys.exit(not all(row["ok"] for row in rows))
+    jobs = [TESTS] if "tests" in parts else []
+    if "lessons" in parts:
+        jobs += [lesson(name, seconds) for name, seconds in LESSONS.items()]
+    roomy = machine.get("memory_gib", 0) >= ROOMY_GIB
+    with ThreadPoolExecutor(5 if roomy else 1) as pool:
+        list(pool.map(session.run, jobs))
+
+
+def lesson(name: str, seconds: float) -> Job:
+    """Execute a lesson in full; the executed copy is kept, also of one that failed."""
+    quick = "--quick" if REHEARSED in os.environ else "--full"
+    options = (quick, "--device", "cuda", "--output", str(BUILD / "notebooks" / name))
+    command = ("-m", "tfswa_lab.teaching.runner", name, *options, "--timeout", str(seconds))
+    return Job(f"lesson {name}", seconds, command, alone=False)
+
+
+# What comes back ----------------------------------------------------------------------------
+
+
+def pack(out: Path, last: bool) -> None:
+    """Bring weights and notebooks into the folder; say what is too much to come back."""
+    if last:
+        end(TRAINER, seconds=10)
+    trained = BUILD / "mir1k"
+    if (trained / "training.json").exists():
+        emit("mir1k", **json.loads((trained / "training.json").read_text()))
+    archive(out / "mir1k.tar.gz", sorted(trained.glob("*.*")))
+    archive(out / "notebooks.tar.gz", sorted((BUILD / "notebooks").rglob("*.ipynb")))
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    too_large = [name for name, size in sizes.items() if size >= FILE_BYTES]
+    emit("returned", files=sizes, too_large=too_large, too_many=len(sizes) > FILES)
+    for name, size in sizes.items():
+        print(f"{size / 2**20:7.2f} MiB  {name}{'  TOO LARGE' if name in too_large else ''}")
+
+
+def archive(path: Path, files: list[Path]) -> None:
+    """One file out of several, if there are any."""
+    if files:
+        with tarfile.open(path, "w:gz") as packed:
+            for file in files:
+                packed.add(file, file.name)
+
+
+def options(arguments: list[str]) -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--out", type=Path, default=BUILD / "out", help="for all that comes back")
+    parser.add_argument("--wheels", type=Path, help="folder of packages that are missing here")
+    parser.add_argument("--mir1k", type=Path, help="folder of training clips, to be trained on")
+    parser.add_argument("--seconds", type=float, help="for everything; else each job has a limit")
+    parser.add_argument("--rehearse", action="store_true", help="play a GPU, with tiny sizes")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the parts; exit 1 if anything failed, 3 if nothing can be run."""
+    if arguments[:1] == ["report"]:
+        import gpu_report
+
+        return gpu_report.main(arguments[1:])
+    if arguments[:2] == ["carry", "mir1k"]:
+        from mir1k_carry import carry
+
+        try:
+            return carry(*arguments[2:])
+        except (OSError, ValueError) as error:
+            sys.exit(str(error))
+    asked = options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is ended
+    if asked.rehearse:
+        os.environ[REHEARSED] = "1"
+        prepend("PYTHONPATH", CHECKOUT / "tests" / "played_gpu")
+    end_left_over(spared=TRAINER)
+    add_packages(asked.wheels)
+    stand_in_for_ffmpeg()
+    deadline = BEGAN + asked.seconds - PACKING if asked.seconds else None
+    session = Session(asked.out.resolve(), deadline, resting=TRAINER)
+    os.environ["TFSWA_LAB_OUT"] = str(asked.out.resolve())
+    os.environ[MACHINE] = json.dumps(machine := describe())
+    session.log(json.dumps(machine))
+    try:
+        if asked.mir1k and not members(TRAINER.known_by):
+            train(asked.mir1k.resolve())
+        if "smoke" in asked.parts:
+            smoke(session)
+        if "measure" in asked.parts:
+            measure(session)
+        if {"tests", "lessons"} & set(asked.parts):
+            tests_and_lessons(session, asked.parts, machine)
+    finally:
+        end_left_over(spared=TRAINER)
+        pack(asked.out, last="measure" not in asked.parts or "lessons" in asked.parts)
+    sys.exit(not session.good)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

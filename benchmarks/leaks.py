@@ -1,6 +1,7 @@
 """Is a leak called a leak, and is its cause named?
 
     python benchmarks/leaks.py
+    python benchmarks/leaks.py --device cuda    with tensors on a GPU, started by gpu.py
 
 All planted scripts of the tests: sound ones, leaks of tensors and graphs, leaks by what holds them,
 two sets that were written after the rules, and what a judge found them to get wrong. Right is the
@@ -13,14 +14,17 @@ knows, after step 2 and after step 12, and call more a leak. It can only say lea
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from events import REHEARSAL, attempt
 from record import record
 
 from tfswa_lab.memory.diagnosis.numbered import Numbered
@@ -37,6 +41,10 @@ SETS = {
     "once got wrong": ("planted_judged", "JUDGED"),
 }
 
+# On a GPU: first what needs one, then what must not be told otherwise than on the CPU.
+GPU_SETS = {"on a GPU": ("planted_gpu", "ON_GPU")}
+GPU_SETS |= {name: SETS[name] for name in ("sound", "tensors and graphs", "by holder")}
+
 COUNTED = ("right", "named", "leak or not", "leak or not, by counting")
 
 
@@ -46,13 +54,21 @@ def judge(script) -> dict:
     began = time.perf_counter()
     found = diagnose(step, **arguments)
     seconds = round(time.perf_counter() - began, 2)
-    leaks = not LEAKS.isdisjoint(script.verdicts)
     return {"name": script.name, "verdict": found.verdict, "seconds": seconds} | {
         "right": found.verdict in script.verdicts,
         "named": script.is_named_in(found),
-        "leak or not": found.leaks == leaks,
-        "leak or not, by counting": _called_a_leak_by_counting(script) == leaks,
+        "leak or not": found.leaks == _leaks(script),
     }
+
+
+def judge_both(script) -> dict:
+    """The same, beside what counting tensors says."""
+    by_counting = _called_a_leak_by_counting(script) == _leaks(script)
+    return judge(script) | {"leak or not, by counting": by_counting}
+
+
+def _leaks(script) -> bool:
+    return not LEAKS.isdisjoint(script.verdicts)
 
 
 def _called_a_leak_by_counting(script) -> bool:
@@ -66,15 +82,32 @@ def _called_a_leak_by_counting(script) -> bool:
     return counts[-1] > counts[2]
 
 
+def scripts(module: str, corpus: str) -> list:
+    """The planted scripts of a set."""
+    return getattr(importlib.import_module(module), corpus)
+
+
+def on_gpu() -> None:
+    """A line for each script; tensors are on the GPU where a script does not say otherwise."""
+    torch.set_default_device("cuda")
+    for name, source in GPU_SETS.items():
+        for script in scripts(*source)[: 2 if REHEARSAL else None]:
+            attempt("leak", partial(judge, script), set=name, script=script.name)
+
+
 def main() -> None:
     """Judge all, record, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "memory"))
     torch.set_num_threads(1)
+    if parser.parse_args().device == "cuda":
+        return on_gpu()
     result = {}
     print("| scripts | number | " + " | ".join(COUNTED) + " | median seconds |")
     print("| --- " + "| ---: " * (len(COUNTED) + 2) + "|")
     for name, (module, corpus) in SETS.items():
-        rows = [judge(script) for script in getattr(importlib.import_module(module), corpus)]
+        rows = [judge_both(script) for script in scripts(module, corpus)]
         counts = {key: sum(row[key] for row in rows) for key in COUNTED}
         median = statistics.median(row["seconds"] for row in rows)
         result[name] = {"rows": rows, "number": len(rows)} | counts

@@ -1,49 +1,65 @@
 """Is the memory of a step predicted without a card what the card then takes?
 
-    python benchmarks/memory_prediction.py [--device cuda]
+    python benchmarks/memory_prediction.py                          predict, with the torch at hand
+    python benchmarks/memory_prediction.py --compare                predictions of two torches
+    python benchmarks/memory_prediction.py --measure [--default]    on a GPU, started by gpu.py
 
 Steps of both networks, in training and in inference, by kernel of the attention, precision,
-checkpointing, batch and crop. Without a card the predictions and their times are recorded; with
-one, every configuration that fits runs on it, and `max_memory_allocated` stands beside. The peers
-say what they say about the same steps.
+checkpointing, batch and crop. Predictions take minutes, so they are made ahead, with the torch that
+the GPU has, and committed. `--measure` then runs every configuration that fits, in an order of
+which each beginning has all kinds, and `max_memory_allocated` stands beside; with `--default`,
+those whose kernel is left to torch. The peers say what they say about the same steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import random
+import re
 import statistics
-from functools import cache
+from collections import Counter
+from contextlib import nullcontext
+from functools import cache, partial
 from itertools import product
-from pathlib import Path
 
 import torch
+from events import REHEARSAL, attempt
 from record import RESULTS, record
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tfswa_lab.device import pick_device
 from tfswa_lab.memory.card.fake import without_values
+from tfswa_lab.memory.card.kernels import present_gpu
 from tfswa_lab.memory.compare import predict_choices
 from tfswa_lab.memory.sizes import in_words
 from tfswa_lab.models import tf_locoformer, tfswa_unet
 from tfswa_lab.models.tf_locoformer import TFLocoformer
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
 
-GPU = True
-BINS = 1025
-FRAMES_PER_SECOND = 44_100 / 512
+BINS = 65 if REHEARSAL else 1025
+FRAMES_PER_SECOND = 4 if REHEARSAL else 44_100 / 512
 NETWORKS = {
     "TFSWA-UNet small": (TFSWAUNet, tfswa_unet.SMALL),
     "TFSWA-UNet 15.4 M": (TFSWAUNet, tfswa_unet.DEFAULT),
     "TF-Locoformer S": (TFLocoformer, tf_locoformer.SMALL),
 }
+if REHEARSAL:
+    NETWORKS = {
+        "TFSWA-UNet small": (TFSWAUNet, tfswa_unet.TINY),
+        "TFSWA-UNet 15.4 M": (TFSWAUNet, tfswa_unet.TINY),
+        "TF-Locoformer S": (TFLocoformer, tf_locoformer.TINY),
+    }
 KERNELS = {  # flash takes no mask, so the shifted windows of the TFSWA-UNet take the next
     "auto": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "efficient": [SDPBackend.EFFICIENT_ATTENTION],
     "math": [SDPBackend.MATH],
 }
-ROOM = 0.9  # of a card; what is predicted to take more is not tried
+REHEARSED_ROWS = 3
+ROOM = 0.9  # of what is free on a GPU; what is predicted to take more is not tried
+# Of the choices of a configuration, those that are not `make_step`'s.
+OTHERS = ("attention", "gpu", "claim")
 
 
 def make_step(network, seconds, batch, precision, checkpointed, train, accumulated=1, device="cpu"):
@@ -78,7 +94,7 @@ def infer(model, x, cast):
 
 
 def configurations() -> list[dict]:
-    """What is tried, small first."""
+    """What is tried: the kernel is named, or the first of a list that is named, "auto"."""
     found = []
     for network in NETWORKS:
         for (precision, attention), checkpointed, batch in product(
@@ -95,13 +111,24 @@ def configurations() -> list[dict]:
             found.append(
                 {"network": network, "seconds": seconds, "batch": batch, "precision": precision}
                 | {"attention": attention, "checkpointed": checkpointed, "train": True}
+                | {"gpu": "ampere"}
             )
         for precision, attention in (("fp32", "efficient"), ("bf16", "auto"), ("fp32", "math")):
             found.append(
                 {"network": network, "seconds": 3.0, "batch": 1, "precision": precision}
                 | {"attention": attention, "checkpointed": False, "train": False}
+                | {"gpu": "ampere"}
             )
     return found
+
+
+def defaults() -> list[dict]:
+    """The same in bfloat16, with the kernel that an H100 takes if none is named."""
+    return [
+        row | {"gpu": "hopper"}
+        for row in configurations()
+        if row["attention"] == "auto" and row["batch"] == 1
+    ]
 
 
 def eight_gib() -> dict[str, dict]:
@@ -111,6 +138,7 @@ def eight_gib() -> dict[str, dict]:
     """
     levers = {"network": "TFSWA-UNet 15.4 M", "seconds": 6.0, "batch": 1, "accumulated": 4}
     levers |= {"precision": "bf16", "attention": "auto", "checkpointed": True, "train": True}
+    levers |= {"gpu": "ampere"}
     return {
         "all levers": levers,
         "float32": levers | {"precision": "fp32"},
@@ -125,22 +153,100 @@ def eight_gib() -> dict[str, dict]:
     }
 
 
-def measured(attention: str, **choices) -> tuple[int, int]:
-    """Bytes that two steps take at most on the card, allocated and reserved."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch._C._cuda_clearCublasWorkspaces()
+def measured(row: dict) -> dict:
+    """Bytes that two steps take at most on the GPU, and the milliseconds of a third.
+
+    `workspace` is what cuBLAS keeps for itself: it is in `measured`, and in no prediction.
+    """
+    free = torch.cuda.mem_get_info()[0]
+    if row["predicted"] > ROOM * free:
+        return {"does_not_fit": f"{in_words(row['predicted'])} predicted, {in_words(free)} free"}
+    choices = {name: row[name] for name in row["choices"] if name not in OTHERS}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    try:
-        with sdpa_kernel(KERNELS[attention]):
-            step = make_step(**choices, device="cuda")
-            step()
-            step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved()
-    finally:
-        step = None
+    is_default = row["gpu"] == "hopper"
+    with nullcontext() if is_default else sdpa_kernel(KERNELS[row["attention"]]):
+        step = make_step(**choices, device="cuda")
+        step()
+        step()
+        peak = torch.cuda.max_memory_allocated() - before
+        reserved = torch.cuda.max_memory_reserved()
+        milliseconds = _timed(step)
+    held = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    workspace = held - torch.cuda.memory_allocated()
+    return {
+        "measured": peak,
+        "measured_reserved": reserved,
+        "workspace": workspace,
+        "error": row["predicted"] / (peak - workspace) - 1,
+        "error_gross": row["predicted"] / peak - 1,
+        "milliseconds": round(milliseconds, 1),
+    }
+
+
+def _timed(step) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop)
+
+
+def in_fair_order(rows: list[dict]) -> list[dict]:
+    """A shuffled order whose beginnings have all networks, kernels, precisions and modes.
+
+    The next row is the one whose choices were seen the least so far.
+    """
+    left, order, seen = list(rows), [], Counter()
+    random.Random(0).shuffle(left)
+    while left:
+        rarest = min(left, key=lambda row: sum(seen[name, row[name]] for name in row["choices"]))
+        left.remove(rarest)
+        order.append(rarest)
+        seen.update((name, rarest[name]) for name in rarest["choices"])
+    return order
+
+
+def measure(default: bool) -> None:
+    """Run on the GPU what was predicted; a line for each configuration."""
+    rows = predictions_of(torch.__version__)["defaults" if default else "rows"]
+    rows = in_fair_order(rows)[: REHEARSED_ROWS if REHEARSAL else None]
+    if default and present_gpu() != "hopper":
+        print("the default of this GPU is the order that is measured as 'auto'")
+        return
+    for row in rows:
+        attempt("prediction", partial(measured, row), **row)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def predictions_of(version: str) -> dict:
+    """What was predicted with this torch, or with the one that is nearest."""
+    wanted = _numbers(version)
+    paths = list(RESULTS.glob("memory_prediction-torch*.json"))
+    path = min(paths, key=lambda path: abs(_numbers(path.stem)[1] - wanted[1]))
+    return json.loads(path.read_text())
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+def compare() -> None:
+    """Where the predictions made with two torches differ."""
+    old, new = (
+        json.loads(path.read_text())
+        for path in sorted(RESULTS.glob("memory_prediction-torch*.json"), key=lambda p: p.stem)
+    )
+    largest = 0.0
+    for part in ("rows", "defaults"):
+        for a, b in zip(old[part], new[part], strict=True):
+            change = b["predicted"] / a["predicted"] - 1
+            largest = max(largest, abs(change))
+            print(f"{change:+.3%}", *(str(a[name]) for name in a["choices"]))
+    print(f"{old['machine']['torch']} and {new['machine']['torch']}: at most {largest:.3%} apart")
 
 
 @cache
@@ -162,66 +268,53 @@ def peers(network: str, seconds: float, batch: int) -> dict[str, int]:
     return found
 
 
-def row_of(choices: dict, on_card: bool) -> dict:
-    """Prediction, peers and measurement of a configuration."""
-    prediction = predict_choices(make_step, choices)
+def row_of(choices: dict) -> dict:
+    """Prediction and peers of a configuration."""
+    of_step = {name: value for name, value in choices.items() if name != "claim"}
+    prediction = predict_choices(make_step, of_step)
     said = peers(choices["network"], choices["seconds"], choices["batch"])
-    row = choices | {"predicted": prediction.peak, "predicted_reserved": prediction.reserved}
-    row |= {"seconds_to_predict": round(prediction.seconds, 2), "peers": said}
-    if on_card and prediction.peak < ROOM * torch.cuda.get_device_properties(0).total_memory:
-        row["measured"], row["measured_reserved"] = measured(**choices)
-        row["error"] = row["predicted"] / row["measured"] - 1
-    return row
+    return choices | {
+        "choices": list(choices),
+        "predicted": prediction.peak,
+        "predicted_reserved": prediction.reserved,
+        "seconds_to_predict": round(prediction.seconds, 2),
+        "peers": said,
+    }
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Predicted over measured."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    ax = figure.subplots()
-    for network in NETWORKS:
-        some = [row for row in rows if row["network"] == network and "measured" in row]
-        points = [[row[key] / 2**30 for row in some] for key in ("measured", "predicted")]
-        ax.loglog(*points, "o", alpha=0.7, label=network)
-    ax.axline((1, 1), slope=1, color="black", linewidth=0.8)
-    ax.set(xlabel="measured, GiB allocated", ylabel="predicted, GiB allocated")
-    ax.legend()
-    figure.savefig(path, dpi=120)
+def predict_all() -> None:
+    """Predict all configurations, record, print."""
+    claims = [levers | {"claim": name} for name, levers in eight_gib().items()]
+    parts = {"rows": configurations() + claims, "defaults": defaults()}
+    result = {}
+    print("| network | s | batch | precision | attention | checkpointed | | | predicted |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for part, todo in parts.items():
+        result[part] = []
+        for choices in todo:
+            row = row_of(choices)
+            result[part].append(row)
+            shown = [str(value) for value in choices.values()]
+            print(f"| {' | '.join(shown)} | {in_words(row['predicted'])} |", flush=True)
+    times = [row["seconds_to_predict"] for rows in result.values() for row in rows]
+    major, minor, *_ = _numbers(torch.__version__)
+    record(f"memory_prediction-torch{major}.{minor}", result)
+    print(f"predicted in {statistics.median(times):.1f} s (median), {max(times):.1f} s at most")
 
 
 def main() -> None:
-    """Predict, measure where there is a card, record, print."""
+    """Predict, or what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    on_card = pick_device(parser.parse_args().device).type == "cuda"
-    rows = []
-    print("| network | s | batch | precision | attention | checkpointed | | predicted | measured |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for choices in configurations():
-        row = row_of(choices, on_card)
-        rows.append(row)
-        shown = [str(value) for value in choices.values()]
-        result = in_words(row["measured"]) if "measured" in row else "not measured"
-        print(f"| {' | '.join(shown)} | {in_words(row['predicted'])} | {result} |", flush=True)
-    times = [row["seconds_to_predict"] for row in rows]
-    claim = {name: row_of(choices, on_card) for name, choices in eight_gib().items()}
-    print("\n| batch of 4, 6 s, 15.4 M | predicted | measured |\n|---|---|---|")
-    for name, row in claim.items():
-        result = in_words(row["measured"]) if "measured" in row else "not measured"
-        print(f"| {name} | {in_words(row['predicted'])} | {result} |")
-    result = {
-        "rows": rows,
-        "eight_gib": claim,
-        "seconds_to_predict_median": statistics.median(times),
-    }
-    if on_card:
-        errors = [abs(row["error"]) for row in rows if "error" in row]
-        result |= {"median_error": statistics.median(errors), "worst_error": max(errors)}
-        plot(rows, RESULTS / "memory_prediction-gpu.png")
-        print(f"median error {result['median_error']:.1%}, worst {result['worst_error']:.1%}")
-    record("memory_prediction-gpu" if on_card else "memory_prediction", result)
-    print(f"predicted in {statistics.median(times):.1f} s (median), {max(times):.1f} s at most")
+    parser.add_argument("--compare", action="store_true", help="the predictions of two torches")
+    parser.add_argument("--measure", action="store_true", help="on the GPU that is here")
+    parser.add_argument("--default", action="store_true", help="with the kernel left to torch")
+    asked = parser.parse_args()
+    if asked.compare:
+        compare()
+    elif asked.measure:
+        measure(asked.default)
+    else:
+        predict_all()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from events import emit
 from record import record
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -23,7 +24,6 @@ from tfswa_lab.device import pick_device
 from tfswa_lab.memory.trace import trace
 from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
 
-GPU = True
 REPEATS = 5
 
 
@@ -73,8 +73,10 @@ def main() -> None:
     seconds = {name: statistics.median(times[1:]) for name, times in spent.items()}
     ratios = {name: round(each / seconds["alone"], 2) for name, each in seconds.items()}
     rounded = {name: round(each, 4) for name, each in seconds.items()}
-    name = "memory_trace" if device.type == "cpu" else "memory_trace-gpu"
-    record(name, {"seconds": rounded, "ratio": ratios})
+    if device.type == "cuda":
+        emit("trace", seconds=rounded, ratio=ratios)
+    else:
+        record("memory_trace", {"seconds": rounded, "ratio": ratios})
     print("| step | seconds | ratio |\n|---|---|---|")
     for name, ratio in ratios.items():
         print(f"| {name} | {rounded[name]} | {ratio} |")

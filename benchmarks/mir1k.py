@@ -1,10 +1,15 @@
 """How well does a small network separate singers it has never heard? MIR-1K, as papers use it.
 
-    python benchmarks/mir1k.py ROOT             train on abjones and amy, test on the other singers
-    python benchmarks/mir1k.py ROOT --ablate    what each part of the recipe buys, on held-out songs
-    python benchmarks/mir1k.py ROOT --test      score the committed weights again
+    python benchmarks/mir1k.py ROOT                   train on abjones and amy, test on the others
+    python benchmarks/mir1k.py ROOT --ablate          what each choice buys, on held-out songs
+    python benchmarks/mir1k.py ROOT --test            score the committed weights again
+    python benchmarks/mir1k.py ROOT --out DIR --device cuda    train into a folder, test nothing
+    python benchmarks/mir1k.py ROOT --out DIR --test           and score these weights at home
 
-ROOT is the folder of MIR-1K. Scores are BSSEval v3 (mir_eval): voice, one channel, weighted by the
+ROOT is the folder of MIR-1K. With `--out`, the average's weights are written every minute, and when
+the training is asked to end (SIGTERM), beside a JSON of what it took.
+
+Scores are BSSEval v3 (mir_eval): voice, one channel, weighted by the
 length of the clips; GNSDR is the mean gain in SDR over the mixture. The recipe was chosen on songs
 held out of the training clips (`--ablate`); the test clips are read by the last step only.
 """
@@ -15,17 +20,20 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
-import mir_eval
 import numpy as np
 import torch
+from events import REHEARSAL
 from joblib import Parallel, delayed
 from mir1k_data import HELD_OUT, Duets, is_held_out, read_clips
-from record import RESULTS, record
+from record import RESULTS, machine, record
 from torch import Tensor
 
 from tfswa_lab.data.mir1k import RATE
 from tfswa_lab.device import pick_device
+from tfswa_lab.durable import write_whole
 from tfswa_lab.models.mask_resunet import MaskResUNet
 from tfswa_lab.models.separator import Separator, output_channels
 from tfswa_lab.models.storage import load_separator, save_separator
@@ -36,6 +44,8 @@ from tfswa_lab.training.trainer import Trainer
 
 BY_HAND = True
 WEIGHTS = RESULTS / "mir1k"
+KEPT_EVERY = 2 if REHEARSAL else 60  # seconds
+FACTS = "training.json"
 RECIPE = {
     "n_fft": 2048,
     "hop_length": 512,
@@ -51,6 +61,8 @@ RECIPE = {
     "learning_rate": 2e-3,
     "seed": 0,
 }
+if REHEARSAL:
+    RECIPE |= {"batch_size": 1}
 # What is changed, one at a time, to see what each choice buys.
 ABLATIONS = {
     "the recipe": {},
@@ -93,10 +105,32 @@ def build(recipe: dict) -> Separator:
     )
 
 
+class KeepingTrainer(Trainer):
+    """A trainer that hands on its average from time to time.
+
+    Args:
+        keep: takes the trainer.
+        arguments: of `Trainer`.
+    """
+
+    def __init__(self, *arguments, keep: Callable[[Trainer], None], **options):
+        super().__init__(*arguments, **options)
+        self.keep, self.kept_at = keep, time.monotonic()
+        self.begun: list[float] = []  # when each step was
+
+    def train_step(self, *batches: dict) -> dict[str, float]:
+        """One update of the weights, as ever."""
+        self.begun.append(time.monotonic())
+        if self.begun[-1] - self.kept_at >= KEPT_EVERY:
+            self.keep(self)
+            self.kept_at = self.begun[-1]
+        return super().train_step(*batches)
+
+
 def train(
-    clips: dict[str, Tensor], recipe: dict, steps: int, device: str
+    clips: dict[str, Tensor], recipe: dict, steps: int, device: str, out: Path | None = None
 ) -> tuple[Separator, dict]:
-    """The averaged separator after some steps, and what they took."""
+    """The averaged separator after some steps, and what they took; kept in `out` meanwhile."""
     torch.manual_seed(recipe["seed"])
     separator = build(recipe)
     # The layout in which convolutions are fastest, on a CPU and on a card.
@@ -123,17 +157,28 @@ def train(
     )
     weights = {"l1_weight": 0.0, "mrstft_weight": 0.0, **recipe["loss"]}
     loss = SourceSeparationLoss(separator.stems, **weights)
-    trainer = Trainer(separator, loss, data, config=config, progress=True)
-    started = time.perf_counter()
+
+    def facts(trainer: KeepingTrainer) -> dict:
+        # The median step: what a training is stopped for others is not its time.
+        step_seconds = float(np.median(np.diff([*trainer.begun, time.monotonic()])))
+        return {
+            "steps": trainer.step,
+            "minutes": round(trainer.step * step_seconds / 60, 2),
+            "threads": torch.get_num_threads(),
+            "seconds_of_audio_per_second": round(recipe["batch_size"] * 3 / step_seconds, 1),
+            "parameters": sum(p.numel() for p in separator.parameters()),
+        }
+
+    def keep(trainer: KeepingTrainer) -> None:
+        if out:
+            save_separator(trainer.ema.module, out)
+            about = {"recipe": described(recipe), "machine": machine(), **facts(trainer)}
+            write_whole({out / FACTS: [json.dumps(about, indent=2).encode()]})
+
+    trainer = KeepingTrainer(separator, loss, data, config=config, progress=True, keep=keep)
     trainer.fit()
-    seconds = time.perf_counter() - started
-    return trainer.ema.module, {
-        "steps": trainer.step,
-        "minutes": round(seconds / 60, 2),
-        "threads": torch.get_num_threads(),
-        "seconds_of_audio_per_second": round(trainer.step * recipe["batch_size"] * 3 / seconds, 1),
-        "parameters": sum(p.numel() for p in separator.parameters()),
-    }
+    keep(trainer)
+    return trainer.ema.module, facts(trainer)
 
 
 @torch.inference_mode()
@@ -162,6 +207,8 @@ def score_clip(name: str, voice, accompaniment, mixture, estimate) -> dict:
 
 def _bss_eval(references: np.ndarray, estimates: np.ndarray) -> list[float]:
     """SDR, SIR and SAR of the first source."""
+    import mir_eval  # the training needs none of it
+
     measures = mir_eval.separation.bss_eval_sources(
         references, estimates, compute_permutation=False
     )
@@ -236,17 +283,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ablate", nargs="*", metavar="NAME", help="all, or those named")
-    parser.add_argument("--test", action="store_true")
+    parser.add_argument("--test", action="store_true", help="score weights again")
+    parser.add_argument("--out", type=Path, help="folder of the weights, in place of the committed")
     asked = parser.parse_args()
     device = str(pick_device(asked.device))
     if asked.ablate is not None:
         return ablate(asked.root, asked.ablate, asked.steps, device)
     if asked.test:
-        return print(report(load_separator(WEIGHTS), asked.root)["test"])
-    separator, facts = train(read_clips(asked.root, "train"), RECIPE, asked.steps, device)
-    save_separator(separator.cpu(), WEIGHTS)
-    result = facts | report(load_separator(WEIGHTS), asked.root)
-    record("mir1k" if device == "cpu" else "mir1k-gpu", {"recipe": described(RECIPE), **result})
+        return test(asked.out or WEIGHTS, asked.root)
+    clips = read_clips(asked.root, "train")
+    separator, facts = train(clips, RECIPE, asked.steps, device, asked.out)
+    if asked.out is None:
+        save_separator(separator.cpu(), WEIGHTS)
+        result = facts | report(load_separator(WEIGHTS), asked.root)
+        record("mir1k", {"recipe": described(RECIPE), **result})
+
+
+def test(weights: Path, root: str) -> None:
+    """Score weights; what a GPU has trained is recorded beside what its training took."""
+    result = report(load_separator(weights), root)
+    print(result["test"])
+    if (weights / FACTS).exists():
+        facts = json.loads((weights / FACTS).read_text())
+        record("mir1k-gpu", {"trained_on": facts.pop("machine"), **facts, **result})
 
 
 def described(recipe: dict) -> dict:

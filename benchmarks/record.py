@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-# `gpu.py` rehearses on a CPU without touching the results that are kept.
-RESULTS = Path(os.environ.get("TFSWA_LAB_RESULTS", Path(__file__).parent / "results"))
+RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict:
@@ -26,7 +25,6 @@ def machine() -> dict:
 
 def record(name: str, result: dict) -> Path:
     """Write `results/<name>.json`: the result, and the machine under the key `machine`."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {**result, "machine": machine()}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

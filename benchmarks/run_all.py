@@ -13,19 +13,17 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
-def scripts(gpu: bool) -> list[Path]:
-    """The scripts here that record a result; with `gpu`, those that take `--device`.
+def scripts() -> list[Path]:
+    """The scripts here that record a result.
 
-    These say `GPU = True`, and `gpu.py` runs them on the card. A script that says `BY_HAND = True`
-    needs music of your own and is left out.
+    A script that says `BY_HAND = True` needs music of your own and is left out.
     """
     found = []
     for path in sorted(FOLDER.glob("*.py")):
         text = path.read_text()
-        records = re.search(r"^from record import record", text, re.MULTILINE)
-        takes_device = re.search(r"^GPU = True$", text, re.MULTILINE)
+        records = re.search(r"^from record import .*record", text, re.MULTILINE)
         by_hand = re.search(r"^BY_HAND = True$", text, re.MULTILINE)
-        if records and not by_hand and (takes_device or not gpu):
+        if records and not by_hand:
             found.append(path)
     return found
 
@@ -33,7 +31,7 @@ def scripts(gpu: bool) -> list[Path]:
 def main(names: list[str]) -> None:
     """Run the named scripts, or all; exit 1 if one fails, after the others have run."""
     failed = []
-    for script in scripts(gpu=False):
+    for script in scripts():
         if names and script.stem not in names:
             continue
         print(f"== {script.stem}", flush=True)

@@ -1,6 +1,6 @@
 """Does the memory that `separate_file` takes grow with the song, and how fast is it?
 
-    python benchmarks/separate_stream.py [--device cuda] [--minutes 1 10 30] [--batch-size 1]
+    python benchmarks/separate_stream.py [--minutes 1 10 30] [--batch-size 1]
 
 Songs of each length (44.1 kHz, stereo, 16 bits: a chord that comes and goes in noise) are separated
 by the shipped weights into 16-bit stems, each in a process of its own, for its peak memory. The
@@ -21,13 +21,11 @@ import torch
 from record import record
 
 from tfswa_lab import audio
-from tfswa_lab.device import pick_device
 from tfswa_lab.evaluation.separate import separate_track
 from tfswa_lab.evaluation.separate_file import separate_file
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.weights import BAND
 
-GPU = True
 SEGMENT_SECONDS = 6.0
 
 
@@ -51,9 +49,9 @@ def in_memory(separator, song: Path, out: Path, batch_size: int) -> None:
         audio.write(out / f"{stem}.wav", gain * estimate, rate)
 
 
-def separate(song: str, way: str, device: str, batch_size: int) -> dict:
+def separate(song: str, way: str, batch_size: int) -> dict:
     """Seconds, and the most memory that this process ever took."""
-    song, separator = Path(song), load_separator(BAND).to(device)
+    song, separator = Path(song), load_separator(BAND)
     with tempfile.TemporaryDirectory(dir=song.parent) as out:
         began = time.perf_counter()
         if way == "streamed":
@@ -64,13 +62,12 @@ def separate(song: str, way: str, device: str, batch_size: int) -> dict:
     return {"seconds": seconds, "peak_rss_gib": apart.peak_gib()}
 
 
-def measure(minutes: float, way: str, device: str, batch_size: int) -> dict:
+def measure(minutes: float, way: str, batch_size: int) -> dict:
     """Run `separate` in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         song = Path(folder) / "song.wav"
         write_song(song, minutes)
-        job = {"way": way, "device": device, "batch_size": batch_size}
-        result = apart.run(__file__, song=str(song), **job)
+        result = apart.run(__file__, song=str(song), way=way, batch_size=batch_size)
     return {
         "real_time_factor": round(result["seconds"] / (60 * minutes), 4),
         "peak_rss_gib": result["peak_rss_gib"],
@@ -80,19 +77,17 @@ def measure(minutes: float, way: str, device: str, batch_size: int) -> dict:
 def main() -> None:
     """Measure, record, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 10, 30])
     parser.add_argument("--batch-size", type=int, default=1)
     asked = parser.parse_args()
-    device = pick_device(asked.device).type
     rows = {
         f"{minutes:g} min": {
-            way: measure(minutes, way, device, asked.batch_size) for way in ("streamed", "whole")
+            way: measure(minutes, way, asked.batch_size) for way in ("streamed", "whole")
         }
         for minutes in asked.minutes
     }
     record(
-        "separate_stream" if device == "cpu" else "separate_stream-gpu",
+        "separate_stream",
         {"songs": rows, "batch_size": asked.batch_size, "threads": torch.get_num_threads()},
     )
     print("| song | RSS, streamed | RSS, whole | s per s, streamed | s per s, whole |")

@@ -1,25 +1,33 @@
 """How fast does the small separator run, and which block takes the time?
 
-    python benchmarks/separator.py [--device cuda]
+    python benchmarks/separator.py
+    python benchmarks/separator.py --device cuda    also by batch and precision, started by gpu.py
 
 One process, evaluation mode, float32, a segment of three seconds. The peer is the same network
 with the attention scores written out (`ScaledDotProductAttention`) in place of torch's fused
-kernel; the two are timed in turns.
+kernel; the two are timed in turns. On a GPU, the shipped separator from file to file as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
 from unittest import mock
 
 import torch
+from events import REHEARSAL, attempt
 from record import record
+from separate_stream import SEGMENT_SECONDS, write_song
 
 from tfswa_lab.device import pick_device
+from tfswa_lab.evaluation.separate_file import separate_file
 from tfswa_lab.models.attention import (
     FrequencySequenceAttention,
     ScaledDotProductAttention,
@@ -27,12 +35,15 @@ from tfswa_lab.models.attention import (
     TemporalSequenceAttention,
 )
 from tfswa_lab.models.separator import Separator, build_separator
+from tfswa_lab.models.storage import load_separator
 from tfswa_lab.models.tfswa_unet import SMALL
+from tfswa_lab.weights import BAND
 
-GPU = True
 STEMS = ("vocals", "drums", "bass", "other")
-SECONDS = 3.0
-REPEATS = 5
+SECONDS = 0.05 if REHEARSAL else 3.0
+REPEATS = 1 if REHEARSAL else 5
+BATCHES = (1,) if REHEARSAL else (1, 8, 32)
+MINUTES = 0.05 if REHEARSAL else 4.0  # of the song that is separated from file to file
 KINDS = {
     TemporalSequenceAttention: "TSA",
     FrequencySequenceAttention: "FSA",
@@ -123,6 +134,43 @@ def by_kind(separator: Separator) -> dict:
     return {m: KINDS[type(m)] for m in separator.modules() if type(m) in KINDS}
 
 
+def on_gpu(separator: Separator, mixture: torch.Tensor) -> None:
+    """A line for each way, batch and precision; then the peer, and where the time goes."""
+    ways = {"network": partial(network_alone, separator, mixture), "files": file_to_file}
+    for way, batch, precision in product(ways, BATCHES, ("float32", "bfloat16")):
+        row = partial(ways[way], batch, precision)
+        attempt("separation", row, way=way, batch=batch, precision=precision)
+        torch.cuda.empty_cache()
+    for name, row in {
+        "attention": lambda: real_time_factors(separator, mixture),
+        "stages": lambda: shares(separator, by_stage(separator), mixture),
+        "kinds": lambda: shares(separator, by_kind(separator), mixture),
+    }.items():
+        attempt("separation", row, way=name)
+
+
+def network_alone(separator: Separator, mixture: torch.Tensor, batch: int, precision: str) -> dict:
+    """Seconds of sound per second, from waveforms to waveforms on the GPU."""
+    many = mixture.expand(batch, -1, -1).contiguous()
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+        times = [seconds_of(separator, many) for _ in range(1 + REPEATS)][1:]
+    return {"times_real_time": round(batch * SECONDS / statistics.median(times), 1)}
+
+
+def file_to_file(batch: int, precision: str) -> dict:
+    """Seconds of sound per second, from a WAV file to four; warmed up on the same song."""
+    separator = load_separator(BAND).cuda()
+    with tempfile.TemporaryDirectory() as folder:
+        song = Path(folder) / "song.wav"
+        write_song(song, MINUTES)
+        for _ in range(2):
+            began = time.perf_counter()
+            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+                separate_file(separator, song, folder, SEGMENT_SECONDS, batch_size=batch)
+            seconds = time.perf_counter() - began
+    return {"times_real_time": round(60 * MINUTES / seconds, 1), "seconds": round(seconds, 2)}
+
+
 @torch.inference_mode()
 def main() -> None:
     """Measure, record, print."""
@@ -132,6 +180,8 @@ def main() -> None:
     torch.manual_seed(0)
     separator = build_separator(STEMS, **SMALL).eval().to(device)
     mixture = 0.1 * torch.randn(1, 2, round(SECONDS * separator.sample_rate), device=device)
+    if device.type == "cuda":
+        return on_gpu(separator, mixture)
     factors = real_time_factors(separator, mixture)
     result = {
         "parameters": separator.model.get_num_parameters(),
@@ -142,7 +192,7 @@ def main() -> None:
         "share_by_stage": shares(separator, by_stage(separator), mixture),
         "share_by_kind": shares(separator, by_kind(separator), mixture),
     }
-    record("separator" if device.type == "cpu" else "separator-gpu", result)
+    record("separator", result)
     print("| attention | real-time factor | least | most |\n|---|---|---|---|")
     for kind, f in factors.items():
         print(f"| {kind} | {f['median']:.3g} | {f['least']:.3g} | {f['most']:.3g} |")

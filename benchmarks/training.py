@@ -5,8 +5,10 @@
 First the tiny preset is trained on the band's training songs, as `tfswa-lab train` does it, and
 scored on its test songs: SDR of whole songs, between the mixture taken for the voice (the floor)
 and the ideal ratio mask (the ceiling). Then some steps of each preset are timed part by part, at
-each precision, with and without checkpointing, in a process each, for its peak memory. "data" is
-the wait for the workers; "other" is augmentation, the copy to the card, clipping and averaging.
+each precision, with and without checkpointing: first undisturbed, for the throughput, then part by
+part. "data" is the wait for the workers; "other" is augmentation, the copy to the GPU, clipping and
+averaging. On the CPU, each is a process of its own, for its peak memory; on a GPU, started by
+gpu.py, these steps are all that is measured.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import apart
 import torch
+from events import REHEARSAL, attempt
 from record import record
 from torch import Tensor
 
@@ -30,9 +34,9 @@ from tfswa_lab.training.presets import PRESETS, TINY, Preset
 from tfswa_lab.training.run import build_trainer, songs_of
 from tfswa_lab.training.trainer import Trainer
 
-GPU = True
 WARM_UP = 6  # steps that empty what the two workers read ahead while torch set itself up
-STEPS = 24  # timed
+STEPS = 24  # timed, on the CPU
+GPU_STEPS = 2 if REHEARSAL else 8  # on a GPU, after half as many
 
 
 def best_gain(target: Tensor, mixture: Tensor) -> Tensor:
@@ -99,30 +103,39 @@ def timed(call: Callable, spent: dict[str, float], name: str, device: torch.devi
     return measured
 
 
-def throughput(preset: str, **changes) -> dict:
+def throughput(preset: str, steps: int = STEPS, warm_up: int = WARM_UP, **changes) -> dict:
     """Seconds of audio per second, the share of each part, and peak memory, of some steps."""
     preset = replace(PRESETS[preset], **changes)
-    steps = WARM_UP + STEPS
-    trainer = build_trainer(replace(preset, max_epochs=None, max_steps=steps), None)
+    ends = replace(preset, max_epochs=None, max_steps=warm_up + 2 * steps)
+    trainer = build_trainer(ends, None)
     device, batches = trainer.fabric.device, iter(trainer.loader.epoch(0, 0))
-    for _ in range(WARM_UP):
-        trainer.train_step(next(batches))
+    spent_of_step(trainer, lambda: next(batches), warm_up)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    undisturbed = spent_of_step(trainer, lambda: next(batches), steps)
+    peak = peak_gib(device)
     spent = watched(trainer)
     fetch = timed(next, spent, "data", device)
-    began = now(device)
-    for _ in range(STEPS):
-        trainer.train_step(fetch(batches))
-    seconds = now(device) - began
-    audio = STEPS * preset.batch_size * preset.segment_seconds
-    shares = {name: round(part / seconds, 4) for name, part in spent.items()}
+    watched_seconds = spent_of_step(trainer, lambda: fetch(batches), steps) * steps
+    shares = {name: round(part / watched_seconds, 4) for name, part in spent.items()}
     return {
-        "audio_seconds_per_second": round(audio / seconds, 3),
-        "seconds_per_step": round(seconds / STEPS, 4),
+        "audio_seconds_per_second": round(
+            preset.batch_size * preset.segment_seconds / undisturbed, 3
+        ),
+        "seconds_per_step": round(undisturbed, 4),
         "batch_size": preset.batch_size,
         "segment_seconds": preset.segment_seconds,
-        "peak_gib": peak_gib(device),
+        "peak_gib": peak,
         "share": shares | {"other": round(1 - sum(shares.values()), 4)},
     }
+
+
+def spent_of_step(trainer: Trainer, fetch: Callable[[], dict], steps: int) -> float:
+    """Mean seconds of some steps."""
+    began = now(trainer.fabric.device)
+    for _ in range(steps):
+        trainer.train_step(fetch())
+    return (now(trainer.fabric.device) - began) / steps
 
 
 def watched(trainer: Trainer) -> dict[str, float]:
@@ -151,12 +164,14 @@ def configurations(device: str) -> dict[str, dict]:
     # A CPU needs minutes for a step of `small` as it is meant.
     smaller = {} if device == "cuda" else {"batch_size": 1, "segment_seconds": 1.5}
     sizes = {"tiny": {}, "small": smaller}
+    if device == "cuda":
+        sizes["default"] = {"batch_size": 1}  # what several GPUs share
     return {
         f"{name}, {precision}{', checkpointed' * checkpointed}": {
             "preset": name,
             "precision": precision,
             "activation_checkpointing": checkpointed,
-            "num_workers": 2,
+            "num_workers": 8 if device == "cuda" and not REHEARSAL else 2,
             "device": device,
             "samples_per_track": 32,  # the steps must fit into one epoch
             **sizes[name],
@@ -167,16 +182,29 @@ def configurations(device: str) -> dict[str, dict]:
     }
 
 
+def on_gpu() -> None:
+    """A line for each configuration; those that need the most memory come last."""
+    jobs = configurations("cuda")
+    if REHEARSAL:  # a beginning, and what a small GPU has no room for
+        jobs = dict([*jobs.items()][:2])
+    for name, job in jobs.items():
+        job |= {"steps": GPU_STEPS, "warm_up": GPU_STEPS // 2}
+        attempt("training", partial(throughput, **job), run=name)
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     """Measure, record, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     device = pick_device(parser.parse_args().device).type
+    if device == "cuda":
+        return on_gpu()
     tiny = train_tiny(device)
     jobs = configurations(device)
     speeds = {name: apart.run(__file__, **job) for name, job in jobs.items()}
     record(
-        "training" if device == "cpu" else "training-gpu",
+        "training",
         {"tiny": tiny, "throughput": speeds, "threads": torch.get_num_threads()},
     )
     print(f"tiny preset on the band, {tiny['minutes']} min\n\n| vocals | SDR in dB |\n|---|---|")

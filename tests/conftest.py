@@ -1,4 +1,4 @@
-"""What several rooms' tests share: the embedded band, the real stems, and when to skip."""
+"""What several rooms' tests share: the embedded band and the real stems."""
 
 import os
 from pathlib import Path
@@ -6,18 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 os.environ["COLUMNS"] = "300"  # messages name paths, which a narrow terminal breaks in two
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA card: make gpu"))
 
 
 @pytest.fixture(scope="session")

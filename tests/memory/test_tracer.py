@@ -168,7 +168,7 @@ def table(timeline):
     """Blocks and bytes by step, phase, category, module and, inside of modules, line."""
     held = Counter()
     for block in timeline.blocks:
-        line = block.frames[0].line if block.module else None
+        line = block.frames[0].line if block.module and block.frames else None
         held[block.step, block.phase, block.category, block.module, line, block.size] += 1
     return held
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import Dataset
 
+from tfswa_lab import __version__
 from tfswa_lab.models.storage import describe
 from tfswa_lab.training.config import check_same_run
 from tfswa_lab.training.launch import gathered
@@ -23,7 +24,7 @@ from tfswa_lab.training.schedule import resume_schedule
 if TYPE_CHECKING:
     from tfswa_lab.training.trainer import Trainer
 
-PACKAGES = ("tfswa-lab", "torch", "lightning-fabric", "numpy")
+PACKAGES = ("torch", "lightning-fabric", "numpy")
 PROGRESS = ("step", "best_sdr", "best_step", "stale")
 
 
@@ -96,7 +97,8 @@ def versions() -> dict[str, str]:
 
     Notebook: 07_training
     """
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    ours = {"python": platform.python_version(), "tfswa-lab": __version__}
+    return ours | {name: version(name) for name in PACKAGES}
 
 
 def restore(trainer: Trainer, state: dict) -> None:
