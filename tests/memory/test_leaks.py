@@ -6,6 +6,7 @@ others.
 
 import pytest
 import torch
+from planted_gpu import ON_GPU
 from planted_healthy import SOUND
 from planted_holders import HELD_LEAKS
 from planted_judged import JUDGED
@@ -32,3 +33,17 @@ def test_planted(script):
     diagnosis = diagnose(step, **arguments)
     assert diagnosis.verdict in script.verdicts, diagnosis
     assert script.is_named_in(diagnosis), diagnosis
+
+
+ALL = [*SOUND, *TENSOR_LEAKS, *HELD_LEAKS, *SECOND, *UNSEEN, *JUDGED]
+ONE_OF_EACH = list({script.verdicts[0]: script for script in reversed(ALL)}.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", [*ONE_OF_EACH, *ON_GPU], ids=lambda script: script.name)
+def test_planted_with_tensors_on_a_gpu(script):
+    torch.set_default_device("cuda")
+    try:
+        test_planted(script)
+    finally:
+        torch.set_default_device(None)

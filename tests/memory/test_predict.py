@@ -1,6 +1,10 @@
 """Predictions: equal to traces of real tensors, to arithmetic, and to a reading from a card."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,6 +340,28 @@ def test_auto_is_the_gpus_own_choice(shape, on_hopper):
     assert kernel_of(make_step, gpu="hopper") == on_hopper
     assert kernel_of(make_step, gpu="ampere") == on_hopper.replace("cudnn", "flash")
     assert kernel_of(make_step) == on_hopper.replace("cudnn", "flash"), "no GPU is here"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [4, 8, 32, 128, 136])
+def test_the_default_kernel_of_the_present_gpu_is_the_predicted_one(width, dtype):
+    qkv = (torch.randn(2, 2, 16, width, device="cuda", dtype=dtype) for _ in range(3))
+    chosen = SDPBackend(torch._fused_sdp_choice(*qkv)).name.split("_")[0].lower()
+    assert kernel_of(attention_of(2, 16, width, dtype)) == chosen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gpu", ["ampere", "hopper"])
+def test_a_prediction_is_the_same_beside_a_gpu_and_without_one(gpu):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_predict as t\n"
+        f"print(t.predict(t.training, gpu={gpu!r}).peak)"
+    )
+    without = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=without, capture_output=True, text=True, check=True)
+    assert predict(training, gpu=gpu).peak == int(done.stdout)
 
 
 @pytest.mark.parametrize(

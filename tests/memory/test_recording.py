@@ -1,6 +1,8 @@
 """Recording on CUDA, without one: refused in words, and with torch's side played by the test."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,3 +137,19 @@ def test_a_real_failure_is_dumped_and_explained(tmp_path):
     report = snapshot.read(hook.written[0]).oom_report()
     assert report.requested == 2 * total
     assert not report.is_fragmentation
+
+
+@pytest.mark.gpu
+def test_a_failure_is_dumped_by_a_process_that_has_not_used_the_gpu_before(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from tfswa_lab.memory import snapshot\n"
+        "with snapshot.dump_on_oom(sys.argv[1]) as dumped:\n"
+        "    try: torch.empty(2**50, dtype=torch.uint8, device='cuda')\n"
+        "    except torch.OutOfMemoryError: pass\n"
+        "print(len(dumped.written), dumped.failures)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "oom.pickle")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 []\n"
+    assert snapshot.read(tmp_path / "oom.pickle").devices == [0]

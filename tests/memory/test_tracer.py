@@ -206,6 +206,24 @@ def test_a_backward_pass_in_another_thread_gives_the_same_table(forward):
     assert there == run(lambda backward: backward())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("forward", [plain, checkpointed, checkpointed_anew])
+def test_a_gpu_gives_the_cpus_table(forward):
+    def run(device):
+        net = Net().to(device)
+        optimizer = torch.optim.SGD(net.parameters(), foreach=False)
+        with trace(net, optimizer) as seen:
+            for _ in range(3):
+                seen.step()
+                x = torch.randn(64, 32, device=device)
+                forward(net, x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return table(seen.timeline(device))
+
+    assert run("cuda:0") == run("cpu")
+
+
 def test_a_view_is_no_memory_and_a_resized_storage_is_other_memory():
     with trace() as seen:
         x = torch.zeros(1000)

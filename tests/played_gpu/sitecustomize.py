@@ -95,6 +95,7 @@ PLAYED = {
     torch.cuda: {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
+        "is_current_stream_capturing": lambda: False,
         "is_bf16_supported": lambda *_, **__: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
@@ -111,6 +112,7 @@ PLAYED = {
         **{name: does_nothing() for name in DONE_AT_ONCE},
     },
     torch.cuda.memory: {"_record_memory_history": does_nothing(), "_snapshot": snapshot},
+    torch.accelerator: {"current_device_index": lambda: 0, "set_device_index": does_nothing()},
     torch._C: {
         "_cuda_clearCublasWorkspaces": does_nothing(),
         "_cuda_isHistoryEnabled": lambda: False,
