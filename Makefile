@@ -4,8 +4,9 @@
 #   make test        style, unit tests, doctests, every lesson in quick mode
 #   make notebooks   execute all lessons into build/notebooks, with time and memory of each
 #   make bench       the CPU benchmarks
-#   make gpu         GPU tests, full lessons and benchmarks on a CUDA card, without network
-#   make wheels      fetch into .whl what a GPU machine without network lacks (HAVE=its pip list)
+#   make gpu         GPU tests, full lessons and benchmarks on a GPU, without network
+#                    (ARGS=--rehearse plays one, with tiny sizes)
+#   make wheels      fetch into .whl what a borrowed GPU machine without network lacks
 #   make tidy        format the code, strip the notebooks
 #   make clean       remove .venv and build
 #
@@ -19,7 +20,6 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 TORCH_INDEX ?=
 JOBS ?= 2
 ARGS ?=
-HAVE ?= /dev/null
 
 FIRST_LESSON = notebooks/00_start_here.ipynb
 
@@ -49,13 +49,13 @@ bench: .venv/.ready band
 gpu:
 	@for python in .venv/bin/python $(PYTHON); do \
 		"$$python" -c "import torch" 2>/dev/null || continue; \
-		exec "$$python" benchmarks/gpu.py --wheels .whl $(ARGS); \
+		exec "$$python" benchmarks/gpu.py smoke measure tests lessons --wheels .whl $(ARGS); \
 	done; \
 	echo "No Python with torch among: .venv/bin/python $(PYTHON). Name one: make gpu PYTHON=…"; \
 	exit 1
 
 wheels: .venv/.ready
-	@$(IN_VENV) python benchmarks/wheels.py --have $(HAVE) $(ARGS)
+	@$(IN_VENV) python benchmarks/wheels.py $(ARGS)
 
 band: .venv/.ready
 	@test -e data/band/band.json || echo "set-up: make the embedded band (a minute or less, once)"

@@ -54,12 +54,12 @@ def time_ours(seconds: float, device: str) -> dict:
     before, spent = apart.peak_gib(), []
     for _ in range(1 + WARM):
         began = time.perf_counter()
-        bss_eval(*pair).sdr.cpu()  # waits for a card
+        bss_eval(*pair).sdr.cpu()  # waits for a GPU
         spent.append(time.perf_counter() - began)
     row = {"cold_s": round(spent[0], 2), "warm_s": round(statistics.median(spent[1:]), 3)}
     row |= {"peak_gib": apart.peak_gib(), "input_gib": before}
     if device == "cuda":
-        row["card_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        row["gpu_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return row
 
 

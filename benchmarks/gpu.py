@@ -61,7 +61,7 @@ MEASURE = (
 MUSEVAL = script("museval", 300, "bsseval.py --museval")  # on cores of its own, beside the others
 TRAINER = Job("mir1k", 0, ())  # its command is known when it is started
 PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "emit_tests")
-TESTS = Job("tests", 60, (*PYTEST, "-m", "gpu and not notebook", "tests"), alone=False)
+TESTS = Job("tests", 120, (*PYTEST, "-m", "gpu and not notebook", "tests"), alone=False)
 # The longest first. 07 trains thirteen separators, and may take as long as all others together.
 LESSONS = {"07_training": 240, "03_tfswa_unet": 120, "05_where_memory_goes": 120}
 LESSONS |= {"06_leak_diagnosis": 120, "04_tf_locoformer": 120, "08_evaluation": 120}
@@ -163,13 +163,16 @@ def tests_and_lessons(session: Session, parts: list[str], machine: dict) -> None
     roomy = machine.get("memory_gib", 0) >= ROOMY_GIB
     with ThreadPoolExecutor(5 if roomy else 1) as pool:
         list(pool.map(session.run, jobs))
+    for times in sorted((BUILD / "notebooks").glob("*/times.json")):
+        for run in json.loads(times.read_text()):
+            emit("lesson", **run)
 
 
 def lesson(name: str, seconds: float) -> Job:
     """Execute a lesson in full; the executed copy is kept, also of one that failed."""
     quick = "--quick" if REHEARSED in os.environ else "--full"
     options = (quick, "--device", "cuda", "--output", str(BUILD / "notebooks" / name))
-    command = ("-m", "tfswa_lab.teaching.runner", name, *options, "--timeout", str(seconds))
+    command = ("-m", "tfswa_lab.teaching.runner", name, *options, "--timeout", str(10 * seconds))
     return Job(f"lesson {name}", seconds, command, alone=False)
 
 

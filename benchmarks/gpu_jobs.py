@@ -161,9 +161,10 @@ def end(job: Job, seconds: float = 0) -> None:
 
 
 def end_left_over(spared: Job) -> None:
-    """Kill what a run that was killed itself has left behind in this checkout."""
-    spare = {process.pid for process in members(spared.known_by)}
-    _kill(f"{CHECKOUT}: ", spare)
+    """Kill what a run that was killed itself has left behind in this checkout; one job goes on."""
+    spare = members(spared.known_by)
+    _signal(spare, signal.SIGCONT)
+    _kill(f"{CHECKOUT}: ", {process.pid for process in spare})
 
 
 def _kill(known_by: str, spare: frozenset[int] | set[int] = frozenset()) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from events import read
 
 RESULTS = Path(__file__).parent / "results"
-MACHINE = ("card", "memory_gib", "driver", "torch", "cuda", "cudnn", "python", "cores")
+MACHINE = ("gpu_name", "memory_gib", "driver", "torch", "cuda", "cudnn", "python", "cores")
 CHOICES = ("network", "seconds", "batch", "precision", "attention", "checkpointed", "train")
 # For each kind: the file, what a row is of, and what was found.
 KINDS = {
@@ -48,6 +48,7 @@ KINDS = {
     "snapshot": ("snapshots", ("recording",), ("bytes", "allocated", "reserved", "message")),
     "mir1k": ("mir1k-training", (), ("steps", "minutes", "seconds_of_audio_per_second")),
     "test": ("tests", ("test",), ("outcome", "seconds")),
+    "lesson": ("lessons", ("name",), ("seconds", "peak_bytes", "error")),
     "job": ("jobs", ("name",), ("seconds", "limit", "ended", "last")),
 }
 WITHOUT_RESULT = ("does_not_fit", "out_of_memory")
@@ -131,7 +132,7 @@ def plot(rows: list[dict], machine: dict, path: Path) -> None:
         bottom.plot(measured, [100 * row["error"] for row in some], mark, alpha=0.7)
     top.axline((1, 1), slope=1, color="black", linewidth=0.8)
     top.set(xscale="log", yscale="log", ylabel="predicted, GiB allocated")
-    top.set_title(f"{machine.get('card')}, torch {machine.get('torch')}", loc="left")
+    top.set_title(f"{machine.get('gpu_name')}, torch {machine.get('torch')}", loc="left")
     top.legend()
     bottom.axhline(0, color="black", linewidth=0.8)
     bottom.set(xlabel="measured less cuBLAS's workspace, GiB allocated", ylabel="error in %")

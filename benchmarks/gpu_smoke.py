@@ -76,7 +76,7 @@ def describe() -> dict:
         )
     gpu = torch.cuda.get_device_properties(0)
     return {
-        "card": gpu.name,
+        "gpu_name": gpu.name,
         "memory_gib": round(gpu.total_memory / 2**30, 1),
         "driver": _nvidia_smi("--query-gpu=driver_version") or "unknown",
         "torch": torch.__version__,

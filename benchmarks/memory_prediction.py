@@ -1,4 +1,4 @@
-"""Is the memory of a step predicted without a card what the card then takes?
+"""Is the memory of a step predicted without a GPU what the GPU then takes?
 
     python benchmarks/memory_prediction.py                          predict, with the torch at hand
     python benchmarks/memory_prediction.py --compare                predictions of two torches
@@ -63,7 +63,7 @@ OTHERS = ("attention", "gpu", "claim")
 
 
 def make_step(network, seconds, batch, precision, checkpointed, train, accumulated=1, device="cpu"):
-    """A step on spectrograms of stereo music, for `predict` and for the card."""
+    """A step on spectrograms of stereo music, for `predict` and for the GPU."""
     kind, sizes = NETWORKS[network]
     model = kind(4, 8, **sizes, activation_checkpointing=checkpointed).to(device).train(train)
     frames = round(seconds * FRAMES_PER_SECOND)

@@ -133,7 +133,7 @@ def train(
     """The averaged separator after some steps, and what they took; kept in `out` meanwhile."""
     torch.manual_seed(recipe["seed"])
     separator = build(recipe)
-    # The layout in which convolutions are fastest, on a CPU and on a card.
+    # The layout in which convolutions are fastest, on a CPU and on a GPU.
     separator = separator.to(memory_format=torch.channels_last)
     data = Duets(
         clips,

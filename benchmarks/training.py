@@ -152,7 +152,7 @@ def watched(trainer: Trainer) -> dict[str, float]:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most that tensors took on a card, or that the process took of the memory."""
+    """Most that tensors took on a GPU, or that the process took of the memory."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return apart.peak_gib()

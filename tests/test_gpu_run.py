@@ -226,7 +226,7 @@ def every_job_has_measured(out):
     kinds = {line["kind"] for line in found}
     assert kinds >= {"smoke", "snapshot", "prediction", "leak", "separation", "bsseval"}
     assert kinds >= {"training", "trace", "claim", "returned"}
-    assert all(line["card"] == "Played GPU" and line["memory_gib"] == 8 for line in found)
+    assert all(line["gpu_name"] == "Played GPU" and line["memory_gib"] == 8 for line in found)
 
 
 def what_does_not_fit_says_so(out):
@@ -275,7 +275,7 @@ def a_report_is_made_of_any_beginning(out, tmp_path):
         (results / "events.jsonl").write_bytes(whole[: round(share * len(whole))])
         gpu_report.main([str(results / "events.jsonl")], results)
     made = json.loads((results / "memory_prediction-gpu.json").read_text())
-    assert made["machine"]["card"] == "Played GPU"
+    assert made["machine"]["gpu_name"] == "Played GPU"
     assert made["configurations"] == sum("measured" in row for row in made["rows"]) > 0
     assert (results / "memory_prediction-gpu.png").stat().st_size > 0
     assert len(list(results.glob("*-gpu.json"))) >= 9

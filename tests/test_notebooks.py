@@ -1,14 +1,19 @@
 """Every lesson: its shape is what a reader expects, and it runs from top to bottom."""
 
 import ast
+import os
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat import NotebookNode
 
-from tfswa_lab.teaching.runner import run_notebook
+nbformat = pytest.importorskip("nbformat")  # a borrowed GPU machine may have none of these
+for package in ("papermill", "ipykernel"):
+    pytest.importorskip(package)
+
+from nbformat import NotebookNode  # noqa: E402
+
+from tfswa_lab.teaching.runner import run_notebook  # noqa: E402
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
@@ -105,6 +110,15 @@ QUICK = {"quick": True, "seed": 0, "device": "cpu", "data_root": ""}
 def test_runs_in_quick_mode(path, band_root, tmp_path):
     run = run_notebook(path, tmp_path / path.name, QUICK, timeout_seconds=600)
     assert run.peak_bytes <= 4 * 2**30
+
+
+@pytest.mark.gpu
+@pytest.mark.notebook
+@lessons
+def test_runs_on_a_gpu(path, band_root, tmp_path):
+    """The executed lessons stay where TFSWA_LAB_EXECUTED says: docs/ci-gpu.yml hands them on."""
+    folder = Path(os.environ.get("TFSWA_LAB_EXECUTED") or tmp_path)
+    run_notebook(path, folder / path.name, QUICK | {"device": "cuda"}, timeout_seconds=600)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import tracemalloc
 import uuid
@@ -139,6 +141,30 @@ def test_the_heap_is_frozen_unless_the_user_froze_it(monkeypatch, frozen, calls)
     with resting_gc():
         assert counted == ["freeze"] * calls
     assert counted == ["freeze", "unfreeze"] * calls
+
+
+AFTER_ASYNCIO = """
+import asyncio, gc
+from tfswa_lab.memory.diagnosis.heap_objects import overlooked
+
+async def wait():
+    future = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(future.set_result, 1)
+    await future
+
+asyncio.run(wait())
+for _ in range(3):
+    overlooked((dict,))
+    gc.collect()
+print("done")
+"""
+
+
+def test_the_heap_of_a_notebook_can_be_looked_through():
+    """Before Python 3.12.6, whoever asks what asyncio's module refers to never comes back."""
+    command = [sys.executable, "-c", AFTER_ASYNCIO]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    assert done.stdout == "done\n"
 
 
 def test_garbage_that_others_keep_stays():

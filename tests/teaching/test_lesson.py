@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from tfswa_lab.audio import SAMPLE_RATE
 from tfswa_lab.data.musdb import MUSDB18Dataset
-from tfswa_lab.teaching.lesson import lesson_root, loudest_excerpt, versions
+from tfswa_lab.teaching.lesson import fits, lesson_root, loudest_excerpt, versions
 
 
 def song(vocals: torch.Tensor) -> dict:
@@ -83,3 +84,33 @@ def test_versions_name_what_a_bug_report_needs():
     assert "Python 3" in line
     assert f"torch {torch.__version__}" in line
     assert "cpu" in line
+
+
+def layer_of_12_mib():
+    """4 MiB of weights, 4 of their gradient and 4 of input."""
+    layer, x = nn.Linear(1024, 1024, bias=False), torch.zeros(1024, 1024)
+    return lambda: layer(x).sum().backward()
+
+
+@pytest.mark.parametrize(("free_mib", "fit"), [(16, True), (14, True), (13, False), (8, False)])
+def test_a_step_fits_with_a_tenth_to_spare(free_mib, fit, monkeypatch, capsys):
+    asked = []
+
+    def mem_get_info(device):
+        asked.append(device)
+        return free_mib * 2**20, 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    device = torch.device("cuda:1")
+    assert fits(layer_of_12_mib, device, steps=1) is fit
+    assert asked == [device]
+    said = f"does not fit this GPU: would take 12.00 MiB, {free_mib}.00 MiB is free"
+    assert capsys.readouterr().out.strip() == ("" if fit else said)
+
+
+def test_everything_fits_the_cpu(capsys):
+    def make_step():
+        raise AssertionError("nothing has to be predicted")
+
+    assert fits(make_step, torch.device("cpu"))
+    assert not capsys.readouterr().out

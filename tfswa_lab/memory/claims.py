@@ -10,6 +10,7 @@ Notebook: 06_leak_diagnosis
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -222,12 +223,17 @@ def block_starts(timeline: Timeline) -> list[int]:
     return [starts[number] for number in sorted(starts)]
 
 
-def measured(step: Step) -> int:
-    """Bytes that a step allocates at its peak on the current card, all that was there included.
+def measured(make: Callable[[], Step]) -> int:
+    """Bytes that a step takes at its peak on the current GPU, above what was allocated before.
+
+    Args:
+        make: makes network, mixture and optimizer on that GPU, which count, and returns the step.
 
     Notebook: 06_leak_diagnosis
     """
+    gc.collect()  # what is freed while the step runs would be subtracted from it
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step()
+    make()()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,4 +1,4 @@
-"""The first cells of every lesson: where the music is, which versions, which seconds of a song.
+"""What lessons share: where the music is, which versions, which seconds of a song, what fits a GPU.
 
 Axis letters: `n` stems, `c` channels, `s` samples.
 
@@ -8,7 +8,7 @@ Notebook: 00_start_here
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from tfswa_lab import __version__
 from tfswa_lab.audio import SAMPLE_RATE, STEMS, rms_db
 
 SILENCE_DB = -60.0  # a stem below this level has nothing to teach
+SHARE_OF_FREE = 0.9  # of a GPU's memory that a step may take: workspaces are in no prediction
 
 
 class Excerpt(NamedTuple):
@@ -67,6 +68,32 @@ def versions(device: torch.device, packages: Sequence[str] = ("torch", "numpy"))
     found = [f"tfswa-lab {__version__}", *(f"{name} {version(name)}" for name in packages)]
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return " · ".join([f"Python {platform.python_version()}", *found, f"{device} ({card})"])
+
+
+def fits(make_step: Callable[[], Callable[[], Any]], device: torch.device, **choices: Any) -> bool:
+    """Whether a step has room on the GPU, a tenth of what is free left over; if not, says so.
+
+    The step is predicted, so it takes no memory of the GPU to find out.
+
+    Args:
+        make_step: as for `memory.predict.predict`.
+        device: where the step is to run; on the CPU it always fits.
+        choices: the other arguments of `predict`.
+
+    Notebook: 06_leak_diagnosis
+    """
+    from tfswa_lab.memory.predict import predict
+    from tfswa_lab.memory.sizes import in_words
+
+    if device.type != "cuda":
+        return True
+    needed = predict(make_step, **choices).peak
+    torch.cuda.empty_cache()  # else what torch keeps for later tensors would not count as free
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed <= SHARE_OF_FREE * free:
+        return True
+    print(f"does not fit this GPU: would take {in_words(needed)}, {in_words(free)} is free")
+    return False
 
 
 def loudest_excerpt(tracks: Any, stem: str = "vocals", seconds: float = 6.0) -> Excerpt:

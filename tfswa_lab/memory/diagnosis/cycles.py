@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tfswa_lab.memory.diagnosis.heap_objects import referents
 from tfswa_lab.memory.diagnosis.path_words import words
 from tfswa_lab.memory.diagnosis.traced_steps import resting_gc
 
@@ -56,7 +57,7 @@ def circle_of_step(run: Callable[[], Any], tries: int = 10) -> str:
 
 def _shortest_circle(garbage: Iterable[Any]) -> str:
     things = {id(each): each for each in garbage}
-    edges = {at: [id(r) for r in gc.get_referents(each)] for at, each in things.items()}
+    edges = {at: [id(r) for r in referents(each)] for at, each in things.items()}
     speaking = [at for at, each in things.items() if not isinstance(each, PLAIN)]
     circles = [circle for at in speaking if (circle := _circle(at, edges))]
     if not circles:

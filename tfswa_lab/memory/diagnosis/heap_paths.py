@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType, GeneratorType, ModuleType
 from typing import Any
 
+from tfswa_lab.memory.diagnosis.heap_objects import referents
+
 MOST = 50_000  # objects that are looked at on the way from one to a name
 ENDS = 8  # chains that lead nowhere and are told of
 OF_CODE = {FrameType: "f_code", GeneratorType: "gi_code"}
@@ -89,7 +91,7 @@ class HeapPaths:
         for holder in referrers:
             if id(holder) in self._ours or _is_ours(holder):
                 continue
-            held = {id(each) for each in gc.get_referents(holder)}
+            held = {id(each) for each in referents(holder)}
             if self._ours.keys().isdisjoint(held):  # else an iterator over a list of ours
                 for each in held & found.keys():
                     found[each].append(holder)

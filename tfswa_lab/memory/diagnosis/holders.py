@@ -20,7 +20,7 @@ from torch import Tensor, UntypedStorage
 from torch.autograd.graph import Node
 
 from tfswa_lab.memory.diagnosis.graph_reach import Reach, last_of
-from tfswa_lab.memory.diagnosis.heap_objects import of_types, overlooked
+from tfswa_lab.memory.diagnosis.heap_objects import of_types, overlooked, referents
 from tfswa_lab.memory.diagnosis.heap_paths import HeapPaths
 from tfswa_lab.memory.diagnosis.path_words import Words, words
 from tfswa_lab.memory.tracing.storages import has_storage, parts_of
@@ -113,7 +113,7 @@ class Holders:
             yield from ((array, False) for array in self._looking_into(tensors))
         elif isinstance(thing, np.ndarray):
             for each in self._overlooked.values():
-                if any(inner is thing for inner in gc.get_referents(each)):
+                if any(inner is thing for inner in referents(each)):
                     yield each, False
         elif isinstance(thing, Tensor):
             pairs = zip(self._owners, self._gradients, strict=True)
@@ -159,7 +159,7 @@ class Holders:
         """Arrays that view tensors, by identity; the collector of cycles does not know them."""
         arrays = {}
         for holder in (*gc.get_objects(), *self._overlooked.values()):
-            for each in gc.get_referents(holder):
+            for each in referents(holder):
                 if issubclass(type(each), np.ndarray) and isinstance(_viewed(each), Tensor):
                     arrays[id(each)] = each
         self.paths.ignore(arrays)
