@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+collect_ignore = ["tests/played_gpu"]  # whose import, for its doctests, would play a GPU to all
+
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m gpu`, files without such a test are not even imported.
