@@ -44,7 +44,7 @@ def script(name: str, seconds: float, command: str, alone: bool = True) -> Job:
     return Job(name, seconds, (str(BENCHMARKS / path), *arguments), alone)
 
 
-SMOKE = script("smoke", 55, "gpu_smoke.py")
+SMOKE = script("smoke", 55, "gpu_smoke.py", alone=False)  # the training reads its clips meanwhile
 # In order of value; seconds are limits on an H100. With the smoke, they add up to less than 385.
 # What is no time (bytes, verdicts, recordings) is measured while the training goes on.
 MEASURE = (
@@ -60,8 +60,10 @@ MEASURE = (
 )
 MUSEVAL = script("museval", 300, "bsseval.py --museval")  # on cores of its own, beside the others
 TRAINER = Job("mir1k", 0, ())  # its command is known when it is started
-PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "emit_tests")
-TESTS = Job("tests", 120, (*PYTEST, "-m", "gpu and not notebook", "tests"), alone=False)
+PYTEST = ("-m", "pytest", "-v", "-m", "gpu and not notebook", "tests")
+PYTEST += ("-p", "no:cacheprovider", "-p", "emit_tests")
+TESTS = Job("tests", 120, PYTEST, alone=False)
+COLLECTED = Job("tests", 120, (*PYTEST, "--collect-only"), alone=False)  # all that can be played
 # The longest first. 07 trains thirteen separators, and may take as long as all others together.
 LESSONS = {"07_training": 240, "03_tfswa_unet": 120, "05_where_memory_goes": 120}
 LESSONS |= {"06_leak_diagnosis": 120, "04_tf_locoformer": 120, "08_evaluation": 120}
@@ -157,7 +159,8 @@ def tests_and_lessons(session: Session, parts: list[str], machine: dict) -> None
     from tfswa_lab.data.band import ensure_band
 
     ensure_band()
-    jobs = [TESTS] if "tests" in parts else []
+    played = REHEARSED in os.environ
+    jobs = [COLLECTED if played else TESTS] if "tests" in parts else []
     if "lessons" in parts:
         jobs += [lesson(name, seconds) for name, seconds in LESSONS.items()]
     roomy = machine.get("memory_gib", 0) >= ROOMY_GIB
@@ -213,7 +216,12 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, help="folder of packages that are missing here")
     parser.add_argument("--mir1k", type=Path, help="folder of training clips, to be trained on")
     parser.add_argument("--seconds", type=float, help="for everything; else each job has a limit")
-    parser.add_argument("--rehearse", action="store_true", help="play a GPU, with tiny sizes")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        default="FAKE_GPU_GIB" in os.environ,
+        help="play a GPU, with tiny sizes; FAKE_GPU_GIB is its memory",
+    )
     return parser.parse_args(arguments)
 
 

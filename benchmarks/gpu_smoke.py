@@ -64,7 +64,7 @@ SHAPES = {
 SHARE = 80 if REHEARSAL else 1  # of the sequences that is left out
 FRAMES_AND_BINS = (8, 64) if REHEARSAL else (64, 256)
 SIDE = 256 if REHEARSAL else 8192  # of the matrices that are multiplied
-COPIED = 2**20 if REHEARSAL else 2**32  # bytes
+COPIED = 2**20 if REHEARSAL else 2**30  # bytes
 
 
 def describe() -> dict:

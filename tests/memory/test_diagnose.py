@@ -13,6 +13,8 @@ import pytest
 import torch
 from planted import Training
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tfswa_lab.memory.diagnosis.traced_steps import FROZEN_BY_PYTHON, resting_gc
 from tfswa_lab.memory.diagnosis.trend import fills_up
@@ -165,6 +167,15 @@ def test_the_heap_of_a_notebook_can_be_looked_through():
     command = [sys.executable, "-c", AFTER_ASYNCIO]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert done.stdout == "done\n"
+
+
+def test_tensors_that_an_export_left_behind_are_no_memory():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    left = mode.from_tensor(torch.zeros(3, 4, 5))  # with a formula for its size
+    assert isinstance(left.untyped_storage().nbytes(), torch.SymInt)
+    diagnosis = diagnose(Training())
+    assert diagnosis.verdict == "healthy"
+    assert "B" in str(diagnosis)
 
 
 def test_garbage_that_others_keep_stays():

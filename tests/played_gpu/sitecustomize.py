@@ -112,7 +112,11 @@ PLAYED = {
         **{name: does_nothing() for name in DONE_AT_ONCE},
     },
     torch.cuda.memory: {"_record_memory_history": does_nothing(), "_snapshot": snapshot},
-    torch.accelerator: {"current_device_index": lambda: 0, "set_device_index": does_nothing()},
+    torch.accelerator: {
+        "current_device_index": lambda: 0,
+        "set_device_index": does_nothing(),
+        "current_stream": lambda *_: SimpleNamespace(is_capturing=lambda: False),
+    },
     torch._C: {
         "_cuda_clearCublasWorkspaces": does_nothing(),
         "_cuda_isHistoryEnabled": lambda: False,

@@ -21,8 +21,8 @@ PARTS |= {torch.sparse_csc: COLUMNS, torch.sparse_bsc: COLUMNS}
 def has_storage(thing: Any) -> bool:
     """Whether it is a tensor with a storage of its own that can be asked for.
 
-    Sparse tensors have several, parameters of lazy modules have none yet, and inside
-    `torch.func.vmap` and `grad` tensors wrap others.
+    Sparse tensors have several, parameters of lazy modules have none yet, inside `torch.func.vmap`
+    and `grad` tensors wrap others, and what `torch.export` leaves behind has formulas for sizes.
 
     Notebook: 05_where_memory_goes
 
@@ -31,7 +31,9 @@ def has_storage(thing: Any) -> bool:
     """
     if not issubclass(type(thing), Tensor) or isinstance(thing, UninitializedTensorMixin):
         return False
-    return thing.layout is torch.strided and not is_functorch_wrapped_tensor(thing)
+    if thing.layout is not torch.strided or thing._has_symbolic_sizes_strides:
+        return False
+    return not is_functorch_wrapped_tensor(thing)
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
