@@ -91,3 +91,25 @@ def test_the_math_kernel_keeps_the_published_scores():
     )
     assert math == 431 * 12 * 2049**2 * 4
     assert fused < math / 40
+
+
+def test_what_was_allocated_before_is_not_measured(monkeypatch):
+    """In MiB: 3 are there before, the step's network takes 5, and its step 2 more for a while."""
+    allocated, peak = [3], [9]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def reset():
+        peak[0] = allocated[0]
+
+    def take(size):
+        allocated[0] += size
+        peak[0] = max(peak[0], allocated[0])
+
+    def make():
+        take(5)
+        return lambda: (take(2), take(-2))
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    assert claims.measured(make) == 7
