@@ -19,6 +19,7 @@ sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 import events  # noqa: E402
 import gpu  # noqa: E402
 import gpu_report  # noqa: E402
+import memory_prediction  # noqa: E402
 from gpu_jobs import Job, Session, end, members  # noqa: E402
 
 NOBODY = Job("nobody", 0, ())
@@ -151,6 +152,24 @@ def test_the_limits_fit_into_the_two_commands():
     assert set(gpu.LESSONS) == notebooks
     for seconds in (gpu.TESTS.seconds, *gpu.LESSONS.values()):
         assert seconds <= 280 - gpu.PACKING
+
+
+def test_the_first_rows_that_are_measured_have_everything_in_them():
+    rows = memory_prediction.predictions_of("2.11.0+cu130")["rows"]
+    some = memory_prediction.in_fair_order(rows)[:8]
+    assert len(rows) == 57
+    for name in ("network", "precision", "attention", "checkpointed", "train", "batch"):
+        assert {row[name] for row in some} >= {row[name] for row in rows if "claim" not in row}
+
+
+def test_predictions_are_those_of_the_nearest_torch():
+    for version, nearest in (
+        ("2.11.0+cu130", "2.11.0"),
+        ("2.13.1", "2.13.0"),
+        ("2.14.0", "2.13.0"),
+    ):
+        predicted = memory_prediction.predictions_of(version)
+        assert predicted["machine"]["torch"].startswith(nearest)
 
 
 def test_without_a_gpu_it_says_so_and_how_to_rehearse(tmp_path):
