@@ -86,8 +86,9 @@ class HeapPaths:
             return
         found = {id(thing): [] for thing in new}
         self._referrers.update(found)
-        referrers = gc.get_referrers(*new)
-        self.ignore(found, referrers, *found.values())
+        asked = tuple(new)  # Python 3.13 finds this tuple of arguments among the referrers
+        referrers = gc.get_referrers(*asked)
+        self.ignore(found, asked, referrers, *found.values())
         for holder in referrers:
             if id(holder) in self._ours or _is_ours(holder):
                 continue
