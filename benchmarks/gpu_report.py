@@ -21,7 +21,11 @@ MACHINE = ("gpu_name", "memory_gib", "driver", "torch", "cuda", "cudnn", "python
 CHOICES = ("network", "seconds", "batch", "precision", "attention", "checkpointed", "train")
 # For each kind: the file, what a row is of, and what was found.
 KINDS = {
-    "smoke": ("smoke", ("check",), ()),
+    "smoke": (
+        "smoke",
+        ("check",),
+        ("float32", "bfloat16", "copy_gb_per_s", "bfloat16_tflop_per_s", "seconds", "message"),
+    ),
     "prediction": (
         "memory_prediction",
         (*CHOICES, "gpu", "claim"),
@@ -31,7 +35,7 @@ KINDS = {
     "separation": (
         "separation",
         ("way", "batch", "precision"),
-        ("times_real_time", "fused", "written out", "FSA", "TSA", "SWA"),
+        ("times_real_time", "fused", "written out", "share"),
     ),
     "bsseval": (
         "bsseval",

@@ -143,8 +143,8 @@ def on_gpu(separator: Separator, mixture: torch.Tensor) -> None:
         torch.cuda.empty_cache()
     for name, row in {
         "attention": lambda: real_time_factors(separator, mixture),
-        "stages": lambda: shares(separator, by_stage(separator), mixture),
-        "kinds": lambda: shares(separator, by_kind(separator), mixture),
+        "stages": lambda: {"share": shares(separator, by_stage(separator), mixture)},
+        "kinds": lambda: {"share": shares(separator, by_kind(separator), mixture)},
     }.items():
         attempt("separation", row, way=name)
 
