@@ -25,4 +25,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA card: make gpu"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: make gpu"))

@@ -54,6 +54,7 @@ def on_gpu() -> None:
     known = json.loads((RESULTS / "claims.json").read_text())["cures"]
     predicted = {row["cure"]: row["predicted"] for row in known}
     whole = {True: predicted["fused attention"], False: peak(training=False)}
+    claims.make_step(device="cuda", **TINY)()  # else cuBLAS's workspaces would count for the first
     for claim, change in ({"as published": {}} | claims.MENDED).items():
         for mode, training in MODES.items():
             step = partial(measured, whole[training], training=training, **change)

@@ -77,11 +77,11 @@ class Session:
             self._file.write(f"{line}\n")
             print(line, flush=True)
 
-    def run(self, job: Job) -> bool:
+    def run(self, job: Job) -> str:
         """Run a job until it ends, or until its limit or the deadline; emit how it went.
 
         Returns:
-            Whether it ended well.
+            How it ended: `exit 0` if well.
         """
         limit = min(self.patience * job.seconds, self.deadline - time.monotonic())
         with stopped(self.resting) if job.alone else nullcontext():
@@ -93,7 +93,7 @@ class Session:
             emit("failed", of="job", **facts, output="\n".join(output))
             self.good = False
         self.log(f"== {job.name}: {ended}, {facts['seconds']:.1f} s")
-        return good
+        return ended
 
     def _until(self, job: Job, limit: float) -> tuple[str, deque[str]]:
         output: deque[str] = deque(maxlen=KEPT_LINES)

@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict:
-    """Processor, cores, card, and the versions that a timing depends on."""
+    """Processor, cores, GPU, and the versions that a timing depends on."""
     return {
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": _cpu_model(),

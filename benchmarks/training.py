@@ -14,6 +14,7 @@ gpu.py, these steps are all that is measured.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -190,6 +191,7 @@ def on_gpu() -> None:
     for name, job in jobs.items():
         job |= {"steps": GPU_STEPS, "warm_up": GPU_STEPS // 2}
         attempt("training", partial(throughput, **job), run=name)
+        gc.collect()  # the functions that watch a trainer refer to it in a circle
         torch.cuda.empty_cache()
 
 

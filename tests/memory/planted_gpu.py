@@ -56,7 +56,7 @@ for _ in sys.stdin:
 """
 
 
-@planted(OUTSIDE)
+@planted(OUTSIDE)  # whose memory it is, the GPU does not tell
 def another_process_that_takes_ever_more():
     other = subprocess.Popen(
         [sys.executable, "-c", OTHER_PROCESS],

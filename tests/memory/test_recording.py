@@ -144,7 +144,7 @@ def test_a_failure_is_dumped_by_a_process_that_has_not_used_the_gpu_before(tmp_p
     code = (
         "import sys, torch\n"
         "from tfswa_lab.memory import snapshot\n"
-        "with snapshot.dump_on_oom(sys.argv[1]) as dumped:\n"
+        "with snapshot.record(), snapshot.dump_on_oom(sys.argv[1]) as dumped:\n"
         "    try: torch.empty(2**50, dtype=torch.uint8, device='cuda')\n"
         "    except torch.OutOfMemoryError: pass\n"
         "print(len(dumped.written), dumped.failures)"
@@ -152,4 +152,4 @@ def test_a_failure_is_dumped_by_a_process_that_has_not_used_the_gpu_before(tmp_p
     command = [sys.executable, "-c", code, str(tmp_path / "oom.pickle")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "1 []\n"
-    assert snapshot.read(tmp_path / "oom.pickle").devices == [0]
+    assert snapshot.read(tmp_path / "oom.pickle").oom_report().requested == 2**50

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from tfswa_lab.models import attention
 from tfswa_lab.models.attention import (
     FrequencySequenceAttention,
     MultiHeadAttention,
@@ -131,6 +132,16 @@ def test_swa_equals_brute_force_masked_global_attention(seed):
     torch.testing.assert_close(unit(x), brute_force_swa(unit, x), atol=1e-10, rtol=0)
     unit, x = unit.float(), x.float()
     torch.testing.assert_close(unit(x), brute_force_swa(unit, x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mask", [None, (1, 1, 4, 4), (10, 1, 4, 4)])
+def test_too_many_sequences_for_a_kernel_are_attended_to_in_parts(mask, monkeypatch):
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 10, 2, 4, 8)
+    mask = None if mask is None else torch.randn(mask) > -1
+    whole = attention.fused_attention(*qkv, mask)
+    monkeypatch.setattr(attention, "MOST_SEQUENCES", 3)
+    torch.testing.assert_close(attention.fused_attention(*qkv, mask), whole, equal_nan=True)
 
 
 def test_every_query_may_see_itself_so_no_row_of_the_softmax_is_empty():

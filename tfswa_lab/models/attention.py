@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+# Sequences that CUDA's fused kernels take at once: with more, cuDNN's kernel fails (PyTorch issue
+# 181235), and so does flash attention (issue 146704).
+MOST_SEQUENCES = 65_535
+
 
 class ScaledDotProductAttention(nn.Module):
     """`softmax(q kᵀ / √d) v`, written out; it keeps all `l × l` scores, the fused kernels do not.
@@ -78,8 +82,25 @@ class MultiHeadAttention(nn.Module):
         if need_weights:
             output, weights = ScaledDotProductAttention()(query, key, value, mask)
             return self.proj(rearrange(output, "b h l d -> b l (h d)")), weights
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        output = fused_attention(query, key, value, mask)
         return self.proj(rearrange(output, "b h l d -> b l (h d)"))
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention `(b, h, l, d)` by torch's fused kernel, in parts if it cannot take all at once.
+
+    Args:
+        mask: boolean `(b or 1, h or 1, l, l)`, None for none.
+
+    Notebook: 02_attention_blocks
+    """
+    if len(query) <= MOST_SEQUENCES:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    parts = [x.split(MOST_SEQUENCES) for x in (query, key, value)]
+    same = mask is None or len(mask) == 1
+    masks = [mask] * len(parts[0]) if same else mask.split(MOST_SEQUENCES)
+    outputs = [F.scaled_dot_product_attention(*part) for part in zip(*parts, masks, strict=True)]
+    return torch.cat(outputs)
 
 
 class AttentionUnit(nn.Module):

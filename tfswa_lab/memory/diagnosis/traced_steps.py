@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
@@ -54,6 +55,8 @@ class TracedSteps:
         self._call, self._boundaries = call, []
         self._tracer = Tracer()
         gc.collect()  # what is lost already is not to be counted
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # nor what was cached before
         self._old = [ref(owner) for owner in of_types(OWNERS)]
         if model is not None:
             self._tracer.modules.name(model)
