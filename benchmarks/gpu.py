@@ -44,11 +44,11 @@ def script(name: str, seconds: float, command: str, alone: bool = True) -> Job:
     return Job(name, seconds, (str(BENCHMARKS / path), *arguments), alone)
 
 
-SMOKE = script("smoke", 55, "gpu_smoke.py", alone=False)  # the training reads its clips meanwhile
+SMOKE = script("smoke", 50, "gpu_smoke.py", alone=False)  # the training reads its clips meanwhile
 # In order of value; seconds are limits, from what we expect of an H100: 380 with the smoke.
 # Only the recordings are made while the training goes on: all others measure times as well.
 MEASURE = (
-    script("snapshots", 10, "gpu_snapshots.py", alone=False),
+    script("snapshots", 15, "gpu_snapshots.py", alone=False),
     script("prediction", 100, "memory_prediction.py --measure"),
     script("default kernel", 20, "memory_prediction.py --measure --default"),
     script("leaks", 50, "leaks.py --device cuda"),
