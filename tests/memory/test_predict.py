@@ -370,6 +370,7 @@ def test_a_prediction_is_the_same_beside_a_gpu_and_without_one(gpu):
     [
         ((9, 0), 91900, "hopper"),
         ((10, 0), 91501, "hopper"),
+        ((10, 3), 91900, "hopper"),
         ((9, 0), 91500, "ampere"),
         ((8, 0), 91900, "ampere"),
         ((12, 0), 91900, "ampere"),

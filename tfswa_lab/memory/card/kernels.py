@@ -31,9 +31,8 @@ from torch.utils import _foreach_utils
 from tfswa_lab.memory.card.autocast import cuda_autocast
 
 ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
-# The kernels that "auto" tries, in order. "hopper" is every GPU of compute capability 9.0 or 10.0
-# (H100, H200, B200) with cuDNN above 9.15, as torch >= 2.11 for CUDA 13 brings it; "ampere" is all
-# others.
+# The kernels that "auto" tries, in order. "hopper" is every GPU of compute capability 9 or 10 (H100,
+# H200, B200) with cuDNN above 9.15, as torch >= 2.11 for CUDA 13 brings it; "ampere" is all others.
 AUTO = {
     "ampere": ("flash", "efficient", "math"),
     "hopper": ("cudnn", "flash", "efficient", "math"),
@@ -52,13 +51,13 @@ def present_gpu() -> str:
     """
     if not torch.cuda.is_available() or os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1":
         return "ampere"
-    is_new = torch.cuda.get_device_capability() in ((9, 0), (10, 0))
+    is_new = torch.cuda.get_device_capability()[0] in (9, 10)
     return "hopper" if is_new and torch.backends.cudnn.version() > CUDNN_PREFERRED else "ampere"
 
 
 @contextmanager
 def cuda_like(attention: str = "auto", gpu: str | None = None) -> Iterator[None]:
-    """CPU tensors are treated as a card would treat its own.
+    """CPU tensors are treated as a GPU treats its own.
 
     Args:
         attention: the kernel of `scaled_dot_product_attention`: "flash" for half precision without
