@@ -31,8 +31,9 @@ from torch.utils import _foreach_utils
 from tfswa_lab.memory.card.autocast import cuda_autocast
 
 ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
-# The kernels that "auto" tries, in order. "hopper" is every GPU of compute capability 9 or 10 (H100,
-# H200, B200) with cuDNN above 9.15, as torch >= 2.11 for CUDA 13 brings it; "ampere" is all others.
+# The kernels that "auto" tries, in order. "hopper" is every GPU of compute capability 9 or 10
+# (H100, H200, B200) with cuDNN above 9.15, as torch >= 2.11 for CUDA 13 brings it; "ampere" is all
+# others.
 AUTO = {
     "ampere": ("flash", "efficient", "math"),
     "hopper": ("cudnn", "flash", "efficient", "math"),
