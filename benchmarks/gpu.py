@@ -32,6 +32,7 @@ from gpu_jobs import CHECKOUT, Job, Session, end, end_left_over, members, start_
 BEGAN = time.monotonic()
 BENCHMARKS = CHECKOUT / "benchmarks"
 BUILD = CHECKOUT / "build" / "gpu"
+PLAYED = CHECKOUT / "tests" / "played_gpu"
 PARTS = ("smoke", "measure", "tests", "lessons")
 PACKING = 15  # seconds at the end, for what comes back
 FILES, FILE_BYTES = 8, 16 * 2**20  # that come back from a borrowed machine
@@ -184,12 +185,17 @@ def tests_and_lessons(session: Session, parts: list[str], machine: dict) -> None
 
 
 def lesson(session: Session, name: str, seconds: float) -> Job:
-    """Execute a lesson in full; the executed copy is kept, also of one that failed."""
+    """Execute a lesson in full; the executed copy is kept, also of one that failed.
+
+    In a rehearsal it runs quickly on the CPU: it asserts what a played GPU has not.
+    """
     limit = str(session.patience * seconds - 10)  # it ends itself before it is ended
-    quick = "--quick" if REHEARSED in os.environ else "--full"
-    options = (quick, "--device", "cuda", "--output", str(BUILD / "notebooks" / name))
-    command = ("-m", "tfswa_lab.teaching.runner", name, *options, "--timeout", limit)
-    return Job(f"lesson {name}", seconds, command, alone=False)
+    options = ("--output", str(BUILD / "notebooks" / name), "--timeout", limit)
+    played = REHEARSED in os.environ
+    options += ("--quick", "--device", "cpu") if played else ("--full", "--device", "cuda")
+    command = ("-m", "tfswa_lab.teaching.runner", name, *options)
+    path = os.environ["PYTHONPATH"].replace(str(PLAYED), str(CHECKOUT))
+    return Job(f"lesson {name}", seconds, command, alone=False, python_path=path)
 
 
 # What comes back ----------------------------------------------------------------------------
@@ -260,7 +266,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is ended
     if asked.rehearse:
         os.environ[REHEARSED] = "1"
-        prepend("PYTHONPATH", CHECKOUT / "tests" / "played_gpu")
+        prepend("PYTHONPATH", PLAYED)
     end_left_over(spared=TRAINER)
     add_packages(asked.wheels)
     stand_in_for_ffmpeg()

@@ -36,12 +36,14 @@ class Job:
         seconds: until it is ended.
         command: arguments of Python: a script and its own.
         alone: whether the training in the background rests meanwhile, because time is measured.
+        python_path: its PYTHONPATH, if it is another than this process's.
     """
 
     name: str
     seconds: float
     command: tuple[str, ...]
     alone: bool = True
+    python_path: str | None = None
 
     @property
     def known_by(self) -> str:
@@ -121,10 +123,13 @@ class Session:
 
 def start(job: Job, output: int | object) -> subprocess.Popen:
     """Start a job in a session of its own."""
+    variables = {NAME: job.known_by, "PYTHONUNBUFFERED": "1"}
+    if job.python_path is not None:
+        variables["PYTHONPATH"] = job.python_path
     return subprocess.Popen(
         (sys.executable, *job.command),
         cwd=CHECKOUT,
-        env=os.environ | {NAME: job.known_by, "PYTHONUNBUFFERED": "1"},
+        env=os.environ | variables,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
