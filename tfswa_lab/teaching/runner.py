@@ -16,7 +16,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty
@@ -91,7 +92,7 @@ def run_notebook(
             parameters=dict(parameters),
             cwd=path.parent,
             kernel_name="python3",
-            kernel_manager_class=_kernel_manager(watch.follow),
+            kernel_manager_class=_kernel_manager(watch),
             progress_bar=False,
         )
     except DeadKernelError as error:
@@ -149,7 +150,7 @@ class _AttentiveClient(AsyncKernelClient):
     shell_channel_class = Type(_AttentiveChannel)
 
 
-def _kernel_manager(follow: Callable[[int], None]) -> type[AsyncKernelManager]:
+def _kernel_manager(watch: _KernelWatch) -> type[AsyncKernelManager]:
     """A manager that starts this interpreter, whatever the user has registered as python3."""
 
     class Kernel(AsyncKernelManager):
@@ -158,7 +159,11 @@ def _kernel_manager(follow: Callable[[int], None]) -> type[AsyncKernelManager]:
 
         async def start_kernel(self, **options) -> None:
             await super().start_kernel(**options)
-            follow(self.provisioner.pid)
+            watch.follow(self.provisioner.pid)
+
+        async def shutdown_kernel(self, *arguments, **options) -> None:
+            watch.look()  # the last cell's peak may be newer than the last look
+            await super().shutdown_kernel(*arguments, **options)
 
     return Kernel
 
@@ -184,12 +189,17 @@ class _KernelWatch(threading.Thread):
         deadline = time.monotonic() + self._timeout_seconds
         try:
             while not self._ended.wait(0.1):
-                self.peak_bytes = max(self.peak_bytes, _resident_bytes(self._kernel))
+                self.look()
                 if time.monotonic() > deadline:
                     self.expired = True
                     self._kernel.kill()
-        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            return  # the kernel has gone, and with it what there was to watch
+        except psutil.NoSuchProcess:
+            return
+
+    def look(self) -> None:
+        """Note the kernel's memory; once it has gone, there is nothing to note."""
+        with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            self.peak_bytes = max(self.peak_bytes, _resident_bytes(self._kernel))
 
     def stop(self) -> None:
         self._ended.set()
