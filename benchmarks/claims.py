@@ -20,9 +20,9 @@ from record import RESULTS, record
 from torchaudio.transforms import Resample
 
 from tfswa_lab.device import pick_device
-from tfswa_lab.memory import claims
-from tfswa_lab.memory.card.allocator import replay
 from tfswa_lab.memory.predict import predict
+from tfswa_lab.memory.predict.allocator import replay
+from tfswa_lab.teaching import claims
 
 MODES = {"training": True, "inference": False}
 CURES = {

@@ -35,7 +35,7 @@ PACKAGES = (
     "lightning_fabric",
     "torchaudio",
 )
-PACKAGES += ("tfswa_lab.training.run", "tfswa_lab.evaluation.report", "tfswa_lab.memory.leaks")
+PACKAGES += ("tfswa_lab.training.run", "tfswa_lab.evaluation.evaluate", "tfswa_lab.memory.leaks")
 PRIVATE = {
     torch._C: (
         "_cuda_isHistoryEnabled",

@@ -27,10 +27,10 @@ import torch
 from events import REHEARSAL, attempt
 from record import record
 
-from tfswa_lab.memory.diagnosis.numbered import Numbered
-from tfswa_lab.memory.diagnosis.verdicts import LEAKS
 from tfswa_lab.memory.leaks import diagnose
-from tfswa_lab.memory.tracing.storages import has_storage
+from tfswa_lab.memory.leaks.traced_steps import Numbered
+from tfswa_lab.memory.leaks.verdicts import LEAKS
+from tfswa_lab.memory.trace.tracer import has_storage
 
 SETS = {
     "sound": ("planted_healthy", "SOUND"),

@@ -30,10 +30,10 @@ from record import RESULTS, record
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tfswa_lab.memory.card.fake import without_values
-from tfswa_lab.memory.card.kernels import present_gpu
-from tfswa_lab.memory.compare import predict_choices
-from tfswa_lab.memory.sizes import in_words
+from tfswa_lab.memory.predict.cuda_kernels import present_gpu
+from tfswa_lab.memory.predict.fake_tensors import without_values
+from tfswa_lab.memory.predict.predict import predict_choices
+from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.models import tf_locoformer, tfswa_unet
 from tfswa_lab.models.tf_locoformer import TFLocoformer
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
@@ -160,7 +160,9 @@ def measured(row: dict) -> dict:
     """
     free = torch.cuda.mem_get_info()[0]
     if row["predicted"] > ROOM * free:
-        return {"does_not_fit": f"{in_words(row['predicted'])} predicted, {in_words(free)} free"}
+        return {
+            "does_not_fit": f"{format_bytes(row['predicted'])} predicted, {format_bytes(free)} free"
+        }
     choices = {name: row[name] for name in row["choices"] if name not in OTHERS}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -295,7 +297,7 @@ def predict_all() -> None:
             row = row_of(choices)
             result[part].append(row)
             shown = [str(value) for value in choices.values()]
-            print(f"| {' | '.join(shown)} | {in_words(row['predicted'])} |", flush=True)
+            print(f"| {' | '.join(shown)} | {format_bytes(row['predicted'])} |", flush=True)
     times = [row["seconds_to_predict"] for rows in result.values() for row in rows]
     major, minor, *_ = _numbers(torch.__version__)
     record(f"memory_prediction-torch{major}.{minor}", result)

@@ -21,8 +21,8 @@ import torch
 from record import record
 
 from tfswa_lab import audio
-from tfswa_lab.evaluation.separate import separate_track
-from tfswa_lab.evaluation.separate_file import separate_file
+from tfswa_lab.inference.files import separate_file
+from tfswa_lab.inference.separate import separate_track
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.weights import BAND
 

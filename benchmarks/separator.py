@@ -27,7 +27,7 @@ from record import record
 from separate_stream import SEGMENT_SECONDS, write_song
 
 from tfswa_lab.device import pick_device
-from tfswa_lab.evaluation.separate_file import separate_file
+from tfswa_lab.inference.files import separate_file
 from tfswa_lab.models.attention import (
     FrequencySequenceAttention,
     ScaledDotProductAttention,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tfswa_lab.device import pick_device
 from tfswa_lab.evaluation.ratios import usdr
-from tfswa_lab.evaluation.separate import separate_track
+from tfswa_lab.inference.separate import separate_track
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.training.presets import PRESETS, TINY, Preset
 from tfswa_lab.training.run import build_trainer, songs_of

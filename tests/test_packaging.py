@@ -26,6 +26,7 @@ CONDA_NAMES = {"torch": "pytorch", "soundfile": "pysoundfile", "mir-eval": "mir_
 # old or absent there: pip brings them
 NOT_ON_CONDA_FORGE = {"auraloss", "lightning-fabric", "musdb", "museval", "stempeg", "torchaudio"}
 MODULE_NAMES = {
+    "lazy-loader": "lazy_loader",
     "lightning-fabric": "lightning_fabric",
     "mir-eval": "mir_eval",
     "pyyaml": "yaml",

@@ -25,8 +25,8 @@ from tfswa_lab import repair
 if TYPE_CHECKING:
     from rich.table import Table
 
-GIB = 2**30
 OLDEST_PYTHON = (3, 11)  # as in pyproject.toml
+GIB = 2**30  # not from `memory.sizes`: the doctor also works where the package is broken
 FREE_GIB_WANTED = 5
 SET_UP = "make clean && make lab, or in an environment of your own: pip install -e '.[lab]'"
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}

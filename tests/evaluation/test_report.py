@@ -13,8 +13,8 @@ from tfswa_lab import audio
 from tfswa_lab.audio import STEMS
 from tfswa_lab.data.tracks import find_tracks
 from tfswa_lab.evaluation.estimates import FolderEstimates, ModelEstimates
-from tfswa_lab.evaluation.report import evaluate, load_report
-from tfswa_lab.evaluation.store import read_scores
+from tfswa_lab.evaluation.evaluate import evaluate, load_report
+from tfswa_lab.evaluation.scores import read_scores
 from tfswa_lab.models.separator import build_separator
 from tfswa_lab.weights import BAND
 

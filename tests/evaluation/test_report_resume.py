@@ -18,7 +18,7 @@ from filelock import FileLock
 from joblib import parallel_config
 
 from tfswa_lab.evaluation.estimates import FolderEstimates, ModelEstimates
-from tfswa_lab.evaluation.report import evaluate, load_report
+from tfswa_lab.evaluation.evaluate import evaluate, load_report
 from tfswa_lab.models.separator import build_separator
 from tfswa_lab.models.storage import save_separator
 
@@ -30,7 +30,7 @@ QUICK = {"window": 0.5, "hop": 0.5, "bounds": ()}
 RUN = """
 import sys
 from tfswa_lab.evaluation.estimates import FolderEstimates
-from tfswa_lab.evaluation.report import evaluate
+from tfswa_lab.evaluation.evaluate import evaluate
 data, guesses, out = sys.argv[1:]
 estimates = FolderEstimates(guesses, ("vocals", "other"))
 evaluate(estimates, data, out, window=0.5, hop=0.5, bounds=["mixture"], jobs=2)

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from tfswa_lab.evaluation.estimates import ModelEstimates
+from tfswa_lab.evaluation.scores import OURS, RATIOS, TrackScores, read_scores, write_scores
 from tfswa_lab.evaluation.scoring import Scoring
-from tfswa_lab.evaluation.store import OURS, RATIOS, TrackScores, read_scores, write_scores
 from tfswa_lab.weights import BAND
 
 NAN, INF = math.nan, math.inf

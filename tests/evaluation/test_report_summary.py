@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.collections import LineCollection, PathCollection
 
-from tfswa_lab.evaluation.store import RATIOS, TrackScores
-from tfswa_lab.evaluation.summary import Report
+from tfswa_lab.evaluation.report import Report
+from tfswa_lab.evaluation.scores import RATIOS, TrackScores
 from tfswa_lab.teaching.score_plot import plot_scores, write_picture
 
 NAN = math.nan

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tfswa_lab.memory.diagnosis.verdicts import Diagnosis
+from tfswa_lab.memory.leaks.verdicts import Diagnosis
 
 HEALTHY = "healthy"
 WARM_UP = "warm-up only"

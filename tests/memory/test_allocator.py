@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tfswa_lab.memory.card.allocator import CachingAllocator, OutOfMemory, replay
-from tfswa_lab.memory.rounding import rounded
-from tfswa_lab.memory.tracing.blocks import Block, Timeline
+from tfswa_lab.memory.predict.allocator import CachingAllocator, OutOfMemory, replay
+from tfswa_lab.memory.sizes import rounded
+from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 MIB = 2**20
 

@@ -16,9 +16,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tfswa_lab.memory.diagnosis.traced_steps import FROZEN_BY_PYTHON, resting_gc
-from tfswa_lab.memory.diagnosis.trend import fills_up
 from tfswa_lab.memory.leaks import diagnose
+from tfswa_lab.memory.leaks.traced_steps import FROZEN_BY_PYTHON, resting_gc
+from tfswa_lab.memory.leaks.trend import fills_up
 
 
 def lazy():
@@ -147,7 +147,7 @@ def test_the_heap_is_frozen_unless_the_user_froze_it(monkeypatch, frozen, calls)
 
 AFTER_ASYNCIO = """
 import asyncio, gc
-from tfswa_lab.memory.diagnosis.heap_objects import overlooked
+from tfswa_lab.memory.leaks.referrers import overlooked
 
 async def wait():
     future = asyncio.get_running_loop().create_future()

@@ -7,10 +7,10 @@ import re
 import pytest
 from torch.cuda import _memory_viz as viewer
 
-from tfswa_lab.memory.card.allocator import replay
-from tfswa_lab.memory.rounding import rounded
-from tfswa_lab.memory.snapshots.emit import as_snapshot, write_snapshot
-from tfswa_lab.memory.tracing.blocks import Block, Frame, Timeline
+from tfswa_lab.memory.predict.allocator import replay
+from tfswa_lab.memory.sizes import rounded
+from tfswa_lab.memory.snapshot.emit import as_snapshot, write_snapshot
+from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
 
 MIB = 2**20
 FORWARD = (Frame("model.py", 12, "forward"), Frame("train.py", 3, "step"))

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tfswa_lab.memory.snapshot import read
-from tfswa_lab.memory.snapshots.emit import as_snapshot
-from tfswa_lab.memory.snapshots.pickles import SnapshotError, read_plain
-from tfswa_lab.memory.tracing.blocks import Block, Frame, Timeline
+from tfswa_lab.memory.snapshot.emit import as_snapshot
+from tfswa_lab.memory.snapshot.pickles import SnapshotError, read_plain
+from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
 
 PROTO = b"\x80\x04"
 

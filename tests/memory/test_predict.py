@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tfswa_lab.memory.card.kernels import present_gpu
-from tfswa_lab.memory.compare import compare, max_batch_size, to_markdown
 from tfswa_lab.memory.predict import predict
+from tfswa_lab.memory.predict.cuda_kernels import present_gpu
+from tfswa_lab.memory.predict.predict import compare, max_batch_size, to_markdown
 from tfswa_lab.memory.trace import trace
 from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
 from tfswa_lab.models.tfswa_unet import TFSWAUNet

@@ -6,7 +6,7 @@ import pytest
 import torch
 from planted import Training
 
-from tfswa_lab.memory import pytest_leaks
+from tfswa_lab.memory.leaks import pytest_plugin as pytest_leaks
 
 
 def test_pytest_finds_it_wherever_the_package_is_installed():

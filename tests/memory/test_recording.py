@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tfswa_lab.memory import snapshot
-from tfswa_lab.memory.snapshots import recording
-from tfswa_lab.memory.snapshots.emit import as_snapshot
+from tfswa_lab.memory.snapshot import recording
+from tfswa_lab.memory.snapshot.emit import as_snapshot
 from tfswa_lab.memory.trace import trace
-from tfswa_lab.memory.tracing.blocks import Block, Timeline
+from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 MIB = 2**20
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
@@ -60,7 +60,7 @@ def test_a_trace_beside_a_card_keeps_what_the_allocator_wrote(cuda, monkeypatch,
     monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: started, raising=False)
     with trace() as seen:
         torch.zeros(3)
-    assert seen.allocator.fragmentation().allocated == 5 * MIB
+    assert snapshot.read(seen.allocator).fragmentation().allocated == 5 * MIB
     assert seen.timeline("cpu").peak()[0] == 12
     assert len(calls) == (0 if started else 2), "what others have started goes on"
 
@@ -106,7 +106,7 @@ def test_the_allocator_and_a_trace_agree_on_a_card():
     with trace() as seen:
         kept = torch.zeros(5 * MIB, dtype=torch.uint8, device="cuda")
     assert seen.timeline("cuda:0").peak()[0] == kept.nbytes
-    assert kept.nbytes in {block.size for block in seen.allocator.timeline().blocks}
+    assert kept.nbytes in {b.size for b in snapshot.read(seen.allocator).timeline().blocks}
 
 
 @pytest.mark.gpu

@@ -8,12 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tfswa_lab.memory.card.allocator import OutOfMemory, replay
-from tfswa_lab.memory.rounding import rounded
+from tfswa_lab.memory.predict.allocator import OutOfMemory, replay
+from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.snapshot import SnapshotError, diff, read
-from tfswa_lab.memory.snapshots.emit import as_snapshot, write_snapshot
-from tfswa_lab.memory.snapshots.user_line import NOBODY, NOWHERE, user_line
-from tfswa_lab.memory.tracing.blocks import Block, Frame, Timeline
+from tfswa_lab.memory.snapshot.emit import as_snapshot, write_snapshot
+from tfswa_lab.memory.trace.stacks import NOBODY, NOWHERE, user_line
+from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
 
 MIB = 2**20
 TORCH = Frame("/venv/lib/python3.12/site-packages/torch/nn/modules/linear.py", 134, "forward")

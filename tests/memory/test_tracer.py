@@ -11,7 +11,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 from torch.utils.checkpoint import checkpoint
 
-from tfswa_lab.memory.card.fake import FakeMode
+from tfswa_lab.memory.predict.fake_tensors import FakeMode
 from tfswa_lab.memory.trace import trace
 from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
 from tfswa_lab.models.tfswa_unet import TFSWAUNet

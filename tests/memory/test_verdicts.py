@@ -2,9 +2,9 @@
 
 import pytest
 
-from tfswa_lab.memory.diagnosis.device_signals import DeviceSignals
-from tfswa_lab.memory.diagnosis.findings import Findings, HostGrowth
-from tfswa_lab.memory.diagnosis.verdicts import judge
+from tfswa_lab.memory.gauges import DeviceSignals
+from tfswa_lab.memory.leaks.findings import Findings, HostGrowth
+from tfswa_lab.memory.leaks.verdicts import judge
 
 MIB, STEPS = 2**20, 12
 

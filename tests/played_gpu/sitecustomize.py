@@ -70,8 +70,8 @@ class Event:
 
 
 def snapshot():
-    from tfswa_lab.memory.snapshots.emit import as_snapshot
-    from tfswa_lab.memory.tracing.blocks import Block, Timeline
+    from tfswa_lab.memory.snapshot.emit import as_snapshot
+    from tfswa_lab.memory.trace.timeline import Block, Timeline
 
     return as_snapshot(Timeline([Block(5 * MIB, 5 * MIB, 1)], 1))
 

@@ -10,8 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from torch import nn
 
-from tfswa_lab.memory.tracing.blocks import CATEGORIES, Block, Frame, Timeline, by_category, by_line
-from tfswa_lab.memory.tracing.tracer import Tracer
+from tfswa_lab.memory.trace.timeline import CATEGORIES, Block, Frame, Timeline, by_category, by_line
+from tfswa_lab.memory.trace.tracer import Tracer
 from tfswa_lab.teaching import memory_plots as plots
 
 MIB = 2**20

@@ -23,7 +23,7 @@ from tfswa_lab import audio
 from tfswa_lab.audio import STEMS
 from tfswa_lab.data.musdb import stem_parts
 from tfswa_lab.data.tracks import Track, read_header
-from tfswa_lab.evaluation.separate import separate_track
+from tfswa_lab.inference.separate import separate_track
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.storage import describe, load_separator
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from tfswa_lab.evaluation.frames import Stretch
 from tfswa_lab.evaluation.threads import side_by_side
+from tfswa_lab.memory.sizes import GIB
 
 SAMPLES_AT_ONCE = 3_000_000  # of all channels: what is transformed while it is in the cache
 CHUNK = 20  # stretches: products of matrices want some, but a copy of what is kept is no use
-KEEP_BYTES = 2**30  # of spectra that are needed twice; what is beyond is transformed twice
+KEEP_BYTES = GIB  # of spectra that are needed twice; what is beyond is transformed twice
 
 
 class FrameSpectra:

@@ -1,144 +1,241 @@
-"""From songs and estimates to a report: in parallel, and nothing twice.
+"""What a set of scores comes to: SiSEC's medians and the Music Demixing Challenge's means.
 
-A song whose files are there (`score_folders` says where) is finished. Each appears whole or not at
-all, so an evaluation that was killed goes on where it stopped. One that overwrites removes first
-what is in its way: killed, it goes on without `overwrite`, and with it begins anew.
-
-Processes whose parent is killed finish the song in hand, which nobody writes down, and end by
-themselves within six minutes.
+The two are different numbers of different definitions and never share a table.
 
 Notebook: 08_evaluation
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import BrokenExecutor
-from pathlib import Path
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import torch
-from joblib import Parallel, delayed, effective_n_jobs
+from tfswa_lab.evaluation.bsseval import median_of
+from tfswa_lab.evaluation.scores import RATIOS, Ratios, TrackScores, shortened
 
-from tfswa_lab.data.musdb import SPLITS, check_choice
-from tfswa_lab.data.tracks import find_tracks
-from tfswa_lab.durable import held
-from tfswa_lab.evaluation.oracles import BOUNDS
-from tfswa_lab.evaluation.score_folders import Folders
-from tfswa_lab.evaluation.scoring import Estimator, Scoring, score_track
-from tfswa_lab.evaluation.summary import NAMES, Report
-from tfswa_lab.evaluation.unfinished import Job, unfinished
+PERFECT = 100  # dB; there is no error but that of rounding
+# What is scored: its name in tables.
+NAMES = {
+    "mixture": "mixture (floor)",
+    "estimates": "estimates",
+    "irm": "ideal ratio mask",
+    "mwf": "Wiener oracle",
+}
+# What a song's score lies between, if it was scored.
+ENDS = {"floor": ("mixture",), "higher ceiling": ("irm", "mwf")}
 
-Progress = Callable[[list[str]], Iterable[str]]
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of texts under a title.
+
+    Notebook: 08_evaluation
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def to_markdown(self) -> str:
+        """A table of GitHub's Markdown, with its title above."""
+        lines = [self.columns, ["---", *["--:"] * (len(self.columns) - 1)], *self.rows]
+        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in lines)])
 
 
-def evaluate(
-    estimator: Estimator,
-    data_root: str | Path,
-    output_dir: str | Path,
-    split: str = "test",
-    window: float = 1.0,
-    hop: float = 1.0,
-    seconds: float | None = None,
-    bounds: Sequence[str] = tuple(BOUNDS),
-    bounds_dir: str | Path | None = None,
-    jobs: int | None = None,
-    device: torch.device | str = "cpu",
-    overwrite: bool = False,
-    progress: Progress = iter,
-) -> Report:
-    """Score the estimates of all songs of a split, between a floor and two ceilings.
-
-    Songs are scored side by side through joblib, also in a `joblib.parallel_config` of yours: its
-    "dask" backend reaches other machines. One song needs up to 3 GiB for every 3 minutes.
+@dataclass(frozen=True)
+class Report:
+    """Scores of estimates and of their bounds, song by song.
 
     Args:
-        estimator: `ModelEstimates(folder)`, `FolderEstimates(folder)`, or of your own.
-        data_root: a MUSDB18-shaped folder.
-        output_dir: made if absent. Songs that are finished there are not scored again.
-        split: `train`, `valid` or `test`.
-        bounds: of "mixture", "irm" and "mwf"; these take most of the time.
-        bounds_dir: of their scores, `output_dir/bounds` if None; several models can share one.
-        jobs: processes, with a thread each; None for one with as many threads as torch uses now.
-        overwrite: score all songs again, and bounds that are broken or differ.
-        progress: wraps the list of songs that are left to score, e.g. `tqdm`.
-
-    `window`, `hop`, `seconds` and `device` are those of `Scoring`.
-
-    Raises:
-        OSError: a file is missing, another process writes there, or one of ours was killed.
-        ValueError: what is there is broken, does not fit or was scored otherwise; or an argument
-            is out of range.
+        scores: `estimates`, `mixture`, `irm`, `mwf` → the scores of all songs in the same order.
+        gaps: what is missing of it, for the reader.
+        origin: where estimates and songs come from, for the reader.
 
     Notebook: 08_evaluation
     """
-    _check(split, bounds, jobs)
-    scoring = Scoring(estimator, window, hop, seconds, device)
-    folders = Folders.of(output_dir, bounds_dir, split)
-    tracks = find_tracks(data_root, split, scoring.sources)
-    folders.output.mkdir(parents=True, exist_ok=True)
-    with held(folders.output, "evaluating"):
-        left = unfinished(scoring, tracks, folders, bounds, overwrite)
-        folders.write_songs(track.name for track in tracks)
-        _score_all(scoring, left, folders, jobs, progress)
-    return folders.report([track.name for track in tracks], bounds)
+
+    scores: dict[str, list[TrackScores]]
+    gaps: tuple[str, ...] = ()
+    origin: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> list[str]:
+        """What was scored, from the floor to the ceiling."""
+        return [method for method in NAMES if method in self.scores]
+
+    @property
+    def tracks(self) -> list[str]:
+        """Names of the songs."""
+        return [track.track for track in self.scores["estimates"]]
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Names of the stems."""
+        return tuple(self.scores["estimates"][0].frames)
+
+    def medians(self, method: str = "estimates") -> Ratios:
+        """SiSEC: stem → ratio → the median over songs of the median over frames, in dB."""
+        songs = [track.medians for track in self.scores[method]]
+        return {
+            stem: {ratio: median_of([song[stem][ratio] for song in songs]) for ratio in RATIOS}
+            for stem in self.stems
+        }
+
+    def means(self, method: str = "estimates", ratio: str = "uSDR") -> dict[str, float]:
+        """Music Demixing Challenge: stem → the mean over songs of one ratio of the whole song.
+
+        Args:
+            method: what was scored.
+            ratio: "uSDR" or "SI-SDR".
+        """
+        songs = [track.whole for track in self.scores[method]]
+        return {stem: mean_of([song[stem][ratio] for song in songs]) for stem in self.stems}
+
+    def facts(self) -> dict[str, str]:
+        """What was scored, and how, in words."""
+        songs = self.scores["estimates"]
+        of = songs[0].settings
+        part = "whole" if of["seconds"] is None else f"the first {of['seconds']:g} s of each"
+        lasting = sum(song.seconds for song in songs)
+        own = (f"{name}: {shortened(value)}" for name, value in of["estimator"].items())
+        return self.origin | {
+            "songs": f"{len(songs)}, {part}: {lasting:.0f} s",
+            "frames": f"of {songs[0].window:g} s, {songs[0].hop:g} s apart; {self._frames()}",
+            "estimates": ", ".join(own),
+            "tfswa-lab": of["version"],
+        }
+
+    def _frames(self) -> str:
+        """How many frames have a value, stem by stem if they differ."""
+        songs = [song.frames for song in self.scores["estimates"]]
+        values = {stem: [x for song in songs for x in song[stem]["SDR"]] for stem in self.stems}
+        counts = {stem: sum(not math.isnan(x) for x in values[stem]) for stem in self.stems}
+        if len(set(counts.values())) == 1:
+            scored = str(counts[self.stems[0]])
+        else:
+            scored = ", ".join(f"{stem} {count}" for stem, count in counts.items())
+        return f"scored: {scored} of {len(values[self.stems[0]])}"
+
+    def tables(self) -> list[Table]:
+        """Medians, means, and both song by song."""
+        return [
+            self._medians_table(),
+            self._means_table(),
+            self._songs_table("Median over frames of SDR, in dB", median_sdr),
+            self._songs_table("uSDR, in dB", whole_sdr),
+        ]
+
+    def _medians_table(self) -> Table:
+        medians = {method: self.medians(method) for method in self.methods}
+        rows = [
+            (stem, NAMES[method], *map(show, medians[method][stem].values()))
+            for stem in self.stems
+            for method in self.methods
+        ]
+        title = "Median over songs of the median over frames (SiSEC), in dB"
+        return Table(title, ("stem", "of", *RATIOS), tuple(rows))
+
+    def _means_table(self) -> Table:
+        means = {method: self.means(method) for method in self.methods}
+        rows = [(stem, *(show(means[method][stem]) for method in means)) for stem in self.stems]
+        if len(self.stems) > 1:
+            total = (mean_of(list(means[method].values())) for method in means)
+            rows.append(("mean of stems", *map(show, total)))
+        columns = ("stem", *(NAMES[method] for method in means))
+        return Table("Mean over songs of uSDR (Music Demixing), in dB", columns, tuple(rows))
+
+    def _songs_table(self, title: str, score: Callable[[TrackScores, str], float]) -> Table:
+        """Each score with the floor and the higher ceiling, as far as they are there."""
+        ends = {
+            name: [self.scores[method] for method in methods if method in self.scores]
+            for name, methods in ENDS.items()
+        }
+        ends = {name: bounds for name, bounds in ends.items() if bounds}
+        rows = []
+        for number, song in enumerate(self.scores["estimates"]):
+            around = [[songs[number] for songs in bounds] for bounds in ends.values()]
+            cells = [_between(song, around, stem, score) for stem in self.stems]
+            rows.append((song.track, *cells))
+        within = f" ({' … '.join(ends)})" if ends else ""
+        return Table(title + within, ("song", *self.stems), tuple(rows))
+
+    def notes(self) -> list[str]:
+        """What a reader of the scores should know: what is missing, and by song what was done."""
+        notes = list(self.gaps)
+        for number, song in enumerate(self.scores["estimates"]):
+            notes += [f"{song.track}: {note}" for note in song.notes]
+            for method in self.methods:  # a bound's, if the estimates have no such note
+                new = [x for x in self.scores[method][number].notes if x not in song.notes]
+                notes += [f"{song.track}, {NAMES[method]}: {note}" for note in new]
+        return notes
+
+    def to_markdown(self) -> str:
+        """What was scored, all tables, and notes."""
+        texts = ["\n".join(f"- {name}: {value}" for name, value in self.facts().items())]
+        texts += [table.to_markdown() for table in self.tables()]
+        texts += ["\n".join(f"- {note}" for note in self.notes())] if self.notes() else []
+        return "\n\n".join(texts) + "\n"
 
 
-def _check(split: str, bounds: Sequence[str], jobs: int | None) -> None:
-    check_choice("split", split, SPLITS)
-    for name in bounds:
-        check_choice("bound", name, tuple(BOUNDS))
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs={jobs} must be 1 or more processes")
+def _between(
+    song: TrackScores,
+    ends: Sequence[Sequence[TrackScores]],
+    stem: str,
+    score: Callable[[TrackScores, str], float],
+) -> str:
+    """A score and, in brackets, the highest of each of these bounds."""
+    highest = [highest_of([score(bound, stem) for bound in bounds]) for bounds in ends]
+    return show(score(song, stem)) + (f" ({' … '.join(map(show, highest))})" if ends else "")
 
 
-def _score_all(
-    scoring: Scoring, left: list[Job], folders: Folders, jobs: int | None, progress: Progress
-) -> None:
-    """Score songs side by side, and write each as soon as it is finished."""
-    jobs = min(effective_n_jobs(jobs), max(1, len(left)))
-    # A song is sent when a process is free: none must wait where nobody may be left to write it.
-    sending = {"batch_size": 1, "pre_dispatch": "n_jobs"}
-    parallel = Parallel(jobs, return_as="generator_unordered", **sending)
-    threads = None if jobs == 1 else 1
-    finished = parallel(delayed(score_track)(scoring, *job, threads) for job in left)
-    names = [track.name for track, _ in left]
-    try:
-        for _, scores in zip(progress(names), finished, strict=True):
-            folders.write(scores)  # here: only who holds the lock may write
-    except BrokenExecutor as error:
-        raise ChildProcessError(
-            f"one of {jobs} processes was killed, most likely for lack of memory: a song needs up "
-            "to 3 GiB for every 3 minutes; finished songs are kept: evaluate again with fewer jobs"
-        ) from error
-
-
-def load_report(
-    output_dir: str | Path, split: str = "test", bounds_dir: str | Path | None = None
-) -> Report:
-    """Read what `evaluate` wrote, with the bounds that are there for all songs.
-
-    Of an evaluation that was killed it has the songs that are finished, and its notes say so.
-
-    Raises:
-        FileNotFoundError: there are no scores.
-        ValueError: a file is not of ours, or broken, or of other settings than another.
+def median_sdr(song: TrackScores, stem: str) -> float:
+    """SiSEC's score of a song.
 
     Notebook: 08_evaluation
     """
-    folders = Folders.of(output_dir, bounds_dir, split)
-    names = [path.stem for path in folders.scored()]
-    if not names:
-        raise FileNotFoundError(
-            f"{folders.output / split} holds no scores; evaluate something first"
-        )
-    gaps = ()
-    if set(wanted := folders.read_songs()) - set(names):
-        gaps = (f"{len(names)} of {len(wanted)} songs are scored: evaluate again for the rest",)
-    there = []
-    for bound in BOUNDS:
-        count = sum(folders.path(bound, name).is_file() for name in names)
-        if count == len(names):
-            there.append(bound)
-        elif count:
-            gaps += (f"{NAMES[bound]}: left out, scored for {count} of {len(names)} songs",)
-    return folders.report(names, there, gaps)
+    return song.medians[stem]["SDR"]
+
+
+def whole_sdr(song: TrackScores, stem: str) -> float:
+    """The Music Demixing Challenge's.
+
+    Notebook: 08_evaluation
+    """
+    return song.whole[stem]["uSDR"]
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean of those that are numbers.
+
+    >>> mean_of([1.0, math.nan, 4.0])
+    2.5
+
+    Notebook: 08_evaluation
+    """
+    numbers = [value for value in values if not math.isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def highest_of(values: Sequence[float]) -> float:
+    """The highest of those that are numbers, NaN if none is.
+
+    >>> highest_of([1.0, math.nan, 4.0])
+    4.0
+
+    Notebook: 08_evaluation
+    """
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
+
+
+def show(value: float) -> str:
+    """Two decimals, a dash for none, and what is but rounding as such.
+
+    >>> show(3.14159), show(math.nan), show(193.4)
+    ('3.14', '–', '>100')
+
+    Notebook: 08_evaluation
+    """
+    if value > PERFECT:
+        return f">{PERFECT}"
+    return "–" if math.isnan(value) else f"{value:.2f}"

@@ -24,7 +24,7 @@ from tfswa_lab.evaluation.bsseval import bss_eval
 from tfswa_lab.evaluation.estimates import Estimates, check_seconds
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.ratios import si_sdr, usdr
-from tfswa_lab.evaluation.store import DECIMALS, TrackScores, frames_by_stem
+from tfswa_lab.evaluation.scores import DECIMALS, TrackScores, frames_by_stem
 from tfswa_lab.evaluation.threads import compute_threads
 
 ESTIMATES = "estimates"  # beside "mixture", "irm" and "mwf", what can be scored

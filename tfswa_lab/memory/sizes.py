@@ -8,15 +8,49 @@ from __future__ import annotations
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A number of bytes in the unit that suits it; units are powers of 1024.
 
     Notebook: 05_where_memory_goes
 
-    >>> in_words(512), in_words(3 * MIB // 2), in_words(-5 * GIB)
+    >>> format_bytes(512), format_bytes(3 * MIB // 2), format_bytes(-5 * GIB)
     ('512 B', '1.50 MiB', '-5.00 GiB')
     """
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(size) >= unit:
             return f"{size / unit:.2f} {name}"
     return f"{size} B"
+
+
+QUANTUM = 512  # every request is rounded up to a multiple of it
+SMALL = MIB  # the largest request of the small pool
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB  # for requests of the large pool below `OWN_SEGMENT`
+OWN_SEGMENT = 10 * MIB  # from here on a request gets a segment of its own size, rounded up to
+SEGMENT_QUANTUM = 2 * MIB
+
+
+def rounded(requested: int) -> int:
+    """Bytes that are set aside for a request, at least.
+
+    Notebook: 05_where_memory_goes
+
+    >>> rounded(1), rounded(512), rounded(513)
+    (512, 512, 1024)
+    """
+    return -(-requested // QUANTUM) * QUANTUM
+
+
+def segment_size(size: int) -> int:
+    """Bytes that the device is asked for when nothing cached is large enough.
+
+    Notebook: 05_where_memory_goes
+
+    >>> [segment_size(n * MIB) // MIB for n in (1, 2, 10, 11)]
+    [2, 20, 10, 12]
+    """
+    if size <= SMALL:
+        return SMALL_SEGMENT
+    if size < OWN_SEGMENT:
+        return LARGE_SEGMENT
+    return -(-size // SEGMENT_QUANTUM) * SEGMENT_QUANTUM

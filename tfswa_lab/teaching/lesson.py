@@ -82,17 +82,18 @@ def fits(make_step: Callable[[], Callable[[], Any]], device: torch.device, **cho
 
     Notebook: 06_leak_diagnosis
     """
+    from tfswa_lab.memory.gauges import device_memory
     from tfswa_lab.memory.predict import predict
-    from tfswa_lab.memory.sizes import in_words
+    from tfswa_lab.memory.sizes import format_bytes
 
     if device.type != "cuda":
         return True
     needed = predict(make_step, **choices).peak
     torch.cuda.empty_cache()  # else what torch keeps for later tensors would not count as free
-    free, _ = torch.cuda.mem_get_info(device)
+    free = device_memory(device).free
     if needed <= SHARE_OF_FREE * free:
         return True
-    print(f"does not fit this GPU: would take {in_words(needed)}, {in_words(free)} is free")
+    print(f"does not fit this GPU: would take {format_bytes(needed)}, {format_bytes(free)} is free")
     return False
 
 

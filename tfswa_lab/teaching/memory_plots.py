@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from tfswa_lab.memory.sizes import GIB, KIB, MIB, in_words
-from tfswa_lab.memory.tracing.blocks import CATEGORIES, Block, Timeline, by_category
+from tfswa_lab.memory.sizes import GIB, KIB, MIB, format_bytes
+from tfswa_lab.memory.trace.timeline import CATEGORIES, Block, Timeline, by_category
 
 OTHERS = "others"
 # Dark to light in the order in which they are stacked, 9 steps (CIE L*) or more apart, so they
@@ -224,7 +224,7 @@ def _mark_peak(ax: Axes, event: int, peak: int, unit: int) -> None:
     left, right = ax.get_xlim()
     late = event > left + 0.62 * (right - left)
     ax.plot(event + 0.5, peak / unit, "o", color="black", markersize=4, zorder=5)
-    words, where = f"peak {in_words(peak)} at event {event}", (event + 0.5, peak / unit)
+    words, where = f"peak {format_bytes(peak)} at event {event}", (event + 0.5, peak / unit)
     side = {"xytext": (-7 if late else 7, 4), "ha": "right" if late else "left"}
     ax.annotate(words, where, textcoords="offset points", fontsize="small", bbox=PLATE, **side)
 
@@ -279,10 +279,10 @@ def plot_peak(held: Mapping[str, int], ax: Axes | None = None) -> tuple[Figure, 
     words = {}
     for name, size in held.items():
         share = f"{100 * size / total:.0f}" if size >= total / 100 else "< 1"
-        words[name] = f"{in_words(size)} · {share} %"
+        words[name] = f"{format_bytes(size)} · {share} %"
     colours = [CATEGORY_COLOURS.get(name, BAR_COLOUR) for name in held]
     fig, ax = _bars(held, words, colours, ax)
-    ax.set_title(f"{in_words(total)} in all", loc="left", fontsize="medium")
+    ax.set_title(f"{format_bytes(total)} in all", loc="left", fontsize="medium")
     return fig, ax
 
 
@@ -305,7 +305,8 @@ def plot_peaks(
         raise ValueError("there are no peaks to draw")
     over = {name: size - budget if budget else 0 for name, size in peaks.items()}
     words = {
-        name: in_words(size) + (f", over by {in_words(over[name])}" if over[name] > 0 else "")
+        name: format_bytes(size)
+        + (f", over by {format_bytes(over[name])}" if over[name] > 0 else "")
         for name, size in peaks.items()
     }
     colours = [OVER_COLOUR if over[name] > 0 else BAR_COLOUR for name in peaks]
@@ -313,7 +314,7 @@ def plot_peaks(
     if budget:
         unit, _ = unit_of(max(*peaks.values(), budget))
         ax.axvline(budget / unit, color="black", gapcolor="white", linewidth=1, linestyle=DASHES)
-        ax.set_title(f"dashed: the budget, {in_words(budget)}", loc="left", fontsize="medium")
+        ax.set_title(f"dashed: the budget, {format_bytes(budget)}", loc="left", fontsize="medium")
     return fig, ax
 
 

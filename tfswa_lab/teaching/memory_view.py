@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from tfswa_lab.memory.sizes import in_words
-from tfswa_lab.memory.tracing.blocks import Block, Timeline, by_category, by_line, by_module
+from tfswa_lab.memory.sizes import format_bytes
+from tfswa_lab.memory.trace.timeline import Block, Timeline, by_category, by_line, by_module
 from tfswa_lab.teaching.memory_plots import (
     OTHERS,
     PASS_COLOURS,
@@ -248,11 +248,11 @@ def _outline(timeline: Timeline, canvas: Canvas) -> str:
 def _about(block: Block) -> str:
     """A block in words."""
     shape = f"{block.dtype} {block.shape}" if block.dtype else ""
-    asked = f" ({in_words(block.size)} asked for)" if block.size != block.rounded else ""
+    asked = f" ({format_bytes(block.size)} asked for)" if block.size != block.rounded else ""
     end = "to the end" if block.died is None else f"to {block.died}"
     step = f" of step {block.step}" if block.step >= 0 else ""
     lines = [
-        f"{in_words(block.rounded)}{asked}, {block.category}",
+        f"{format_bytes(block.rounded)}{asked}, {block.category}",
         " ".join(filter(None, (block.op, shape))),
         block.module and f"module {block.module}",
         f"{block.phase}{step}, events {block.born} {end}",
@@ -304,7 +304,7 @@ def _passes(timeline: Timeline, canvas: Canvas) -> Iterator[str]:
 def _peak(timeline: Timeline, canvas: Canvas) -> Iterator[str]:
     peak, event = timeline.peak(canvas.start, canvas.stop)
     x, y = canvas.x(event + 0.5), canvas.y(peak)
-    words = f"peak {in_words(peak)} at event {event}"
+    words = f"peak {format_bytes(peak)} at event {event}"
     late = float(x) + 6.2 * len(words) > canvas.right
     side = f'dx="{-6 if late else 6}" dy="-2" {AROUND_WORDS}'
     yield _label(x, y, words, "end" if late else "start", side)

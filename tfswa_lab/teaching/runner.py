@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import threading
 import time
@@ -38,7 +37,8 @@ from rich.table import Table
 from rich.text import Text
 from traitlets import Type
 
-MIB = 2**20
+from tfswa_lab.memory.gauges import process_peak
+from tfswa_lab.memory.sizes import MIB
 
 
 @dataclass(frozen=True)
@@ -199,18 +199,10 @@ class _KernelWatch(threading.Thread):
     def look(self) -> None:
         """Note the kernel's memory; once it has gone, there is nothing to note."""
         with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            self.peak_bytes = max(self.peak_bytes, _resident_bytes(self._kernel))
+            self.peak_bytes = max(self.peak_bytes, process_peak(self._kernel))
 
     def stop(self) -> None:
         self._ended.set()
-
-
-def _resident_bytes(process: psutil.Process) -> int:
-    """Resident memory: the highest so far where the system keeps it (Linux), else the present."""
-    status = Path(f"/proc/{process.pid}/status")
-    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(peak[1]) * 1024
-    return process.memory_info().rss
 
 
 def try_notebook(

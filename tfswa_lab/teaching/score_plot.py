@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from tfswa_lab.durable import write_whole
 from tfswa_lab.evaluation.bsseval import median_of
-from tfswa_lab.evaluation.store import RATIOS, TrackScores
-from tfswa_lab.evaluation.summary import NAMES, Report, mean_of
+from tfswa_lab.evaluation.report import NAMES, Report, mean_of
+from tfswa_lab.evaluation.scores import RATIOS, TrackScores
 from tfswa_lab.teaching.plots import OTHER_COLOUR, STEM_COLOURS
 
 MARKS = {"mixture": "v", "estimates": "o", "irm": "^", "mwf": "D"}

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import torch
 from tqdm.auto import tqdm
 
-MIB = 2**20
+from tfswa_lab.memory import gauges
+from tfswa_lab.memory.sizes import MIB
 
 
 def memory_mib(device: torch.device) -> dict[str, float]:
@@ -25,10 +25,10 @@ def memory_mib(device: torch.device) -> dict[str, float]:
     Notebook: 07_training
     """
     if device.type != "cuda":
-        return {"process_rss": psutil.Process().memory_info().rss / MIB}
+        return {"process_rss": gauges.process_rss() / MIB}
     return {
-        "allocated": torch.cuda.memory_allocated(device) / MIB,
-        "reserved": torch.cuda.memory_reserved(device) / MIB,
+        "allocated": gauges.allocated(device) / MIB,
+        "reserved": gauges.reserved(device) / MIB,
     }
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from tfswa_lab.memory.rounding import rounded
+from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.trace import Trace, trace
-from tfswa_lab.memory.tracing.blocks import Block, Timeline, by_category
+from tfswa_lab.memory.trace.timeline import Block, Timeline, by_category
 from tfswa_lab.teaching.checks.verdict import mismatch, verdict
 
 NUMBERS = {"sgd": 2, "momentum": 3, "adamw": 4}  # per parameter: itself, its gradient, the state's

@@ -1,0 +1,203 @@
+"""`tfswa-lab train` as a user types it."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tfswa_lab import audio
+from tfswa_lab.cli import app
+from tfswa_lab.cli import main as cli
+from tfswa_lab.models.storage import load_separator
+from tfswa_lab.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from tfswa_lab.training.presets import PRESETS, TINY
+
+RATE = 8000
+QUICK = [
+    *("--dims", "8,8,8,8", "--depths", "1,1,1,1", "--num-heads", "1", "--window-size", "4"),
+    *("--n-fft", "64", "--hop-length", "16", "--sample-rate", str(RATE), "--mrstft-weight", "0"),
+    *("--segment-seconds", "0.1", "--samples-per-track", "2", "--batch-size", "2"),
+    *("--max-epochs", "1", "--log-every-n-steps", "1", "--warmup-steps", "1"),
+]
+OPTIONS_OF_THE_FIELD = """
+    data-root target-stems segment-seconds batch-size max-epochs learning-rate weight-decay
+    gradient-clip-val use-amp precision depths dims window-size num-heads n-fft hop-length
+    l1-weight mrstft-weight output-dir log-every-n-steps device devices resume preset
+"""
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory):
+    """Five songs of noise, half a second each."""
+    root = tmp_path_factory.mktemp("songs")
+    generator = torch.Generator().manual_seed(0)
+    for k in range(5):
+        stems = 0.05 * torch.randn(4, 2, RATE // 2, generator=generator)
+        folder = root / "train" / f"Band - Song {k}"
+        for name, stem in zip(audio.STEMS, stems, strict=True):
+            audio.write(folder / f"{name}.wav", stem, RATE)
+        audio.write(folder / "mixture.wav", stems.sum(0), RATE)
+    return root
+
+
+def run(*arguments):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    torch.set_num_threads(before)
+    return result
+
+
+def words(result):
+    """What is printed, without the frame around it and its line breaks."""
+    return re.sub(r"[│╭╰─╮╯\s]+", " ", result.output)
+
+
+@pytest.fixture(scope="module")
+def finished(songs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    result = run("--data-root", songs, "--output-dir", folder, *QUICK)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_the_help_names_the_fields_options_without_loading_torch():
+    code = (
+        "import sys; from tfswa_lab.cli import app; app(['train', '--help'], standalone_mode=False)"
+        "; sys.exit('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "COLUMNS": "200"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0
+    for option in OPTIONS_OF_THE_FIELD.split():
+        assert f"--{option} " in result.stdout, option
+
+
+def test_a_run_leaves_a_separator_that_the_next_command_uses(finished, songs, tmp_path):
+    song = songs / "train" / "Band - Song 0" / "mixture.wav"
+    arguments = [song, "--model", finished / "best", "--out", tmp_path]
+    result = CliRunner().invoke(app, ["separate", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    stems = [audio.read(tmp_path / f"mixture_{stem}.wav")[0] for stem in ("vocals", "other")]
+    torch.testing.assert_close(sum(stems), audio.read(song)[0], atol=3 / 32_768, rtol=0)
+
+
+def test_options_override_the_preset_and_nothing_else(finished):
+    training = load_checkpoint(find_checkpoint(finished))["settings"]["training"]
+    assert training["dims"] == (8, 8, 8, 8)
+    assert training["segment_seconds"] == 0.1
+    assert training["learning_rate"] == TINY.learning_rate
+    assert training["target_stems"] == TINY.target_stems
+
+
+def test_resuming_needs_no_option_again(finished):
+    result = run("--resume", finished)
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 steps" in words(result)
+    result = run("--resume", finished, "--max-epochs", 2)
+    assert "8 of 8 steps" in words(result)
+    result = run("--resume", list_checkpoints(finished)[0], "--batch-size", 4)
+    assert result.exit_code == 1
+    assert "batch_size was 2, is 4" in words(result)
+
+
+def test_a_broken_checkpoint_is_refused_with_the_command_that_helps(finished, tmp_path):
+    older, newest = list_checkpoints(finished)
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-100])
+    result = run("--resume", finished)
+    newest.write_bytes(content)
+    assert result.exit_code == 1
+    assert f"--resume {older}" in result.output
+
+
+def test_mistakes_are_named(finished, songs, tmp_path):
+    for arguments, message in [
+        (["--output-dir", finished], "holds a run already"),
+        (["--resume", tmp_path], "nothing to resume"),
+        (["--preset", "huge"], "choose among tiny, small, default"),
+        (["--target-stems", "vocals,voice"], "unknown stem 'voice'"),
+        (["--dims", "8,8"], "four entries"),
+        (["--dims", "8,x"], "'--dims'"),
+        (["--batch-size", "999"], "a step takes 999 stretches"),
+        (["--precision", "8-bit"], "choose among 32-true"),
+        (["--use-amp", "--precision", "32-true"], "drop use_amp"),
+        (["--device", "tpu"], "device='tpu'"),
+        (["--data-root", tmp_path / "nowhere"], "nowhere"),
+        (["--segment-seconds", 0.007], "must hold a window of n_fft=64 (0.01 s)"),
+        (["--segment-seconds", 0.6], "the longest song has 0.50 s"),
+        (["--augment", "ful"], "did you mean 'full'?"),
+        (
+            ["--output-dir", songs / "train" / "Band - Song 0" / "bass.wav"],
+            "choose another output_dir",
+        ),
+        (["--resume", finished, "--preset", "small"], "keeps its preset"),
+    ]:
+        usual = [*QUICK, "--data-root", songs, "--output-dir", tmp_path / "new"]
+        result = run(*usual, *arguments)
+        assert result.exit_code in (1, 2), arguments
+        assert message in words(result), result.output
+
+
+def test_stems_are_listed_with_commas_and_amp_picks_what_fits(songs, tmp_path):
+    result = run(
+        *("--data-root", songs, "--output-dir", tmp_path, *QUICK),
+        *("--target-stems", "drums,bass", "--use-amp", "--augment", "none", "--max-steps", 1),
+    )
+    assert result.exit_code == 0, result.output
+    separator = load_separator(tmp_path / "best")
+    assert separator.stems == ("drums", "bass")
+    assert not separator.mixture_consistency, "drums and bass are not all"
+    training = load_checkpoint(find_checkpoint(tmp_path))["settings"]["training"]
+    assert training["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_networks_that_exist(name):
+    from tfswa_lab.training.run import loss_of, separator_of
+
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        separator, loss = separator_of(preset), loss_of(preset)
+    assert separator.stems == loss.stems == preset.target_stems
+
+
+def test_full_augmentation_is_a_word_away(songs, tmp_path):
+    result = run("--data-root", songs, "--output-dir", tmp_path, *QUICK, "--augment", "full")
+    assert result.exit_code == 0, result.output
+    settings = load_checkpoint(find_checkpoint(tmp_path))["settings"]
+    assert settings["augment"].startswith("Chain(augmentations=[Remix(")
+    assert "PitchShift(semitones=(-2.0, 2.0), prob=0.2, n_fft=512)" in settings["augment"]
+    assert settings["masking"].startswith("SpectrogramMasking(max_bins=80, max_frames=40,")
+
+
+PYTHON = [sys.executable, "-m"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ([*PYTHON, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"], []),
+        ([*PYTHON, "lightning_fabric.cli", "--accelerator=cpu", "--devices=2"], []),
+        (PYTHON, ["--devices", 2]),
+    ],
+    ids=["torchrun", "fabric", "alone"],
+)
+def test_two_processes_train_from_the_same_command(songs, tmp_path, launcher, options):
+    arguments = ["--data-root", songs, "--output-dir", tmp_path, *QUICK, "--max-steps", "2"]
+    command = "tfswa_lab.cli" if launcher[-1] == "-m" else cli.__file__  # fabric takes a file
+    result = subprocess.run(
+        [*launcher, command, "train", *map(str, [*arguments, *options])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 of 2 steps") == 1, "the first process speaks for all"
+    assert len(load_checkpoint(find_checkpoint(tmp_path))["random"]) == 2
+    load_separator(tmp_path / "best")

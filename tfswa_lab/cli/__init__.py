@@ -1,0 +1,5 @@
+"""The command line, `tfswa-lab`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"main": ["app"]})

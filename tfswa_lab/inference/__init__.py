@@ -1,0 +1,1 @@
+"""From waveforms and files to stems."""

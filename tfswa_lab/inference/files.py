@@ -1,0 +1,103 @@
+"""Separate a sound file of any length within the memory that a few segments take.
+
+Axis letters: `n` stems, `c` audio channels, `s` samples.
+
+Notebook: 08_evaluation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tfswa_lab import audio
+from tfswa_lab.durable import parts_of
+from tfswa_lab.inference.blocks import read_blocks, resample_blocks, write_blocks
+from tfswa_lab.inference.separate import separate_stream
+from tfswa_lab.models.separator import Separator
+
+
+class SeparatedFile(NamedTuple):
+    """What `separate_file` wrote: a file per stem, and the gain that all of them have in common."""
+
+    files: list[Path]
+    gain: float
+
+
+def separate_file(
+    separator: Separator,
+    song: str | Path,
+    out: str | Path,
+    segment_seconds: float = 6.0,
+    overlap: float = 0.25,
+    progress: Callable[[list[int]], Iterable[int]] = iter,
+    batch_size: int = 1,
+    shifts: int = 1,
+    as_float: bool = False,
+) -> SeparatedFile:
+    """Separate a file of any length and sample rate into `out/SONG_STEM.wav`, one for each stem.
+
+    The song is read twice, first to see that all of it can be decoded. The stems are written as
+    32-bit floats and then, unless these are wanted, as 16-bit integers: whether they would clip
+    there is known at the end only. All files appear at the end, or none does.
+
+    Args:
+        separator: in evaluation mode; the song is resampled to its rate, and the stems back.
+        song: a WAV, FLAC, Ogg or MP3 file.
+        out: a folder, made if absent.
+        segment_seconds: what the separator sees at once.
+        as_float: 32-bit stems; these cannot clip, so they are never scaled.
+
+    `overlap`, `progress`, `batch_size` and `shifts` are those of `separate_track`.
+
+    Returns:
+        The files, and the gain that keeps the loudest from clipping: 1 if none would.
+
+    Raises:
+        OSError: there is no such song, or the stems cannot be written.
+        ValueError: the song is damaged or has more than two channels, or a number makes no sense.
+        torch.OutOfMemoryError: there is no memory even for one segment.
+
+    Notebook: 08_evaluation
+    """
+    song, out = Path(song), Path(out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder for the stems")
+    rate, length = _check_song(song)
+    channels, model_rate = separator.audio_channels, separator.sample_rate
+    heard = (audio.to_channels(block, channels) for block in read_blocks(song))
+    estimates = separate_stream(
+        separator,
+        resample_blocks(heard, rate, model_rate),
+        -(-length * model_rate // rate),
+        round(segment_seconds * model_rate),
+        overlap,
+        progress,
+        batch_size,
+        shifts,
+    )
+    stems = resample_blocks(estimates, model_rate, rate)
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{song.stem}_{stem}.wav" for stem in separator.stems]
+    with parts_of(files) as parts:
+        peak = write_blocks(parts, stems, rate, (channels, length), "FLOAT")
+        gain = 1.0 if as_float else 1 / max(1.0, peak)
+        if not as_float:
+            for part in parts:
+                _to_16_bit(part, gain, rate, (channels, length))
+    return SeparatedFile(files, gain)
+
+
+def _check_song(song: Path) -> tuple[int, int]:
+    """Rate and length, after decoding it all: damage should be found before the work."""
+    start, rate = audio.read(song, frames=1)
+    audio.to_stereo(start)  # or an error: it has too many channels
+    return rate, sum(block.shape[-1] for block in read_blocks(song))
+
+
+def _to_16_bit(path: Path, gain: float, rate: int, shape: tuple[int, int]) -> None:
+    """Turn a file of floats into one of integers, under the same name."""
+    scaled = (gain * block[None] for block in read_blocks(path))
+    with parts_of([path]) as parts:
+        write_blocks(parts, scaled, rate, shape, "PCM_16")

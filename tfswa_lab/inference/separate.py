@@ -1,0 +1,226 @@
+"""Whole songs through a separator that sees a few seconds at a time.
+
+Axis letters: `b` batch, `n` stems, `c` audio channels, `s` samples.
+
+Notebook: 03_tfswa_unet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tfswa_lab.memory.out_of_memory import is_out_of_memory
+
+
+def fade_window(length: int, fade: int) -> Tensor:
+    """Ones with a linear ramp of `fade` samples at both ends; never zero.
+
+    >>> fade_window(6, 2).tolist()
+    [0.25, 0.75, 1.0, 1.0, 0.75, 0.25]
+
+    Notebook: 03_tfswa_unet
+    """
+    ramp = (torch.arange(length) + 0.5) / max(fade, 1)
+    return torch.minimum(ramp, ramp.flip(0)).clamp(max=1.0)
+
+
+def segment_starts(length: int, segment: int, fade: int, shifts: int = 1) -> list[int]:
+    """Where segments begin that overlap by `fade` samples; the last one ends with the song.
+
+    With `shifts`, so many such rows of segments in one, evenly shifted against each other.
+
+    >>> segment_starts(100, 40, 10)
+    [0, 30, 60]
+    >>> segment_starts(105, 40, 10)
+    [0, 30, 60, 65]
+    >>> segment_starts(25, 40, 10)
+    [0]
+    >>> segment_starts(105, 40, 10, shifts=2)
+    [0, 15, 30, 45, 60, 65]
+
+    Notebook: 03_tfswa_unet
+    """
+    last, hop = max(length - segment, 0), segment - fade
+    before_last = -(-last * shifts // hop)
+    return [*(k * hop // shifts for k in range(before_last)), last]
+
+
+def separate_track(
+    separator: nn.Module,
+    mixture: Tensor,
+    segment: int,
+    overlap: float = 0.25,
+    progress: Callable[[list[int]], Iterable[int]] = iter,
+    batch_size: int = 1,
+    shifts: int = 1,
+) -> Tensor:
+    """Separate a mixture of any length by overlap-add of faded segments.
+
+    Segments overlap by a fixed share, the last one by more, so that it is as long as the others:
+    silence appended to it would change what the network sees. Where segments overlap they are
+    averaged with weights that fade in and out, so no seam is heard and no tail is lost.
+
+    Args:
+        separator: maps `(b, c, s)` to `(b, n, c, s)`; put it in evaluation mode first.
+        mixture: `(c, s)`, moved to the separator's device a batch of segments at a time.
+        segment: samples per segment; a shorter mixture is separated whole.
+        overlap: share of a segment that the next one covers again, in [0, 0.5].
+        progress: wraps the list of segment starts, e.g. `tqdm`.
+        batch_size: segments at once; halved, and halved again, where memory is short.
+        shifts: average so many estimates, whose segments begin elsewhere; 0 and 1 are one.
+
+    Returns:
+        Estimates `(n, c, s)` on the mixture's device.
+
+    Raises:
+        ValueError: the mixture is empty or not `(c, s)`, or another argument is out of range.
+        torch.OutOfMemoryError: there is no memory even for one segment.
+
+    Notebook: 03_tfswa_unet
+    """
+    if mixture.ndim != 2 or mixture.shape[1] == 0:
+        raise ValueError(f"expected a mixture (channels, samples), got {tuple(mixture.shape)}")
+    finished = separate_stream(
+        separator, [mixture], mixture.shape[1], segment, overlap, progress, batch_size, shifts
+    )
+    return torch.cat(list(finished), dim=-1)
+
+
+def separate_stream(
+    separator: nn.Module,
+    blocks: Iterable[Tensor],
+    length: int,
+    segment: int,
+    overlap: float = 0.25,
+    progress: Callable[[list[int]], Iterable[int]] = iter,
+    batch_size: int = 1,
+    shifts: int = 1,
+) -> Iterator[Tensor]:
+    """`separate_track` for a mixture that comes in blocks and need not fit into memory.
+
+    `shifts` only adds segments: the weights of one row of them sum to 1 (but at the song's ends),
+    so the overlap-add of n rows is the average of n estimates.
+
+    Args:
+        blocks: `(c, s)` each, any lengths, one after the other; read when they are needed.
+        length: samples of them all.
+
+    All others are those of `separate_track`, and so is what is raised.
+
+    Returns:
+        An iterator of estimates `(n, c, s)`, one after the other, together `length` samples.
+
+    Notebook: 08_evaluation
+    """
+    _check(segment, overlap, batch_size, shifts)
+    fade = int(segment * overlap)
+    starts = segment_starts(length, segment, fade, max(shifts, 1))
+    window = fade_window(min(segment, length), fade)
+    segments = cut_segments(blocks, starts, len(window))
+    estimates = separate_batches(separator, segments, batch_size)
+    return overlap_add(progress(starts), estimates, window)
+
+
+@torch.inference_mode()
+def overlap_add(
+    starts: Iterable[int], estimates: Iterable[Tensor], window: Tensor
+) -> Iterator[Tensor]:
+    """Average segments `(…, s)` where they overlap, weighted by a window `(s,)`.
+
+    Yields:
+        `(…, s)`, one after the other, as soon as no later segment can change them.
+
+    Notebook: 08_evaluation
+
+    >>> segments = [torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6])]
+    >>> [block.tolist() for block in overlap_add([0, 2], segments, torch.ones(3))]
+    [[1.0, 2.0], [3.5, 5.0, 6.0]]
+    """
+    total, weight, position = 0.0, 0.0, 0  # sums over one window's length, from `position` on
+    for start, estimate in zip(starts, estimates, strict=False):  # a bar closes with its starts
+        if step := start - position:
+            yield total[..., :step] / weight[:step]
+            total, weight = (F.pad(held[..., step:], (0, step)) for held in (total, weight))
+            position = start
+        window = window.to(estimate)  # device and precision
+        total, weight = total + estimate * window, weight + window
+    yield total / weight
+
+
+def cut_segments(blocks: Iterable[Tensor], starts: list[int], size: int) -> Iterator[Tensor]:
+    """Overlapping segments `(c, size)` of a mixture that comes in blocks `(c, s)`.
+
+    >>> [s.tolist() for s in cut_segments(torch.arange(6).split(2), [0, 2, 3], 3)]
+    [[0, 1, 2], [2, 3, 4], [3, 4, 5]]
+
+    Raises:
+        ValueError: the blocks end before the last segment does.
+
+    Notebook: 08_evaluation
+    """
+    blocks, position = iter(blocks), 0
+    held = next(blocks, torch.empty(0))
+    for start in starts:
+        held, position = held[..., start - position :], start  # nobody asks for earlier samples
+        while held.shape[-1] < size:
+            if (block := next(blocks, None)) is None:
+                got, expected = position + held.shape[-1], starts[-1] + size
+                raise ValueError(f"the mixture has {got} samples, not length={expected}")
+            held = torch.cat([held, block], dim=-1)
+        yield held[..., :size]
+
+
+def separate_batches(
+    separator: nn.Module, segments: Iterable[Tensor], batch_size: int
+) -> Iterator[Tensor]:
+    """Estimates `(n, c, s)` of segments `(c, s)`, `batch_size` or, from an error on, fewer at once.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory even for one segment.
+
+    Notebook: 08_evaluation
+    """
+    segments = iter(segments)
+    waiting = list(islice(segments, batch_size))
+    while waiting:
+        batch = waiting[:batch_size]
+        estimates = _separate_or_none(separator, torch.stack(batch))
+        if estimates is None:
+            batch_size = len(batch) // 2
+            continue
+        yield from estimates
+        waiting = waiting[len(batch) :]
+        waiting += islice(segments, max(batch_size - len(waiting), 0))
+
+
+def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
+    """Estimates `(b, n, c, s)` like the batch in device and precision; None if memory is short."""
+    device = next(separator.parameters(), batch).device
+    try:
+        return separator(batch.to(device)).to(batch)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise torch.OutOfMemoryError(
+                f"{device} has no memory for one segment of {batch.shape[-1]} samples; "
+                "shorten the segments (--segment-seconds), or close what else uses the memory"
+            ) from error
+    return None  # outside the handler, where the error no longer holds on to the memory
+
+
+def _check(segment: int, overlap: float, batch_size: int, shifts: int) -> None:
+    if not (isinstance(segment, int) and segment >= 1 and 0 <= overlap <= 0.5):
+        raise ValueError(
+            f"segment={segment} must be a number of samples, overlap={overlap} from 0 to 0.5"
+        )
+    if not (isinstance(batch_size, int) and batch_size >= 1):
+        raise ValueError(f"batch_size={batch_size} must be 1 or more segments")
+    hop = segment - int(segment * overlap)
+    if not (isinstance(shifts, int) and 0 <= shifts <= hop):
+        raise ValueError(f"shifts={shifts} must be from 0 to {hop}, the hop of the segments")

@@ -1,1 +1,0 @@
-"""What a CUDA card would do, told without one: kernels, autocast, the allocator."""

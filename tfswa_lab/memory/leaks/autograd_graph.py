@@ -1,0 +1,115 @@
+"""What autograd's graph keeps: tensors saved for the backward pass, found from its nodes.
+
+These tensors need not exist in Python, so the collector of cycles cannot tell who holds them.
+
+Notebook: 06_leak_diagnosis
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import Node
+
+from tfswa_lab.memory.trace.tracer import has_storage
+
+MOST = 100_000  # nodes that are looked at
+
+
+def graph_of(tensors: Iterable[Tensor]) -> dict[Node, Tensor]:
+    """All nodes of the graphs that made some tensors, and the first that leads to each.
+
+    Notebook: 06_leak_diagnosis
+
+    >>> import torch
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> [type(node).__name__ for node in graph_of([x.exp().sum()])]
+    ['SumBackward0', 'ExpBackward0', 'AccumulateGrad']
+    """
+    nodes: dict[Node, Tensor] = {}
+    for tensor in tensors:
+        waiting = [tensor.grad_fn]
+        while waiting and len(nodes) < MOST:
+            node = waiting.pop()
+            if node is not None and node not in nodes:
+                nodes[node] = tensor
+                waiting.extend(before for before, _ in node.next_functions)
+    return nodes
+
+
+def last_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those that no other was made from: they keep the graph.
+
+    Notebook: 06_leak_diagnosis
+
+    >>> import torch
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> y = x.exp()
+    >>> z = y.sum()
+    >>> last_of([x, y, z]) == [z]
+    True
+    """
+    made = [tensor for tensor in tensors if tensor.grad_fn is not None]
+    inner = {before for node in graph_of(made) for before, _ in node.next_functions}
+    return [tensor for tensor in made if tensor.grad_fn not in inner]
+
+
+class Reach:
+    """Which of some tensors leads to what graphs have saved.
+
+    Args:
+        tensors: those that come first are preferred.
+
+    Attributes:
+        nodes: of their graphs, and the tensors that lead to them.
+        storages: addresses of what the nodes saved, and the tensors that lead there.
+        packed: identities of what hooks keep instead, and the tensors that lead there.
+
+    Notebook: 06_leak_diagnosis
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        self.nodes = graph_of(tensors)
+        self.storages: dict[int, Tensor] = {}
+        self.packed: dict[int, Tensor] = {}
+        for node, tensor in self.nodes.items():
+            for saved in _saved_by(node):
+                self._note(saved, tensor)
+
+    def holder_of(self, thing: Any) -> Tensor | None:
+        """The tensor whose graph has a node, or holds an object; None if there is none."""
+        if isinstance(thing, Node):
+            return self.nodes.get(thing)
+        if isinstance(thing, Tensor | UntypedStorage):
+            return self.storages.get(address_of(thing))
+        return self.packed.get(id(thing))
+
+    def _note(self, saved: Any, tensor: Tensor) -> None:
+        """What is packed is not unpacked: that may run a forward pass again."""
+        data, hook = getattr(saved, "data", None), getattr(saved, "unpack_hook", None)
+        if has_storage(data):
+            self.storages.setdefault(address_of(data), tensor)
+        if hook is not None:  # both are kept by C++, so that their identities stay
+            self.packed |= {id(hook): tensor, id(data): tensor}
+
+
+def address_of(thing: Tensor | UntypedStorage) -> int:
+    """Where the storage of a tensor is managed, the same for all tensors in it."""
+    return (thing.untyped_storage() if isinstance(thing, Tensor) else thing)._cdata
+
+
+def _saved_by(node: Node) -> Iterator[Any]:
+    for name in _names_of_saved(type(node)):
+        try:
+            saved = getattr(node, name)
+        except RuntimeError:  # freed by a backward pass
+            continue
+        yield from saved if isinstance(saved, list | tuple) else [saved]
+
+
+@lru_cache(maxsize=1024)
+def _names_of_saved(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))

@@ -1,0 +1,39 @@
+"""For your own test suite: a fixture that fails a test whose step loses memory.
+
+It is there wherever this package is installed; nothing has to be imported.
+
+Notebook: 06_leak_diagnosis
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tfswa_lab.memory.leaks.verdicts import Diagnosis
+
+
+@pytest.fixture
+def assert_no_leak() -> Callable[..., Diagnosis]:
+    """Diagnose a step as `leaks.diagnose` does, and fail with its words if memory is lost.
+
+    It fails, too, if a step raises an error (but for the end of its data), runs out of memory, or
+    takes more than `limit`.
+
+    Returns:
+        A function with the arguments of `diagnose`, that returns the diagnosis.
+
+    Notebook: 06_leak_diagnosis
+    """
+    from tfswa_lab.memory.leaks import diagnose  # torch is imported by tests that need it only
+
+    def check(step: Callable, steps: int = 12, **options) -> Diagnosis:
+        diagnosis = diagnose(step, steps, **options)
+        if diagnosis.leaks or diagnosis.failed:
+            pytest.fail(str(diagnosis), pytrace=False)
+        return diagnosis
+
+    return check

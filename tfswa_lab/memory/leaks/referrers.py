@@ -1,0 +1,184 @@
+"""The shortest way from a name in a program to an object, found backwards through referrers.
+
+Notebook: 06_leak_diagnosis
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from inspect import CO_OPTIMIZED
+from pathlib import Path
+from types import FrameType, GeneratorType, ModuleType
+from typing import Any
+
+
+def of_types(types: tuple[type, ...]) -> list[Any]:
+    """All objects of some classes that the collector of cycles knows and has not frozen.
+
+    Notebook: 06_leak_diagnosis
+    """
+    things = gc.get_objects()
+    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, types)}
+    return [thing for thing in things if type(thing) in kinds]
+
+
+def referents(thing: Any) -> list[Any]:
+    """What an object refers to; of a module, its names alone.
+
+    Before Python 3.12.6, `gc.get_referents` of asyncio's module in C frees twice what asyncio keeps
+    to use again, and the next collection never ends (CPython issue 122695).
+
+    Notebook: 06_leak_diagnosis
+    """
+    return [vars(thing)] if type(thing) is ModuleType else gc.get_referents(thing)
+
+
+def overlooked(types: tuple[type, ...]) -> dict[int, Any]:
+    """Containers that the collector does not know, by identity: those of plain things only.
+
+    A dictionary of numbers, names or arrays is none of its, but what holds it is.
+
+    Notebook: 06_leak_diagnosis
+    """
+    held = (each for thing in gc.get_objects() for each in referents(thing))
+    return {id(each): each for each in held if type(each) in types and not gc.is_tracked(each)}
+
+
+MOST = 50_000  # objects that are looked at on the way from one to a name
+ENDS = 8  # chains that lead nowhere and are told of
+OF_CODE = {FrameType: "f_code", GeneratorType: "gi_code"}
+OURS = str(Path(__file__).parents[1])
+OUR_MODULES = __name__.rpartition(".leaks")[0]
+
+
+class HeapPaths:
+    """Finds who holds an object.
+
+    Args:
+        roots: objects at which a search ends, such as the step that is diagnosed.
+
+    Notebook: 06_leak_diagnosis
+    """
+
+    def __init__(self, roots: Iterable[Any] = ()):
+        self._ours: dict[int, Any] = {}  # our own lists, which refer to what is looked for, too
+        self._referrers: dict[int, list[Any]] = {}
+        self.ignore(self._ours, self._referrers)
+        self._roots = {id(root) for root in roots}
+        modules = [each for each in list(sys.modules.values()) if isinstance(each, ModuleType)]
+        self._globals = {id(vars(module)) for module in modules}
+
+    def ignore(self, *things: Any) -> None:
+        """Do not name these as holders."""
+        self._ours.update((id(thing), thing) for thing in things)
+
+    def close(self) -> None:
+        """Let go of all that was met; what refers to our lists, and so to itself, as well."""
+        for each in (self._referrers, self._ours):
+            each.clear()
+
+    def to(self, target: Any) -> list[list[Any]]:
+        """Chains of holders down to an object, which is the last of each.
+
+        Returns:
+            The shortest one that begins with a root or a running function. If there is none, some
+            that begin with the last holders that Python knows of, the shortest first.
+        """
+        if self.is_root(target):
+            return [[target]]
+        below, met, level, ends = {id(target): 0}, {id(target): target}, [target], []
+        self.ignore(below, met, ends)
+        while level and len(met) < MOST:
+            above = self._above(level, below)
+            met.update((id(holder), holder) for holder in above)
+            for holder in above:
+                if self.is_root(holder):
+                    return [_chain(holder, below, met)]
+            ends.extend(each for each in level if not self._referrers[id(each)])
+            level, last = above, level
+        for frame, held in running_locals():
+            if id(held) in met:
+                return [[frame, *_chain(held, below, met)]]
+        return [_chain(end, below, met) for end in (*ends, *last)[:ENDS]]
+
+    def is_root(self, thing: Any) -> bool:
+        """Whether it has a name by itself: globals, classes, and what was given."""
+        if id(thing) in self._roots or id(thing) in self._globals or issubclass(type(thing), type):
+            return True
+        return is_globals(thing)
+
+    def look_up(self, things: Iterable[Any]) -> None:
+        """Find the referrers of many objects at once, which takes no longer than of a few."""
+        new = [thing for thing in things if id(thing) not in self._referrers]
+        self.ignore(things, new)
+        if not new:
+            return
+        found = {id(thing): [] for thing in new}
+        self._referrers.update(found)
+        asked = tuple(new)  # Python 3.13 finds this tuple of arguments among the referrers
+        referrers = gc.get_referrers(*asked)
+        self.ignore(found, asked, referrers, *found.values())
+        for holder in referrers:
+            if id(holder) in self._ours or _is_ours(holder):
+                continue
+            held = {id(each) for each in referents(holder)}
+            if self._ours.keys().isdisjoint(held):  # else an iterator over a list of ours
+                for each in held & found.keys():
+                    found[each].append(holder)
+
+    def is_held(self, thing: Any) -> bool:
+        """Whether something in Python refers to an object."""
+        self.look_up([thing])
+        return bool(self._referrers[id(thing)])
+
+    def _above(self, level: list[Any], below: dict[int, int]) -> list[Any]:
+        """What refers to a level and was not met before; notes in `below` what it holds of it."""
+        self.look_up(level)
+        above = []
+        self.ignore(above)
+        for held in level:
+            for holder in self._referrers[id(held)]:
+                if id(holder) not in below:
+                    below[id(holder)] = id(held)
+                    above.append(holder)
+        return above
+
+
+def is_globals(thing: Any) -> bool:
+    """Whether it is a dictionary of globals that code was run in.
+
+    Notebook: 06_leak_diagnosis
+
+    >>> is_globals(globals()), is_globals({})
+    (True, False)
+    """
+    return type(thing) is dict and "__builtins__" in thing
+
+
+def running_locals() -> Iterator[tuple[FrameType, Any]]:
+    """Local variables of all functions that are running, without ours."""
+    for frame in list(sys._current_frames().values()):
+        while frame is not None:
+            if frame.f_code.co_flags & CO_OPTIMIZED and not _is_ours(frame):
+                values = frame.f_locals
+                yield from [(frame, value) for value in values.values()]
+                if type(values) is dict:  # a copy that the frame would keep, before Python 3.13
+                    values.clear()
+            frame = frame.f_back
+
+
+def _chain(top: Any, below: dict[int, int], met: dict[int, Any]) -> list[Any]:
+    chain, at = [], id(top)
+    while at:
+        chain.append(met[at])
+        at = below[at]
+    return chain
+
+
+def _is_ours(thing: Any) -> bool:
+    code = getattr(thing, OF_CODE[type(thing)]) if type(thing) in OF_CODE else None
+    if code is not None:
+        return code.co_filename.startswith(OURS)
+    return str(getattr(type(thing), "__module__", "")).startswith(OUR_MODULES)

@@ -1,0 +1,170 @@
+"""Chains of holders in words: `trainer.history[…]`, a global of train.py.
+
+Notebook: 06_leak_diagnosis
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from contextvars import Context
+from functools import lru_cache
+from pathlib import Path
+from types import (
+    AsyncGeneratorType,
+    CellType,
+    CoroutineType,
+    FrameType,
+    FunctionType,
+    GeneratorType,
+)
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from tfswa_lab.memory.leaks.referrers import is_globals
+
+LRU_CACHE = type(lru_cache(len))
+# Attributes that are not in the dictionary of an instance.
+BUILT_IN = (
+    *("__traceback__", "__context__", "__cause__", "args", "tb_frame", "tb_next", "f_back"),
+    *("gi_frame", "__self__", "__func__", "func", "keywords", "__defaults__", "__kwdefaults__"),
+)
+SUSPENDED = (FrameType, GeneratorType, CoroutineType, AsyncGeneratorType)
+OF_FRAMES = ("gi_frame", "cr_frame", "ag_frame")
+LONGEST = 140  # characters of an expression
+
+
+class Words(NamedTuple):
+    """How a program would write a holder, and where the name it begins with is found."""
+
+    expression: str
+    where: str
+
+
+def words(chain: Sequence[Any], roots: dict[int, str]) -> Words:
+    """The last object of a chain, spelled from the first.
+
+    Args:
+        chain: objects, each of which holds the next one.
+        roots: names of objects, by their identity.
+
+    Notebook: 06_leak_diagnosis
+
+    >>> history = [[], ["tensor"]]
+    >>> names = {"__builtins__": {}, "__name__": "train", "history": history}
+    >>> words([names, history, history[1]], {})
+    Words(expression='history[1]', where='global of train')
+    """
+    first, where = _beginning(chain[0], roots)
+    parts = [first, *(_access(chain, at) for at in range(1, len(chain)))]
+    return Words(_readable("".join(parts)), where)
+
+
+def _beginning(top: Any, roots: dict[int, str]) -> tuple[str, str]:
+    if is_globals(top) or (type(top) is dict and "__spec__" in top):
+        file = top.get("__file__")
+        return "", f"global of {Path(file).name if file else top.get('__name__', 'exec')}"
+    if isinstance(top, FrameType):
+        code = top.f_code
+        return "", f"local of `{code.co_qualname}`, {Path(code.co_filename).name}:{top.f_lineno}"
+    if id(top) in roots and isinstance(top, FunctionType):
+        return "", f"closed over by `{top.__qualname__}`"
+    if id(top) in roots:
+        return roots[id(top)], f"in the {type(top).__name__} that was given"
+    if isinstance(top, type):
+        return top.__qualname__, "attribute of a class"
+    return type(top).__name__, "held by C++ or the interpreter itself"
+
+
+def _access(chain: Sequence[Any], at: int) -> str:
+    """What is written after a holder to come to the object that it holds, at a place in a chain."""
+    holder, held = chain[at - 1], chain[at]
+    if isinstance(holder, dict):
+        return _item(holder, held, at < 2 or _is_namespace(chain[at - 2], holder))
+    if isinstance(holder, list | tuple | deque):
+        return "" if isinstance(held, CellType) else f"[{_index(holder, held)}]"
+    if isinstance(holder, CellType):
+        return _free_variable(chain, at)
+    if isinstance(holder, SUSPENDED):
+        return _local(holder, held)
+    if isinstance(holder, LRU_CACHE):
+        return ""
+    if isinstance(holder, Context):
+        return _variable(holder, chain[at + 1 :])
+    if type(holder).__name__.startswith("hamt"):  # a context's own mapping
+        return ""
+    if isinstance(holder, Tensor):
+        return ".grad" if holder.is_leaf and holder.grad is held else ""
+    if _is_namespace(holder, held) or getattr(holder, "__closure__", None) is held:
+        return ""
+    return _attribute(holder, held)
+
+
+def _item(holder: dict, held: Any, named: bool) -> str:
+    for key, value in list(holder.items()):
+        if value is held or key is held:
+            return f".{key}" if named and isinstance(key, str) else f"[{_key(key)}]"
+    return "[…]"
+
+
+def _key(key: Any) -> str:
+    text = repr(key) if isinstance(key, str | int | float | tuple) else type(key).__name__
+    return text if len(text) < 30 and "tensor(" not in text else "…"
+
+
+def _is_namespace(owner: Any, names: Any) -> bool:
+    """Whether a dictionary lists the attributes of an object."""
+    return isinstance(names, dict) and (
+        getattr(owner, "__dict__", None) is names or isinstance(owner, type)
+    )
+
+
+def _index(holder: Sequence[Any], held: Any) -> int | str:
+    return next((at for at, each in enumerate(holder) if each is held), "…")
+
+
+def _free_variable(chain: Sequence[Any], at: int) -> str:
+    """The name of a variable that a function closes over: function, tuple, cell, value."""
+    function = chain[at - 3] if at >= 3 else None
+    if not isinstance(function, FunctionType):
+        return ".<closure>"
+    name = function.__code__.co_freevars[_index(function.__closure__, chain[at - 1])]
+    return f".{name}" if at == 3 else f".<closure of {function.__name__}>.{name}"
+
+
+def _variable(context: Context, below: Sequence[Any]) -> str:
+    """The name of a context variable: context, its mapping in some nodes, value."""
+    names = (key.name for key, value in context.items() if any(value is each for each in below))
+    return f"[{next(names, '…')}]"
+
+
+def _local(holder: Any, held: Any) -> str:
+    frame = next((getattr(holder, name) for name in OF_FRAMES if hasattr(holder, name)), holder)
+    values = frame.f_locals.items()
+    name = next((name for name, value in values if value is held), "…")
+    return f".<local of {frame.f_code.co_name}>.{name}"
+
+
+def _attribute(holder: Any, held: Any) -> str:
+    slots = [name for kind in type(holder).__mro__ for name in _slots(kind)]
+    for name in (*getattr(holder, "__dict__", {}), *slots, *BUILT_IN):
+        if getattr(holder, name, None) is held:
+            return f".{name}"
+    return f".<{type(held).__name__}>"
+
+
+def _slots(kind: type) -> Sequence[str]:
+    slots = kind.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _readable(expression: str) -> str:
+    text = re.sub(r"^\.?__wrapped__\.<closure of [^>]*>\.", "", expression)
+    text = re.sub(r"\.<dict>\[ReferenceType\]\['(\w+)'\]", r".\1", text)  # of a thread
+    text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
+    text = re.sub(r"((?:\.[\w<> ]+|\[[^]]*\])+?)\1{2,}", r"\1…", text).removeprefix(".")
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"

@@ -1,0 +1,34 @@
+"""How much GPU memory a step will take, without a GPU.
+
+Notebook: 05_where_memory_goes
+"""
+
+import sys
+from types import ModuleType
+
+from tfswa_lab.memory.predict.predict import (
+    Prediction,
+    compare,
+    max_batch_size,
+    predict,
+    predict_choices,
+    to_markdown,
+)
+
+__all__ = [
+    "Prediction",
+    "compare",
+    "max_batch_size",
+    "predict",
+    "predict_choices",
+    "to_markdown",
+]
+
+
+class _Callable(ModuleType):
+    __call__ = staticmethod(predict)
+
+
+sys.modules[
+    __name__
+].__class__ = _Callable  # `from tfswa_lab.memory import predict` is this package

@@ -1,0 +1,163 @@
+"""Pickles of plain data from strangers, read without giving them a chance to do anything.
+
+A pickle is a program. Refusing to look up names (`find_class`) keeps it from executing code, yet
+Python's reader can still be made to eat all memory with five bytes, or to hash a tuple for years.
+So the program is looked at first: only the few opcodes that numbers, strings, lists and
+dictionaries are written with may occur, with no length or index that the file is too short for.
+What is left takes time and memory in proportion to the file.
+
+Notebook: 06_leak_diagnosis
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import pickle
+import pickletools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from tfswa_lab.memory.sizes import GIB
+
+LARGEST = 2 * GIB  # bytes of a file
+SHORT = 64  # strings up to this length are passed over by the regular expression itself
+
+
+class SnapshotError(ValueError):
+    """A file that is no memory snapshot, is damaged, or is hostile.
+
+    Notebook: 06_leak_diagnosis
+    """
+
+
+def read_plain(path: str | Path, largest: int = LARGEST) -> object:
+    """Read a pickle that holds only numbers, strings, lists, dictionaries and pairs of integers.
+
+    Args:
+        path: the file.
+        largest: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        SnapshotError: it is too large, not a pickle, damaged, or asks for anything else.
+
+    Notebook: 06_leak_diagnosis
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such memory snapshot; check the path")
+    size = path.stat().st_size
+    if not 0 < size <= largest:
+        raise SnapshotError(
+            f"{path} has {size:,} bytes, not 1 to {largest:,}; record with fewer max_entries, "
+            "or raise `largest`"
+        )
+    with path.open("rb") as file:
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
+                check(program)
+            with no_garbage_collection():
+                return _Reader(file).load()
+        except SnapshotError as error:
+            raise SnapshotError(f"{path}: {error}") from None
+        except Exception as error:  # whatever a damaged program runs into
+            raise SnapshotError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Millions of new containers are no garbage: looking for some doubles the time.
+
+    Notebook: 06_leak_diagnosis
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+class _Reader(pickle.Unpickler):
+    """Looks nothing up, whatever the check let pass."""
+
+    def find_class(self, module: str, name: str) -> object:
+        raise SnapshotError(f"it asks for {module}.{name}, and plain data need no code")
+
+
+def check(program: bytes | mmap.mmap) -> None:
+    """Raise SnapshotError unless this is a pickle of plain data, without executing it.
+
+    Notebook: 06_leak_diagnosis
+
+    >>> check(pickle.dumps({"size": 512}))
+    >>> check(pickle.dumps(print))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    tfswa_lab.memory.snapshot.pickles.SnapshotError: opcode STACK_GLOBAL at byte 30 has no ...
+    """
+    harmless = _harmless((len(program) // 4).bit_length())
+    at = 0
+    while True:
+        at = harmless.match(program, at).end()
+        opcode = program[at : at + 1]
+        if opcode == b".":
+            return
+        if opcode not in _LENGTHS:
+            raise SnapshotError(_refusal(opcode, at))
+        start = at + 1 + _LENGTHS[opcode]
+        length = int.from_bytes(program[at + 1 : start], "little")
+        if start + length > len(program):
+            raise SnapshotError(f"{length:,} bytes announced at byte {at} are not there")
+        at = start + length
+
+
+_LENGTHS = {b"\x8c": 1, b"X": 4, b"\x8d": 8}  # strings, and the width of their lengths
+
+
+def _refusal(opcode: bytes, at: int) -> str:
+    if not opcode:
+        return "it ends in the middle"
+    known = pickletools.code2op.get(opcode.decode("latin-1"))
+    name = known.name if known else repr(opcode)
+    return f"opcode {name} at byte {at} has no place in plain data"
+
+
+@lru_cache(maxsize=8)
+def _harmless(bits: int) -> re.Pattern[bytes]:
+    """Runs of opcodes that build plain data; strings from `SHORT` bytes on are left to `check`.
+
+    Args:
+        bits: of the largest length of a frame and of the largest index into the reader's memory,
+            which makes room for twice the index. Frames have at most 64 KiB and one object, and
+            every index takes 6 bytes of the file, so the bits of a quarter of its size will do.
+    """
+    frame = rb"\x95...%b\x00{4}" % _below(2 ** max(bits - 24, 0))
+    remembered = rb"\x94|q.|r..%b%b" % (
+        _below(2 ** min(max(bits - 16, 0), 8)),
+        _below(2 ** max(bits - 24, 0)),
+    )
+    integer = rb"(?:K.|M..|J....|\x8a(?:%b))(?:%b)?+" % (_counted(10), frame)
+    # Tuples are of two integers: hashing tuples of tuples can take for ever.
+    pair = rb"%b(?:%b\x86?+)?+" % (integer, integer)
+    string = rb"\x8c(?:%b)|X(?:%b)" % (_counted(SHORT), _counted(SHORT, rb"\x00\x00\x00"))
+    recalled = rb"h.|j...."
+    others = rb"[(\]}aeusN\x88\x89]|G.{8}|\x80[\x02-\x05]"
+    tokens = [recalled, pair, remembered, string, others, frame]
+    return re.compile(rb"(?:%b)*+" % b"|".join(tokens), re.DOTALL)
+
+
+def _below(count: int) -> bytes:
+    """One byte, less than a count."""
+    return rb"[\x00-%b]" % re.escape(bytes([min(count, 256) - 1]))
+
+
+def _counted(count: int, then: bytes = b"") -> bytes:
+    """A length below `count`, and as many bytes."""
+    return b"|".join(
+        re.escape(bytes([length])) + then + rb".{%d}" % length for length in range(count)
+    )

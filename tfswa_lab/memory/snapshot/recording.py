@@ -1,0 +1,141 @@
+"""Have CUDA's allocator write down what it does, and keep what it wrote.
+
+Notebook: 06_leak_diagnosis
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from tfswa_lab.durable import parts_of
+
+QUIET_SECONDS = 1.0
+
+
+@contextmanager
+def record(
+    max_entries: int = 100_000, stacks: str = "python", context: str = "all"
+) -> Iterator[None]:
+    """Record the allocator's history while the body runs. Dump inside: leaving forgets it.
+
+    Args:
+        max_entries: of the history, of several hundred bytes each; the oldest are dropped.
+        stacks: `python`, or `all` for lines of C++ too.
+        context: `all`, `alloc` (no stacks of releases) or `state` (only of what is there).
+
+    Raises:
+        RuntimeError: there is no CUDA.
+
+    Notebook: 06_leak_diagnosis
+    """
+    _need_cuda()
+    history = torch.cuda.memory._record_memory_history
+    history("all", context=context, stacks=stacks, max_entries=max_entries)
+    try:
+        yield
+    finally:
+        history(None)
+
+
+def dump(path: str | Path) -> Path:
+    """Write a snapshot of all devices, whole or not at all.
+
+    Raises:
+        RuntimeError: there is no CUDA.
+        OSError: the folder cannot be written to.
+
+    Notebook: 06_leak_diagnosis
+    """
+    _need_cuda()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    snapshot = torch.cuda.memory._snapshot()
+    with parts_of([path]) as (part,), part.open("wb") as file:
+        pickle.dump(snapshot, file, protocol=4)
+    return path
+
+
+def dump_on_oom(path: str | Path, most: int = 3) -> OomDump:
+    """From now on, dump a snapshot whenever CUDA runs out of memory; the error is raised as ever.
+
+    One failure makes one file, although cuDNN may try several algorithms, and fail several times,
+    before it gives up: what follows within a second belongs to it. Further failures are numbered:
+    `oom.pickle`, `oom-2.pickle`, … Use it inside of `record`, whose stacks it keeps.
+
+    Args:
+        path: of the file.
+        most: files to write.
+
+    Returns:
+        A context manager that says what was written, and stops it when left or closed.
+
+    Raises:
+        RuntimeError: there is no CUDA, or this torch has no hook for it.
+
+    Notebook: 06_leak_diagnosis
+    """
+    _need_cuda()
+    attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
+    if attach is None:
+        raise RuntimeError("this torch cannot tell of an out-of-memory; use 2.0 or later")
+    torch.cuda.init()  # the allocator forgets observers that came before it
+    observer = OomDump(Path(path), most)
+    attach(observer.observe)
+    return observer
+
+
+class OomDump:
+    """Writes snapshots of failures until it is closed.
+
+    Args:
+        path: of the first.
+        most: files to write.
+
+    Notebook: 06_leak_diagnosis
+    """
+
+    def __init__(self, path: Path, most: int):
+        self.path, self.most = path, most
+        self.written: list[Path] = []
+        self.failures: list[str] = []  # of writing, in words: an error would keep its frames alive
+        self._active, self._last = True, -math.inf
+
+    def close(self) -> None:
+        """Write no more. torch has no way to detach an observer, so it stays, and does nothing."""
+        self._active = False
+
+    def __enter__(self) -> OomDump:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def observe(self, _device: int, _asked: int, _total: int, _free: int) -> None:
+        """Called from within the allocator, where nothing may be raised."""
+        again = time.monotonic() - self._last < QUIET_SECONDS
+        if self._active and not again and len(self.written) < self.most:
+            try:
+                self.written.append(dump(self._next_path()))
+            except Exception as error:
+                self.failures.append(f"{type(error).__name__}: {error}")
+        self._last = time.monotonic()
+
+    def _next_path(self) -> Path:
+        number = len(self.written) + 1
+        path = self.path
+        return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _need_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "no CUDA: torch finds no card here, so there is no allocator to record; "
+            "trace on the CPU with memory.trace, and write it with memory.snapshot.write_snapshot"
+        )

@@ -1,1 +1,0 @@
-"""Snapshots of CUDA's allocator: recording, reading without trust, what they say."""

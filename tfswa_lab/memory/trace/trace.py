@@ -1,0 +1,120 @@
+"""What a piece of code does with memory, on the CPU or on a card.
+
+Notebook: 05_where_memory_goes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tfswa_lab.memory.sizes import format_bytes
+from tfswa_lab.memory.trace.timeline import Fullest, Timeline
+from tfswa_lab.memory.trace.tracer import Tracer
+
+ENTRIES = 100_000  # of the allocator's history, of several hundred bytes each
+
+
+class Trace:
+    """What `trace` has seen; complete when its region has ended.
+
+    Attributes:
+        allocator: the history of CUDA's own allocator, as `torch.cuda.memory._snapshot()` returns
+            it, for `memory.snapshot.read`. It also contains memory that Python never sees, such as
+            workspaces. None where CUDA is not in use.
+
+    Notebook: 05_where_memory_goes
+    """
+
+    def __init__(self, tracer: Tracer):
+        self.allocator: dict | None = None
+        self._tracer = tracer
+
+    def step(self) -> None:
+        """A step begins here."""
+        self._tracer.step()
+
+    def timeline(self, device: str | None = None) -> Timeline:
+        """All blocks on a device.
+
+        Args:
+            device: such as `cpu` or `cuda:0`; the fullest if None.
+
+        Raises:
+            ValueError: nothing was allocated there.
+        """
+        there = self._tracer.devices
+        if not there or device not in (None, *there):
+            names = ", ".join(there) or "none"
+            raise ValueError(f"nothing was allocated on {device or 'a device'}; seen: {names}")
+        return self._tracer.timeline(device or there[0])
+
+    def fullest(self, device: str | None = None) -> Fullest:
+        """The peak on a device, and who holds it."""
+        timeline = self.timeline(device)
+        peak, event = timeline.peak()
+        return Fullest(timeline, event, peak)
+
+    def __str__(self) -> str:
+        found = self.fullest()
+        return f"peak {format_bytes(found.peak)} on {found.timeline.device}\n{found.table()}"
+
+
+@contextmanager
+def trace(
+    model: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    inputs: Iterable[Tensor] = (),
+    stacks: bool = True,
+) -> Iterator[Trace]:
+    """Record every allocation and release of tensors in a region.
+
+    Parameters are found when modules are called, states when optimizers step. What is named here is
+    known from the beginning, so it is in the timeline before it is used.
+
+    Args:
+        model: whose parameters, buffers and gradients are there already.
+        optimizer: whose state is there already.
+        inputs: tensors that are there already.
+        stacks: whether to keep the lines of Python that asked for memory.
+
+    Notebook: 05_where_memory_goes
+
+    >>> import torch
+    >>> layer, x = nn.Linear(8, 8), torch.zeros(4, 8)
+    >>> with trace(layer, inputs=[x]) as seen:
+    ...     layer(x).relu().sum().backward()
+    >>> seen.fullest().by_category()["parameter"]  # 8 · 8 weights and 8 biases of 4 bytes
+    288
+    """
+    tracer = Tracer(stacks=stacks)
+    if model is not None:
+        tracer.modules.name(model)
+    if optimizer is not None:
+        tracer.add_optimizer(optimizer)
+    for tensor in inputs:
+        tracer.label(tensor, "input")
+    seen = Trace(tracer)
+    with tracer, _history_of_allocator(seen):
+        yield seen
+
+
+@contextmanager
+def _history_of_allocator(seen: Trace) -> Iterator[None]:
+    if not torch.cuda.is_initialized():  # starting CUDA to record nothing would cost its context
+        yield
+        return
+    started_by_others = torch._C._cuda_isHistoryEnabled()
+    history = torch.cuda.memory._record_memory_history
+    if not started_by_others:
+        history("all", context="all", stacks="python", max_entries=ENTRIES)
+    try:
+        yield
+        seen.allocator = torch.cuda.memory._snapshot()
+    finally:
+        if not started_by_others:
+            history(None)

@@ -1,0 +1,338 @@
+"""Sees every tensor that is made, and when its memory is let go, on any device and without one.
+
+All operations pass through a dispatch mode. A storage that it has not met before is a new block; a
+weak reference tells when it is gone. What an operator allocates for itself and does not return,
+such as the workspace of a convolution, is not seen.
+
+Notebook: 05_where_memory_goes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tfswa_lab.memory.sizes import rounded
+from tfswa_lab.memory.trace.module_paths import ModulePaths, NodeId, NodeNumbers
+from tfswa_lab.memory.trace.stacks import CallSites
+from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
+
+
+class Birth(NamedTuple):
+    """What was going on when a block was made, to tell later what it is."""
+
+    block: Block
+    storage: ref
+    backward: int  # the last backward pass
+    root: int  # modules called from outside of others, so far
+    grad: bool  # whether autograd was recording
+
+
+class Tracer(TorchDispatchMode):
+    """A mode that keeps the timeline of all storages.
+
+    Args:
+        stacks: whether to keep the lines of Python.
+
+    Notebook: 05_where_memory_goes
+    """
+
+    def __init__(self, stacks: bool = True):
+        super().__init__()
+        self.modules = ModulePaths(self.add_module)
+        self.event, self.steps = 0, []
+        self._blocks: dict[str, list[Block]] = {}
+        self._live: dict[int, Birth] = {}
+        self._sites = CallSites() if stacks else None
+        self._nodes = NodeNumbers()
+        self._lines: dict[NodeId, tuple[Frame, ...]] = {}  # of forward operations
+        self._parameters = WeakIdKeyDictionary()  # tensors compare by element, so no WeakSet
+        self._backward = -1
+        self._optimizing = False
+        self._watching = ExitStack()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Without this, torch would wrap every dispatch, at twice the cost."""
+        return False
+
+    def __enter__(self) -> Tracer:
+        self._watching.enter_context(self.modules.watching())
+        for register, hook in (
+            (register_optimizer_step_pre_hook, self._before_optimizer),
+            (register_optimizer_step_post_hook, self._after_optimizer),
+        ):
+            self._watching.callback(register(hook).remove)
+        self._nodes.begin()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._watching.close()
+        self._label_gradients()
+        for birth in self._live.values():
+            self._settle(birth)
+        self._live = {}  # with their references: what dies from now on is not recorded
+
+    def step(self) -> None:
+        """A step begins here."""
+        self._label_gradients()
+        self.steps.append(self.event)
+
+    def timeline(self, device: str) -> Timeline:
+        """What has been seen on a device, such as `cpu` or `cuda:0`."""
+        return Timeline(self._blocks.get(device, []), self.event, self.steps, device)
+
+    @property
+    def devices(self) -> list[str]:
+        """Where tensors have been seen, the fullest first."""
+        return sorted(self._blocks, key=lambda each: -self.timeline(each).peak()[0])
+
+    def living(self) -> list[tuple[Block, torch.UntypedStorage]]:
+        """Blocks that are there now, and their storages; keep these no longer than needed."""
+        pairs = [(birth.block, birth.storage()) for birth in list(self._live.values())]
+        return [(block, storage) for block, storage in pairs if storage is not None]
+
+    def add_module(self, root: nn.Module) -> None:
+        """Parameters and buffers are known from now on."""
+        for module in root.modules():
+            path = self.modules.path_of(module)
+            for parameter in _present(module._parameters):
+                self.label(parameter, "parameter", path)
+                self._parameters[parameter] = None
+            for buffer in _present(module._buffers):
+                self.label(buffer, "buffer", path)
+        self._label_gradients()
+
+    def add_optimizer(self, optimizer: Optimizer) -> None:
+        """Parameters, their gradients and the optimizer's state are known from now on."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self._parameters[parameter] = None
+                self.label(parameter, "parameter")
+        self._label_gradients()
+        for parameter, state in optimizer.state.items():
+            module = self._module_of(parameter)
+            for tensor in _tensors(state):
+                self.label(tensor, "optimizer state", module)
+
+    def lines_of(self, node: Any) -> tuple[Frame, ...]:
+        """The lines of the forward operation that made a node of a graph; none if unknown."""
+        return self._lines.get(self._nodes.identify(node), ())
+
+    def label(self, tensor: Tensor, category: str, module: str = "") -> None:
+        """Say what a tensor is, whether it was seen before or not."""
+        if not has_storage(tensor):
+            return
+        block = self._block_of(tensor) or self._add(tensor)
+        block.category = category
+        block.module = module or block.module
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # what autograd asks fake tensors, by thousands
+            return args[0].fake_device
+        for tensor in _tensors((args, kwargs)):
+            if self._block_of(tensor) is None:  # made unseen, as from_numpy does
+                self.label(tensor, "input")
+        result = self.call(func, args, kwargs)
+        task = torch._C._current_graph_task_id()
+        node = self._nodes.new(task)
+        new = [tensor for tensor in _tensors(result) if self._block_of(tensor) is None]
+        scratch = self.scratch(func, args, result)
+        if new or node or scratch:
+            origin = self._origin(node, task) | {"op": str(func)}
+            for tensor in new:
+                self._add(tensor, **origin)
+            if scratch:
+                self._pass(scratch, _device_of(new[0] if new else result), origin)
+        return result
+
+    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Run an operator; subclasses may say what went wrong."""
+        return func(*args, **kwargs)
+
+    def rounded(self, size: int, device: str) -> int:
+        """Bytes that the allocator gives for a request; CUDA's gives multiples of 512."""
+        return rounded(size) if device.startswith("cuda") else size
+
+    def scratch(self, func: Any, args: tuple, result: Any) -> int:
+        """Bytes that an operator takes for itself while it runs; subclasses may know."""
+        return 0
+
+    def _pass(self, size: int, device: str, origin: dict) -> None:
+        """Memory that is there for a moment."""
+        given = self.rounded(size, device)
+        block = Block(size, given, self.event + 1, self.event + 2, **origin)
+        self.event += 2
+        self._blocks.setdefault(device, []).append(block)
+
+    def _origin(self, node: NodeId | None, task: int) -> dict:
+        """Phase, module, step and lines of a new block.
+
+        Args:
+            node: autograd's, of the operation that made it.
+            task: the backward pass that is running, -1 for none.
+        """
+        calls = self.modules.calls
+        self._backward = max(self._backward, task)
+        origin = {"step": len(self.steps) - 1, "module": self.modules.now}
+        if task != -1 and not (calls and calls[-1].graph_task == task):
+            return origin | {"phase": "backward"} | self._origin_in_backward(task)
+        frames = self._sites.here() if self._sites else ()
+        if node is not None:
+            self._lines[node] = frames
+        if self._optimizing:
+            phase = "optimizer"
+        elif task != -1:
+            phase = "recompute"
+        else:
+            phase = "forward" if calls or node is not None else "outside"
+        return origin | {"phase": phase, "frames": frames}
+
+    def _origin_in_backward(self, task: int) -> dict:
+        """Module and lines of the forward operation whose gradient is computed."""
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return {}
+        if hasattr(node, "variable"):  # it adds up the gradient of a parameter
+            return {"module": self._module_of(node.variable)}
+        made = self._nodes.identify(node, task)
+        lines = self._lines.get(made) or (self._sites.here() if self._sites else ())
+        return {"module": self.modules.that_made(made), "frames": lines}
+
+    def _block_of(self, tensor: Tensor) -> Block | None:
+        """The block that a tensor lies in, if it is known and of the same size as ever."""
+        storage = tensor.untyped_storage()
+        birth = self._live.get(storage._cdata)
+        if birth is None:
+            return None
+        if birth.block.size != storage.nbytes():  # resized
+            self._died(storage._cdata)
+            return None
+        return birth.block
+
+    def _add(self, tensor: Tensor, **origin: Any) -> Block:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        device = _device_of(tensor)
+        given = 0 if device == "meta" else self.rounded(size, device)
+        self.event += 1
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        block = Block(size, given, self.event, shape=shape, dtype=dtype, **origin)
+        self._blocks.setdefault(device, []).append(block)
+        gone = ref(storage, lambda _: self._died(key))
+        roots, grad = self.modules.roots, torch.is_grad_enabled()
+        self._live[key] = Birth(block, gone, self._backward, roots, grad)
+        return block
+
+    def _died(self, key: int) -> None:
+        birth = self._live.pop(key, None)
+        if birth is not None:
+            self.event += 1
+            birth.block.died = self.event
+            self._settle(birth)
+
+    def _settle(self, birth: Birth) -> None:
+        """Tell from how long it lived whether it is more than temporary."""
+        block = birth.block
+        if block.category != "temporary":
+            return
+        if block.phase == "outside" and self.modules.roots > birth.root:
+            block.category = "input"
+        elif block.phase == "forward" and birth.grad:
+            if self._backward > birth.backward or block.died is None:
+                block.category = "activation"
+        elif block.phase == "recompute" and not self.modules.calls:
+            block.category = "activation"
+
+    def _before_optimizer(self, optimizer: Optimizer, *_: Any) -> None:
+        self._label_gradients()
+        self._optimizing = True
+
+    def _after_optimizer(self, optimizer: Optimizer, *_: Any) -> None:
+        self._optimizing = False
+        self.add_optimizer(optimizer)
+
+    def _label_gradients(self) -> None:
+        for parameter in list(self._parameters):
+            if parameter.grad is not None:
+                self.label(parameter.grad, "gradient", self._module_of(parameter))
+
+    def _module_of(self, parameter: Tensor) -> str:
+        block = self._block_of(parameter) if has_storage(parameter) else None
+        return block.module if block else ""
+
+
+def _present(named: dict[str, Tensor | None]) -> Iterable[Tensor]:
+    return (tensor for tensor in named.values() if tensor is not None)
+
+
+def _device_of(tensor: Tensor) -> str:
+    """Its name; fake tensors give it away faster than by their property."""
+    return str(getattr(tensor, "fake_device", None) or tensor.device)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors with a storage in nested lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        if has_storage(value):
+            yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+
+
+ROWS = ("crow_indices", "col_indices", "values")
+COLUMNS = ("ccol_indices", "row_indices", "values")
+PARTS = {torch.sparse_coo: ("_indices", "_values"), torch.sparse_csr: ROWS, torch.sparse_bsr: ROWS}
+PARTS |= {torch.sparse_csc: COLUMNS, torch.sparse_bsc: COLUMNS}
+
+
+def has_storage(thing: Any) -> bool:
+    """Whether it is a tensor with a storage of its own that can be asked for.
+
+    Sparse tensors have several, parameters of lazy modules have none yet, inside `torch.func.vmap`
+    and `grad` tensors wrap others, and what `torch.export` leaves behind has formulas for sizes.
+
+    Notebook: 05_where_memory_goes
+
+    >>> has_storage(torch.ones(2)), has_storage(torch.nn.LazyLinear(3).weight)
+    (True, False)
+    """
+    if not issubclass(type(thing), Tensor) or isinstance(thing, UninitializedTensorMixin):
+        return False
+    if thing.layout is not torch.strided or thing._has_symbolic_sizes_strides:
+        return False
+    return not is_functorch_wrapped_tensor(thing)
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor consists of: itself, or the indices and values of a sparse one.
+
+    Notebook: 05_where_memory_goes
+
+    >>> [part.numel() for part in parts_of(torch.eye(3).to_sparse())]
+    [6, 3]
+    """
+    if has_storage(tensor):
+        return [tensor]
+    names = PARTS.get(getattr(tensor, "layout", None), ())
+    return [getattr(tensor, name)() for name in names]

@@ -1,1 +1,0 @@
-"""Blocks of memory, when they are made and freed, by which line and which module."""

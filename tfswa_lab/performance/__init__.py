@@ -1,0 +1,1 @@
+"""Running lean: what a program takes while it runs."""
