@@ -42,8 +42,6 @@ def read(path: str | Path, start: int = 0, frames: int = -1) -> tuple[Tensor, in
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not audio, is empty, or contains NaN or infinite samples.
-
-    Notebook: 01_sound_to_spectrogram
     """
     path = Path(path)
     if not path.is_file():
@@ -84,8 +82,6 @@ def write(path: str | Path, waveform: Tensor, rate: int = SAMPLE_RATE) -> Path:
     Raises:
         ValueError: the waveform is not `(c, s)`, not finite, or exceeds [-1, 1]; or libsndfile
             knows no such file type or cannot write it with this rate.
-
-    Notebook: 01_sound_to_spectrogram
     """
     path = Path(path)
     if waveform.ndim != 2:
@@ -112,8 +108,6 @@ def to_int16(waveform: Tensor) -> Tensor:
 
     What `read` took from a 16-bit file becomes the same integers again. libsndfile, given floats,
     would take the integer below.
-
-    Notebook: 01_sound_to_spectrogram
 
     >>> to_int16(torch.tensor([-1.0, 0.0, 2.6 / 32_768, 1.0])).tolist()
     [-32768, 0, 3, 32767]
@@ -146,8 +140,6 @@ def resample(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
     Raises:
         ValueError: a rate is not a positive whole number.
 
-    Notebook: 01_sound_to_spectrogram
-
     >>> resample(torch.zeros(2, 48_000), 48_000, 16_000).shape
     torch.Size([2, 16000])
     """
@@ -178,8 +170,6 @@ def to_stereo(waveform: Tensor) -> Tensor:
 
     Raises:
         ValueError: there are more than two channels, and no rule says how to mix them.
-
-    Notebook: 01_sound_to_spectrogram
     """
     if waveform.shape[-2] not in (1, 2):
         raise ValueError(f"expected 1 or 2 channels, got {waveform.shape[-2]}; downmix first")

@@ -16,8 +16,6 @@ def pick_device(name: str = "auto") -> torch.device:
     Raises:
         ValueError: it is neither the CPU nor a CUDA card, or there is no such card.
 
-    Notebook: 00_start_here
-
     >>> pick_device("cpu")
     device(type='cpu')
     """

@@ -34,10 +34,7 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 @dataclass(frozen=True)
 class Check:
-    """One line: `ok`, `warn` (something is missing) or `fail` (the lab cannot run), and the fix.
-
-    Notebook: 00_start_here
-    """
+    """One line: `ok`, `warn` (something is missing) or `fail` (the lab cannot run), and the fix."""
 
     name: str
     state: Literal["ok", "warn", "fail"]
@@ -46,10 +43,7 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """Look at everything the lab needs, in the order in which a reader should fix it.
-
-    Notebook: 00_start_here
-    """
+    """Look at everything the lab needs, in the order in which a reader should fix it."""
     return [_isolated(*entry) for entry in CHECKS]
 
 
@@ -185,10 +179,7 @@ CHECKS = (
 
 
 def checks_table(checks: list[Check]) -> Table:
-    """The checks for a terminal or a notebook; below each that is not ok, how to fix it.
-
-    Notebook: 00_start_here
-    """
+    """The checks for a terminal or a notebook; below each that is not ok, how to fix it."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

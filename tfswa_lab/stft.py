@@ -33,8 +33,6 @@ class STFTProcessor(nn.Module):
     Source: Griffin & Lim, "Signal estimation from modified short-time Fourier transform",
     IEEE TASSP 1984, eq. 6 (the inverse).
 
-    Notebook: 01_sound_to_spectrogram
-
     >>> stft = STFTProcessor(n_fft=2048, hop_length=512)
     >>> stft(torch.zeros(2, 2, 44_100)).shape
     torch.Size([2, 2, 1025, 87])
@@ -128,10 +126,7 @@ class STFTProcessor(nn.Module):
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation, both broadcastable to `(b, c, t, f)`.
-
-    Notebook: 01_sound_to_spectrogram
-    """
+    """Mean and standard deviation, both broadcastable to `(b, c, t, f)`."""
 
     mean: Tensor
     std: Tensor
@@ -144,8 +139,6 @@ class SpectrogramNormalizer(nn.Module):
 
     Args:
         eps: added to the standard deviation, so that silence stays silent.
-
-    Notebook: 01_sound_to_spectrogram
 
     >>> normalizer = SpectrogramNormalizer()
     >>> x = torch.rand(1, 2, 50, 9)
@@ -210,8 +203,6 @@ class RunningSpectrogramNormalizer(SpectrogramNormalizer):
     Raises:
         ValueError: when called with other channels or bins, or with values that are not finite
             (these would stay in the running statistics for ever).
-
-    Notebook: 01_sound_to_spectrogram
     """
 
     def __init__(self, channels: int, bins: int, momentum: float = 0.1, eps: float = 1e-5):

@@ -62,8 +62,6 @@ def fetch(
         ConnectionError: the server cannot be reached or the file does not arrive completely;
             what has arrived stays for the next run.
         ValueError: the file is not the published one; what has arrived is removed.
-
-    Notebook: 00_start_here
     """
     _check_form(checksum)
     dest = Path(dest)
@@ -101,8 +99,6 @@ def extract_zip(archive: str | Path, dest: str | Path, required: tuple[str, ...]
         FileExistsError: `dest` exists and is not empty.
         ValueError: the archive is damaged, lacks a required entry, or has an entry that would
             land outside `dest` ("zip slip").
-
-    Notebook: 00_start_here
     """
     dest = Path(dest)
     try:
@@ -138,8 +134,6 @@ def whole_folder(dest: str | Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `dest` exists and is not an empty folder.
-
-    Notebook: 00_start_here
     """
     dest = Path(dest).resolve()
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):

@@ -32,10 +32,7 @@ TRAIN_SINGERS = ("abjones", "amy")  # the split that papers report on; the other
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: its name, its audio file, its two label files and its length in samples.
-
-    Notebook: 00_start_here
-    """
+    """One clip: its name, its audio file, its two label files and its length in samples."""
 
     name: str
     path: Path
@@ -65,8 +62,6 @@ class MIR1K(Dataset):
     Raises:
         FileNotFoundError: no such folder, neither layout, or a label file is missing.
         ValueError: an argument makes no sense, or a file is broken.
-
-    Notebook: 00_start_here
     """
 
     def __init__(
@@ -125,8 +120,6 @@ def find_clips(root: Path) -> list[Clip]:
     Raises:
         FileNotFoundError: no such folder, neither layout, or a label file is missing.
         ValueError: a clip is broken, not stereo, or not 16 kHz.
-
-    Notebook: 00_start_here
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; pass the folder of MIR-1K")
@@ -165,8 +158,6 @@ def read_labels(clip: Clip) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: a label is no number, or there are not as many as the audio asks for.
-
-    Notebook: 00_start_here
     """
     expected = clip.samples // HOP - 1
     labels = []

@@ -35,8 +35,6 @@ def stem_parts(target_stems: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
     Raises:
         ValueError: no stem, an unknown one, or the same one twice.
-
-    Notebook: 00_start_here
     """
     if isinstance(target_stems, str):
         raise ValueError(f"target_stems={target_stems!r} is a string; write [{target_stems!r}]")
@@ -53,8 +51,6 @@ def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
 
     Raises:
         ValueError: names the value, the nearest choice and all choices.
-
-    Notebook: 00_start_here
     """
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
@@ -87,8 +83,6 @@ class MUSDB18Dataset(Dataset):
     Raises:
         FileNotFoundError: a folder or a stem is missing.
         ValueError: an argument makes no sense, or a file is broken.
-
-    Notebook: 00_start_here
     """
 
     def __init__(

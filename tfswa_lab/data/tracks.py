@@ -34,10 +34,7 @@ SHAPE = "root/{train,test}/<track>/{mixture,vocals,drums,bass,other}.wav"
 
 @dataclass(frozen=True)
 class Track:
-    """One song: where it lies, its sample rate in Hz and its length in samples.
-
-    Notebook: 00_start_here
-    """
+    """One song: where it lies, its sample rate in Hz and its length in samples."""
 
     name: str
     path: Path
@@ -62,8 +59,6 @@ class Track:
 
         Returns:
             Waveform `(2, s)` of each source, float32.
-
-        Notebook: 00_start_here
         """
         if rate == self.rate:
             return self._decode(sources, start, frames)
@@ -87,10 +82,7 @@ class Track:
 
 
 class WavTrack(Track):
-    """A folder with one WAV file for each source: any stretch is one seek away.
-
-    Notebook: 00_start_here
-    """
+    """A folder with one WAV file for each source: any stretch is one seek away."""
 
     @classmethod
     def open(cls, folder: Path, sources: Sequence[str]) -> WavTrack:
@@ -109,10 +101,7 @@ class WavTrack(Track):
 
 
 class StemTrack(Track):
-    """One `.stem.mp4`: ffmpeg decodes it from its beginning up to the stretch, hence slowly.
-
-    Notebook: 00_start_here
-    """
+    """One `.stem.mp4`: ffmpeg decodes it from its beginning up to the stretch, hence slowly."""
 
     @classmethod
     def open(cls, path: Path) -> StemTrack:
@@ -174,8 +163,6 @@ def find_tracks(
     Raises:
         FileNotFoundError: no such folder, an empty one, or a missing source file.
         ValueError: the split is empty, or a header is broken or disagrees with another one.
-
-    Notebook: 00_start_here
     """
     folder = _subset_folder(Path(root).expanduser(), "test" if split == "test" else "train")
     is_wav = _check_mixtures(folder)
@@ -253,8 +240,6 @@ def read_header(path: Path) -> Header:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not audio, empty, or truncated.
-
-    Notebook: 00_start_here
     """
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.wav"))
@@ -302,8 +287,6 @@ def read_mp4_headers(path: Path) -> dict[str, Header]:
 
     Raises:
         ValueError: it is not readable, or does not hold five audio streams.
-
-    Notebook: 00_start_here
     """
     audio.ensure_ffmpeg()
     import ffmpeg

@@ -42,8 +42,6 @@ def solve(blocks: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ArithmeticError: no loading works: these are no correlations.
-
-    Notebook: 08_evaluation
     """
     power = blocks[:, 0].diagonal(dim1=-2, dim2=-1)
     level = torch.where(power > 0, power, 1.0).sqrt()[:, None, :, None]  # (b, 1, p, 1)
@@ -93,8 +91,6 @@ class Inverse:
 
     Attributes:
         exists: where T is positive definite, in the arithmetic of the recursion `(b,)`.
-
-    Notebook: 08_evaluation
     """
 
     def __init__(self, blocks: Tensor):
@@ -123,8 +119,6 @@ def predictors(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Returns:
         F and B `(b, l, p, p)`, whose first and last block is 1, and E and G `(b, p, p)`, with
         T F = (E, 0, …, 0) and T B = (0, …, 0, G). Meaningless where T is not positive definite.
-
-    Notebook: 08_evaluation
     """
     systems, taps, channels, _ = blocks.shape
     # Blocks from the last to the first, side by side: any [R(n) … R(1)] is the end of it.

@@ -65,8 +65,6 @@ class BSSEval:
         window: length of a frame in seconds.
         hop: from one frame to the next, in seconds.
         notes: what the reader of the numbers should know, such as why some are NaN.
-
-    Notebook: 08_evaluation
     """
 
     sdr: Tensor
@@ -125,8 +123,6 @@ def bss_eval(
         ValueError: the shapes differ or are not of this form, samples are not finite floats, or a
             number makes no sense.
 
-    Notebook: 08_evaluation
-
     >>> stems = torch.randn(2, 1, 16_000, generator=torch.Generator().manual_seed(0))
     >>> result = bss_eval(stems, 0.9 * stems, rate=8000)  # a tenth of s is missing
     >>> result.isr.round().tolist()
@@ -177,8 +173,6 @@ def energies_of_track(
     Returns:
         Energies `(7, n, m)` of s, the error, its three parts, s + spatial, and s + spatial +
         interference; and the loading that the equations needed, 0 for none.
-
-    Notebook: 08_evaluation
     """
     tiles = _tiles(references.shape[-1], frames[0][1], taps)
     spectra = FrameSpectra(references, estimates, tiles, taps)
@@ -234,10 +228,7 @@ def _ratios(energies: Tensor) -> Tensor:
 
 
 def decibels(signal: Tensor, noise: Tensor) -> Tensor:
-    """The ratio of two energies in dB, infinite where there is no noise.
-
-    Notebook: 08_evaluation
-    """
+    """The ratio of two energies in dB, infinite where there is no noise."""
     return (10 * (signal / noise).log10()).masked_fill(noise == 0, torch.inf)
 
 

@@ -32,8 +32,6 @@ class ClipScores:
         sar: signal to artifacts.
         seconds: how long the clip is.
         floor: SDR of the mixture taken for each source; `score_clip` knows it.
-
-    Notebook: 08_evaluation
     """
 
     sdr: Tensor
@@ -65,8 +63,6 @@ def bss_eval_mono(
 
     Source: Vincent, Gribonval & Févotte, "Performance measurement in blind audio source
     separation", IEEE TASLP 14, 2006.
-
-    Notebook: 08_evaluation
     """
     references, estimates = checked_pair(references, estimates)
     taps = checked_taps(filter_length)
@@ -96,8 +92,6 @@ def score_clip(
 
     Raises:
         ValueError: as `bss_eval_mono`.
-
-    Notebook: 08_evaluation
     """
     references, estimates = checked_pair(references, estimates)
     mixture = references.sum(0).expand_as(references)
@@ -114,8 +108,6 @@ def gnsdr(clips: Sequence[ClipScores]) -> Tensor:
 
     Source: Hsu & Jang, "On the improvement of singing voice separation for monaural recordings
     using the MIR-1K dataset", IEEE TASLP 18, 2010.
-
-    Notebook: 08_evaluation
     """
     for number, clip in enumerate(clips):
         if clip.floor is None:
@@ -128,8 +120,6 @@ def gsir(clips: Sequence[ClipScores]) -> Tensor:
 
     Raises:
         ValueError: there are no clips.
-
-    Notebook: 08_evaluation
     """
     return _weighted_mean(clips, [clip.sir for clip in clips])
 
@@ -139,8 +129,6 @@ def gsar(clips: Sequence[ClipScores]) -> Tensor:
 
     Raises:
         ValueError: there are no clips.
-
-    Notebook: 08_evaluation
     """
     return _weighted_mean(clips, [clip.sar for clip in clips])
 

@@ -35,8 +35,6 @@ def energies(spectra: FrameSpectra, filters: Sequence[Tensor], stems: int) -> Te
 
     Returns:
         `(7, n, m)`: s, the error, its three parts, s + spatial, s + spatial + interference.
-
-    Notebook: 08_evaluation
     """
     gains = _gains(filters, spectra.n_fft)
     weights = gains[0].real.new_full((spectra.bins,), 2.0 / spectra.n_fft)  # a bin stands for two
@@ -73,8 +71,6 @@ def energies_of_long(
         estimates: `(n, c, s)`.
         frame: the first sample, and the one after the last.
         filters: as above.
-
-    Notebook: 08_evaluation
     """
     taps, (start, stop) = len(filters[0]), frame
     # What a filter makes of a piece depends on the samples before it, and it rings on at the end.

@@ -36,8 +36,6 @@ def check_seconds(name: str, value: float) -> None:
 
     Raises:
         ValueError: it is shorter than a millisecond, endless, or not a number.
-
-    Notebook: 08_evaluation
     """
     if not SHORTEST <= value <= LONGEST:
         raise ValueError(f"{name}={value} must be seconds, from {SHORTEST} to {LONGEST:.0f}")
@@ -59,8 +57,6 @@ class ModelEstimates:
         FileNotFoundError: there is no such model.
         ValueError: the model is broken, in training mode, or has a stem that no data set has; or
             a number is out of range.
-
-    Notebook: 08_evaluation
     """
 
     def __init__(
@@ -122,10 +118,7 @@ class ModelEstimates:
 
 
 def model_digest(separator: Separator) -> str:
-    """SHA-256 of its weights and sizes, wherever they lie.
-
-    Notebook: 08_evaluation
-    """
+    """SHA-256 of its weights and sizes, wherever they lie."""
     digest = sha256(json.dumps(describe(separator), sort_keys=True).encode())
     for name, tensor in sorted(separator.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -146,8 +139,6 @@ class FolderEstimates:
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: there is no such stem.
-
-    Notebook: 08_evaluation
     """
 
     def __init__(self, folder: str | Path, stems: Sequence[str] = STEMS):

@@ -67,8 +67,6 @@ def evaluate(
         OSError: a file is missing, another process writes there, or one of ours was killed.
         ValueError: what is there is broken, does not fit or was scored otherwise; or an argument
             is out of range.
-
-    Notebook: 08_evaluation
     """
     _check(split, bounds, jobs)
     scoring = Scoring(estimator, window, hop, seconds, device)
@@ -121,8 +119,6 @@ def load_report(
     Raises:
         FileNotFoundError: there are no scores.
         ValueError: a file is not of ours, or broken, or of other settings than another.
-
-    Notebook: 08_evaluation
     """
     folders = Folders.of(output_dir, bounds_dir, split)
     names = [path.stem for path in folders.scored()]

@@ -37,8 +37,6 @@ class FrameSpectra:
         estimates: `(n, c, s)`; their errors, estimates − references, are what is transformed.
         stretches: at least one; the longest decides about the length of the transform.
         taps: of the filters that will be applied.
-
-    Notebook: 08_evaluation
     """
 
     def __init__(
@@ -136,8 +134,6 @@ def correlations_across(
 
     Returns:
         `(l, p, r)`, by m, k and j: what the correlations within the tiles lack.
-
-    Notebook: 08_evaluation
     """
     reach, end = lags - 1, references.shape[-1]
     before = [(border - reach, border) for border in borders]
@@ -154,8 +150,6 @@ def fast_even_length(least: int) -> int:
 
     >>> fast_even_length(44_611)
     45000
-
-    Notebook: 08_evaluation
     """
     length = max(2, least + least % 2)
     while not _is_smooth(length):

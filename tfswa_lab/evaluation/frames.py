@@ -27,8 +27,6 @@ def checked_pair(
     Raises:
         ValueError: the shapes differ or are not of this form; samples are integers, not finite, or
             of a level too far from 1 for sums of squares.
-
-    Notebook: 08_evaluation
     """
     references, estimates = _floats("references", references), _floats("estimates", estimates)
     if references.shape != estimates.shape or references.ndim not in (2, 3):
@@ -95,8 +93,6 @@ def checked_taps(filter_length: int) -> int:
 
     Raises:
         ValueError: it is none, or below 1.
-
-    Notebook: 08_evaluation
     """
     try:
         taps = operator.index(filter_length)
@@ -112,8 +108,6 @@ def frames_in_seconds(samples: int, window: float, hop: float, rate: float) -> l
 
     Raises:
         ValueError: window, hop or rate makes no sense.
-
-    Notebook: 08_evaluation
 
     >>> frames_in_seconds(88_200, 0.7, 0.7, 44_100)[0]  # 0.7 * 44100 is a little below 30870
     (0, 30870)
@@ -143,8 +137,6 @@ def frames_of(samples: int, window: float, hop: float) -> list[Stretch]:
     [(0, 4), (4, 8)]
     >>> frames_of(9, math.inf, math.inf)
     [(0, 9)]
-
-    Notebook: 08_evaluation
     """
     if window >= samples:
         return [(0, samples)]
@@ -157,8 +149,6 @@ def audible(references: Tensor, estimates: Tensor) -> tuple[list[int], list[int]
 
     A stem whose channels cancel is silence to museval and has no ratios, but it sounds: what leaks
     of it into other estimates is interference.
-
-    Notebook: 08_evaluation
     """
     sounding, scored, notes = [], [], ()
     for stem, (reference, estimate) in enumerate(zip(references, estimates, strict=True)):
@@ -180,18 +170,12 @@ def _manner(silent: Tensor) -> str:
 
 
 def chosen(stems: Tensor, which: list[int]) -> Tensor:
-    """Some of the stems; all of them are not copied.
-
-    Notebook: 08_evaluation
-    """
+    """Some of the stems; all of them are not copied."""
     return stems if len(which) == len(stems) else stems[which]
 
 
 def silent_frames(references: Tensor, estimates: Tensor, frames: list[Stretch]) -> Tensor:
-    """In which frames `(m,)` any reference or estimate `(n, c, s)` is silent.
-
-    Notebook: 08_evaluation
-    """
+    """In which frames `(m,)` any reference or estimate `(n, c, s)` is silent."""
     both = [*references, *estimates]
     silent = [any(_is_silent(stem[:, start:stop]) for stem in both) for start, stop in frames]
     return torch.tensor(silent, device=references.device)

@@ -25,10 +25,7 @@ SILENCE = 1e-100  # instead of no power, by which nothing can be divided
 
 
 def mixture_as_estimate(mixture: Tensor, sources: Tensor) -> Tensor:
-    """The mixture `(c, s)` taken for each of the sources `(n, c, s)`: what no work at all scores.
-
-    Notebook: 08_evaluation
-    """
+    """The mixture `(c, s)` as the estimate of every source `(n, c, s)`: the score of no work."""
     return mixture.expand_as(sources)
 
 
@@ -40,8 +37,6 @@ def ideal_ratio_mask(mixture: Tensor, sources: Tensor) -> Tensor:
     Args:
         mixture: `(c, s)`.
         sources: all that the mixture is made of, `(n, c, s)`.
-
-    Notebook: 08_evaluation
     """
     stft, estimates = STFTProcessor(N_FFT, HOP_LENGTH), sources.new_empty(sources.shape)
     for channel, waveform in enumerate(mixture):
@@ -72,8 +67,6 @@ def multichannel_wiener(mixture: Tensor, sources: Tensor) -> Tensor:
     Source: Duong, Vincent & Gribonval, "Under-determined reverberant audio source separation using
     a full-rank spatial covariance model", IEEE TASLP 18, 2010, eqs. 3 and 15; R is the mean over
     the track, weighted by energy.
-
-    Notebook: 08_evaluation
     """
     stft, estimates = STFTProcessor(N_FFT, HOP_LENGTH), sources.new_empty(sources.shape)
     spectrum = stft(mixture)
@@ -88,10 +81,7 @@ def multichannel_wiener(mixture: Tensor, sources: Tensor) -> Tensor:
 
 
 def wiener_filter(mixture: Tensor, sources: Tensor) -> Tensor:
-    """The filter of `multichannel_wiener` on spectra `(c, f, t)` and `(n, c, f, t)`.
-
-    Notebook: 08_evaluation
-    """
+    """The filter of `multichannel_wiener` on spectra `(c, f, t)` and `(n, c, f, t)`."""
     x, s = mixture.to(torch.complex128), sources.to(torch.complex128)
     power = reduce(s.abs().square(), "n c f t -> n f t", "mean")
     energy = reduce(power, "n f t -> n f 1 1", "sum").clamp(min=SILENCE)

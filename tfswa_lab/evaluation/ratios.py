@@ -51,8 +51,6 @@ def sdr(
     Raises:
         ValueError: the shapes differ or are not of this form, samples are no finite floats, or a
             number makes no sense.
-
-    Notebook: 08_evaluation
     """
     references, estimates = checked_pair(references, estimates)
     frames = frames_in_seconds(references.shape[-1], window, hop, rate)
@@ -82,8 +80,6 @@ def usdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> Ten
 
     Source: Mitsufuji et al., "Music demixing challenge 2021", Frontiers in Signal Processing 2022,
     eq. 1.
-
-    Notebook: 08_evaluation
     """
     references, estimates = checked_pair(references, estimates)
     return _ratio(references, estimates).masked_fill(_silent(references), torch.nan)
@@ -105,8 +101,6 @@ def si_sdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> T
         ValueError: the shapes differ or are not of this form, or samples are no finite floats.
 
     Source: Le Roux et al., "SDR – half-baked or well done?", ICASSP 2019, eq. 5.
-
-    Notebook: 08_evaluation
     """
     references, estimates = checked_pair(references, estimates)
     product = power = 0.0

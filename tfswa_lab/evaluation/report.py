@@ -28,10 +28,7 @@ ENDS = {"floor": ("mixture",), "higher ceiling": ("irm", "mwf")}
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts under a title.
-
-    Notebook: 08_evaluation
-    """
+    """Rows of texts under a title."""
 
     title: str
     columns: tuple[str, ...]
@@ -51,8 +48,6 @@ class Report:
         scores: `estimates`, `mixture`, `irm`, `mwf` → the scores of all songs in the same order.
         gaps: what is missing of it, for the reader.
         origin: where estimates and songs come from, for the reader.
-
-    Notebook: 08_evaluation
     """
 
     scores: dict[str, list[TrackScores]]
@@ -190,18 +185,12 @@ def _between(
 
 
 def median_sdr(song: TrackScores, stem: str) -> float:
-    """SiSEC's score of a song.
-
-    Notebook: 08_evaluation
-    """
+    """SiSEC's score of a song."""
     return song.medians[stem]["SDR"]
 
 
 def whole_sdr(song: TrackScores, stem: str) -> float:
-    """The Music Demixing Challenge's.
-
-    Notebook: 08_evaluation
-    """
+    """The Music Demixing Challenge's."""
     return song.whole[stem]["uSDR"]
 
 
@@ -210,8 +199,6 @@ def mean_of(values: Sequence[float]) -> float:
 
     >>> mean_of([1.0, math.nan, 4.0])
     2.5
-
-    Notebook: 08_evaluation
     """
     numbers = [value for value in values if not math.isnan(value)]
     return sum(numbers) / len(numbers) if numbers else math.nan
@@ -222,8 +209,6 @@ def highest_of(values: Sequence[float]) -> float:
 
     >>> highest_of([1.0, math.nan, 4.0])
     4.0
-
-    Notebook: 08_evaluation
     """
     return max((value for value in values if not math.isnan(value)), default=math.nan)
 
@@ -233,8 +218,6 @@ def show(value: float) -> str:
 
     >>> show(3.14159), show(math.nan), show(193.4)
     ('3.14', '–', '>100')
-
-    Notebook: 08_evaluation
     """
     if value > PERFECT:
         return f">{PERFECT}"

@@ -40,8 +40,6 @@ class Folders:
     Raises:
         NotADirectoryError: one of them is a file.
         ValueError: they are the same.
-
-    Notebook: 08_evaluation
     """
 
     output: Path
@@ -156,8 +154,6 @@ def unfinished(
         FileNotFoundError: an estimate is missing.
         ValueError: an estimate does not fit its song; a file is broken, or was scored otherwise
             and is not to be overwritten; or there are scores of other songs.
-
-    Notebook: 08_evaluation
     """
     _refuse_others(tracks, folders)
     jobs = [(track, _missing(scoring, track, folders, bounds, overwrite)) for track in tracks]

@@ -44,8 +44,6 @@ class TrackScores:
         files: SHA-256 of each file.
         notes: why a number is missing, and what was done to the estimates.
         seconds: how much of the song was scored.
-
-    Notebook: 08_evaluation
     """
 
     track: str
@@ -78,10 +76,7 @@ class TrackScores:
 
 
 def frames_by_stem(result: BSSEval, stems: tuple[str, ...]) -> dict[str, dict[str, list[float]]]:
-    """Ratios as museval stores them: rounded, and NaN where they are infinite.
-
-    Notebook: 08_evaluation
-    """
+    """Ratios as museval stores them: rounded, and NaN where they are infinite."""
     ratios = (result.sdr, result.isr, result.sir, result.sar)  # (n, m) each
     return {
         stem: {name: _rounded(ratio[i]) for name, ratio in zip(RATIOS, ratios, strict=True)}
@@ -94,10 +89,7 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def scores_path(folder: Path, split: str, track: str) -> Path:
-    """Where the scores of a song lie.
-
-    Notebook: 08_evaluation
-    """
+    """Where the scores of a song lie."""
     return folder / split / f"{track}.json"
 
 
@@ -106,8 +98,6 @@ def write_scores(files: Mapping[Path, TrackScores]) -> None:
 
     Raises:
         OSError: the disk is full, or a folder cannot be written to.
-
-    Notebook: 08_evaluation
     """
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,8 +155,6 @@ def read_scores(path: Path) -> TrackScores:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not ours, or broken.
-
-    Notebook: 08_evaluation
     """
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -191,8 +179,6 @@ def difference(there: dict, wanted: dict) -> str:
 
     >>> difference({"hop": 1.0, "seconds": 3}, {"hop": 0.5, "seconds": 3})
     'hop was 1.0 and is 0.5 now'
-
-    Notebook: 08_evaluation
     """
     for key in there | wanted:
         old, new = there.get(key, "absent"), wanted.get(key, "absent")
@@ -204,9 +190,6 @@ def difference(there: dict, wanted: dict) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value as text, of a digest the beginning.
-
-    Notebook: 08_evaluation
-    """
+    """A value as text, of a digest the beginning."""
     text = str(value)
     return f"{text[:8]}…" if len(text) == 64 else text

@@ -32,10 +32,7 @@ ACCOMPANIMENT = "accompaniment"  # museval's name for all but the voice
 
 
 class Estimator(Protocol):
-    """What `evaluate` asks of those that make or find estimates.
-
-    Notebook: 08_evaluation
-    """
+    """What `evaluate` asks of those that make or find estimates."""
 
     stems: tuple[str, ...]
 
@@ -62,8 +59,6 @@ class Scoring:
 
     Raises:
         ValueError: a number of seconds makes no sense.
-
-    Notebook: 08_evaluation
     """
 
     estimator: Estimator
@@ -155,8 +150,6 @@ def score_track(
     Raises:
         FileNotFoundError: an estimate is missing.
         ValueError: a file is broken, or an estimate does not fit its song.
-
-    Notebook: 08_evaluation
     """
     with compute_threads(threads or torch.get_num_threads()):
         mixture, stems = scoring.read(track)
@@ -199,8 +192,6 @@ def bound(method: str, mixture: Tensor, stems: Tensor, complete: bool) -> Tensor
         mixture: `(c, s)`.
         stems: `(n, c, s)`.
         complete: whether the stems are all of the mixture; if not, the rest is one more source.
-
-    Notebook: 08_evaluation
     """
     sources = stems if complete else torch.cat([stems, mixture[None] - stems.sum(0)])
     return BOUNDS[method](mixture, sources)[: len(stems)]

@@ -24,8 +24,6 @@ def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> I
     """`map` in as many threads as torch has, each with a single thread of torch's.
 
     Results come in order, and few more than there are threads wait to be taken.
-
-    Notebook: 08_evaluation
     """
     count = torch.get_num_threads()
     if count == 1:
@@ -43,10 +41,7 @@ def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 
 @contextmanager
 def compute_threads(count: int) -> Iterator[None]:
-    """So many threads for torch's operations; as many as before at the end.
-
-    Notebook: 08_evaluation
-    """
+    """So many threads for torch's operations; as many as before at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

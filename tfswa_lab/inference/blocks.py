@@ -32,8 +32,6 @@ def read_blocks(path: str | Path, size: int = BLOCK) -> Iterator[Tensor]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not audio, is empty, damaged, or has NaN or infinite samples.
-
-    Notebook: 08_evaluation
     """
     audio.read(path, frames=1)  # says what is wrong with a file that is no song at all
     position = 0
@@ -70,8 +68,6 @@ def resample_blocks(
 
     Yields:
         Blocks `(…, s)`, ⌈s · rate_out / rate_in⌉ samples for all s together.
-
-    Notebook: 08_evaluation
     """
     if rate_in == rate_out:
         yield from blocks
@@ -114,8 +110,6 @@ def write_blocks(
     Raises:
         OSError: a file cannot be written.
         ValueError: a block contains NaN or infinite samples, or all are too short together.
-
-    Notebook: 08_evaluation
     """
     peak, missing = 0.0, shape[1]
     with ExitStack() as stack:

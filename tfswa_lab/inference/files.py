@@ -58,8 +58,6 @@ def separate_file(
         OSError: there is no such song, or the stems cannot be written.
         ValueError: the song is damaged or has more than two channels, or a number makes no sense.
         torch.OutOfMemoryError: there is no memory even for one segment.
-
-    Notebook: 08_evaluation
     """
     song, out = Path(song), Path(out)
     if out.exists() and not out.is_dir():

@@ -22,8 +22,6 @@ def fade_window(length: int, fade: int) -> Tensor:
 
     >>> fade_window(6, 2).tolist()
     [0.25, 0.75, 1.0, 1.0, 0.75, 0.25]
-
-    Notebook: 03_tfswa_unet
     """
     ramp = (torch.arange(length) + 0.5) / max(fade, 1)
     return torch.minimum(ramp, ramp.flip(0)).clamp(max=1.0)
@@ -42,8 +40,6 @@ def segment_starts(length: int, segment: int, fade: int, shifts: int = 1) -> lis
     [0]
     >>> segment_starts(105, 40, 10, shifts=2)
     [0, 15, 30, 45, 60, 65]
-
-    Notebook: 03_tfswa_unet
     """
     last, hop = max(length - segment, 0), segment - fade
     before_last = -(-last * shifts // hop)
@@ -80,8 +76,6 @@ def separate_track(
     Raises:
         ValueError: the mixture is empty or not `(c, s)`, or another argument is out of range.
         torch.OutOfMemoryError: there is no memory even for one segment.
-
-    Notebook: 03_tfswa_unet
     """
     if mixture.ndim != 2 or mixture.shape[1] == 0:
         raise ValueError(f"expected a mixture (channels, samples), got {tuple(mixture.shape)}")

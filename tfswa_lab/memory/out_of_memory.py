@@ -32,8 +32,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     On a GPU (CUDA, ROCm, XPU, MPS), in one of its libraries, or on the host. Errors of NCCL,
     device-side asserts and workers that died are none, whatever they quote.
 
-    Notebook: 06_leak_diagnosis
-
     >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))
     True
     >>> is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))

@@ -11,8 +11,6 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 def format_bytes(size: int) -> str:
     """A number of bytes in the unit that suits it; units are powers of 1024.
 
-    Notebook: 05_where_memory_goes
-
     >>> format_bytes(512), format_bytes(3 * MIB // 2), format_bytes(-5 * GIB)
     ('512 B', '1.50 MiB', '-5.00 GiB')
     """
@@ -33,8 +31,6 @@ SEGMENT_QUANTUM = 2 * MIB
 def rounded(requested: int) -> int:
     """Bytes that are set aside for a request, at least.
 
-    Notebook: 05_where_memory_goes
-
     >>> rounded(1), rounded(512), rounded(513)
     (512, 512, 1024)
     """
@@ -43,8 +39,6 @@ def rounded(requested: int) -> int:
 
 def segment_size(size: int) -> int:
     """Bytes that the device is asked for when nothing cached is large enough.
-
-    Notebook: 05_where_memory_goes
 
     >>> [segment_size(n * MIB) // MIB for n in (1, 2, 10, 11)]
     [2, 20, 10, 12]

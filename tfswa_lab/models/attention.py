@@ -22,8 +22,6 @@ class ScaledDotProductAttention(nn.Module):
     """`softmax(q kᵀ / √d) v`, written out; it keeps all `l × l` scores, the fused kernels do not.
 
     Source: Vaswani et al., "Attention is all you need", 2017, eq. 1.
-
-    Notebook: 02_attention_blocks
     """
 
     def forward(
@@ -51,8 +49,6 @@ class MultiHeadAttention(nn.Module):
     Args:
         dim: c, a multiple of `num_heads`.
         num_heads: h.
-
-    Notebook: 02_attention_blocks
 
     >>> MultiHeadAttention(dim=16, num_heads=2)(torch.zeros(3, 10, 16)).shape
     torch.Size([3, 10, 16])
@@ -91,8 +87,6 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 
     Args:
         mask: boolean `(b or 1, h or 1, l, l)`, None for none.
-
-    Notebook: 02_attention_blocks
     """
     if len(query) <= MOST_SEQUENCES:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -110,8 +104,6 @@ class AttentionUnit(nn.Module):
         dim: c.
         num_heads: h.
         mlp_ratio: width of the MLP's hidden layer in units of c.
-
-    Notebook: 02_attention_blocks
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int = 4):
@@ -128,10 +120,7 @@ class AttentionUnit(nn.Module):
 
 
 def mlp(dim: int, ratio: int) -> nn.Sequential:
-    """Widen, GELU, narrow, token by token.
-
-    Notebook: 02_attention_blocks
-    """
+    """Widen, GELU, narrow, token by token."""
     return nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
 
 
@@ -139,8 +128,6 @@ class TemporalSequenceAttention(AttentionUnit):
     """TSA: every frequency bin attends over its own frames and sees no other bin.
 
     Source: Yao et al., EURASIP J. Adv. Signal Process. 2025:39, Sec. 3.
-
-    Notebook: 02_attention_blocks
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,8 +140,6 @@ class FrequencySequenceAttention(AttentionUnit):
     """FSA: every frame attends over its own frequency bins and sees no other frame.
 
     Source: Yao et al., EURASIP J. Adv. Signal Process. 2025:39, Sec. 3.
-
-    Notebook: 02_attention_blocks
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,8 +165,6 @@ class ShiftedWindowAttention(AttentionUnit):
         mlp_ratio: width of the MLP's hidden layer in units of c.
 
     Source: Liu et al., "Swin Transformer", ICCV 2021, Sec. 3.2.
-
-    Notebook: 02_attention_blocks
     """
 
     def __init__(
@@ -224,18 +207,13 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def pad_to_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
-    """Append zeros to `(b, c, t, f)` until t and f are multiples of the window.
-
-    Notebook: 02_attention_blocks
-    """
+    """Append zeros to `(b, c, t, f)` until t and f are multiples of the window."""
     window_t, window_f = window_size
     return F.pad(x, (0, -x.shape[3] % window_f, 0, -x.shape[2] % window_t))
 
 
 def window_partition(x: Tensor, window_size: tuple[int, int]) -> Tensor:
     """Cut `(b, c, t, f)` into windows of tokens, `(b·windows, l, c)`, time-major.
-
-    Notebook: 02_attention_blocks
 
     >>> window_partition(torch.zeros(1, 5, 16, 24), (8, 8)).shape
     torch.Size([6, 64, 5])
@@ -246,10 +224,7 @@ def window_partition(x: Tensor, window_size: tuple[int, int]) -> Tensor:
 
 
 def window_merge(tokens: Tensor, window_size: tuple[int, int], shape: torch.Size) -> Tensor:
-    """Undo `window_partition`; `shape` is the `(b, c, t, f)` that was cut.
-
-    Notebook: 02_attention_blocks
-    """
+    """Undo `window_partition`; `shape` is the `(b, c, t, f)` that was cut."""
     window_t, window_f = window_size
     return rearrange(
         tokens,
@@ -268,8 +243,6 @@ def window_regions(size: int, window: int, shift: int, device: torch.device) -> 
 
     >>> window_regions(7, window=4, shift=2, device="cpu").tolist()
     [-1, -1, 0, 0, 0, 0, 1, -2]
-
-    Notebook: 02_attention_blocks
     """
     positions = torch.arange(size + -size % window, device=device)
     regions = torch.div(positions - shift, window, rounding_mode="floor")
@@ -285,8 +258,6 @@ def window_mask(
     see only each other; the caller cuts them off.
 
     Source: Liu et al., ICCV 2021, Fig. 4.
-
-    Notebook: 02_attention_blocks
     """
     regions_t = window_regions(t, window_size[0], shift_size[0], device)
     regions_f = window_regions(f, window_size[1], shift_size[1], device)

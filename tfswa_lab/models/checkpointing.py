@@ -19,8 +19,6 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
     A momentum of zero rather than no statistics at all: checkpointing demands that the second run
     saves the same tensors as the first.
-
-    Notebook: 03_tfswa_unet
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -40,8 +38,6 @@ def checkpointed(module: nn.Module, *inputs: Tensor | None) -> Tensor:
     statistics of batch norms; here the second run leaves them alone. Gradients are the same.
 
     Source: Chen et al., "Training deep nets with sublinear memory cost", 2016.
-
-    Notebook: 03_tfswa_unet
     """
     return checkpoint(
         module,

@@ -40,8 +40,6 @@ class MaskResUNet(nn.Module):
     Source: the parts are those of Yao et al., "TFSWA-ResUNet", EURASIP J. Adv. Signal Process.
     2025:39; sizes and head are ours.
 
-    Notebook: 07_training
-
     >>> MaskResUNet(in_channels=2, out_channels=4)(torch.zeros(1, 2, 9, 129)).shape
     torch.Size([1, 4, 9, 129])
     """

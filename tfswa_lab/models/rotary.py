@@ -32,8 +32,6 @@ def rotary_angles(
 
     Source: Su et al., "RoFormer", 2021, eq. 15.
 
-    Notebook: 04_tf_locoformer
-
     >>> rotary_angles(3, 4)
     tensor([[0.0000, 0.0000],
             [1.0000, 0.0100],
@@ -51,8 +49,6 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     bytes, and no flash attention on CUDA unless autocast casts it back.
 
     Source: Su et al., "RoFormer", 2021, eq. 34.
-
-    Notebook: 04_tf_locoformer
     """
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]  # (…, l, d/2)
@@ -74,8 +70,6 @@ class RotaryAttention(nn.Module):
         ValueError: heads that do not divide the width, or of odd width.
 
     Source: Saijo et al., "TF-Locoformer", IWAENC 2024.
-
-    Notebook: 04_tf_locoformer
 
     >>> RotaryAttention(dim=24, attention_dim=16, num_heads=2)(torch.zeros(3, 10, 24)).shape
     torch.Size([3, 10, 24])

@@ -20,18 +20,12 @@ from tfswa_lab.stft import LevelNormalizer, SpectrogramNormalizer, Statistics, S
 
 
 def magnitude_mask(output: Tensor, stems: int) -> Tensor:
-    """Real masks `(b, n, c, f, t)` in (0, 1) from `(b, n·c, t, f)`; the mixture keeps its phase.
-
-    Notebook: 03_tfswa_unet
-    """
+    """Real masks `(b, n, c, f, t)` in (0, 1) from `(b, n·c, t, f)`; the mixture keeps its phase."""
     return rearrange(output, "b (n c) t f -> b n c f t", n=stems)
 
 
 def complex_mask(output: Tensor, stems: int) -> Tensor:
-    """Complex masks `(b, n, c, f, t)` from `(b, n·c·2, t, f)`, each part in (-1, 1).
-
-    Notebook: 03_tfswa_unet
-    """
+    """Complex masks `(b, n, c, f, t)` from `(b, n·c·2, t, f)`, each part in (-1, 1)."""
     parts = rearrange(2 * output - 1, "b (n c ri) t f -> b n c f t ri", n=stems, ri=2)
     return torch.view_as_complex(parts.contiguous())
 
@@ -48,8 +42,6 @@ def check_stems(stems: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: a single string, none, one twice, or one with anything but letters, digits,
             spaces, dots, dashes and underscores in it.
-
-    Notebook: 03_tfswa_unet
     """
     if isinstance(stems, str):
         raise ValueError(f"stems={stems!r} is a string; write ({stems!r},)")
@@ -70,8 +62,6 @@ def output_channels(stems: tuple[str, ...], mask: str, audio_channels: int = 2) 
 
     Raises:
         ValueError: the kind of mask is unknown.
-
-    Notebook: 03_tfswa_unet
     """
     outputs = {kind: count for kind, (count, _) in MASKS.items()} | {MAPPING: 2}
     if mask not in outputs:
@@ -112,8 +102,6 @@ class Separator(nn.Module):
             name cannot be that of a file.
 
     Source: mixture consistency after Wisdom et al., ICASSP 2019, eq. 5.
-
-    Notebook: 03_tfswa_unet
     """
 
     def __init__(
@@ -255,8 +243,6 @@ def build_separator(
 
     Raises:
         ValueError: sizes, stems or kind of mask make no sense.
-
-    Notebook: 03_tfswa_unet
 
     >>> from tfswa_lab.models.tfswa_unet import TINY
     >>> build_separator(("vocals", "other"), **TINY)(torch.randn(1, 2, 9000)).shape

@@ -33,8 +33,6 @@ def save_separator(separator: Separator, folder: str | Path) -> Path:
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
         ValueError: its model or normalizer is of a class that `load_separator` does not know.
-
-    Notebook: 03_tfswa_unet
     """
     check_savable(separator)
     folder = Path(folder)
@@ -50,8 +48,6 @@ def check_savable(separator: Separator) -> None:
 
     Raises:
         ValueError: its model or normalizer is of an unknown class.
-
-    Notebook: 03_tfswa_unet
     """
     for part, known in ((separator.model, MODELS), (separator.normalizer, NORMALIZERS)):
         if type(part) not in known.values():
@@ -59,10 +55,7 @@ def check_savable(separator: Separator) -> None:
 
 
 def describe(separator: Separator) -> dict:
-    """Everything but the weights that `load_separator` needs, in JSON's types.
-
-    Notebook: 03_tfswa_unet
-    """
+    """Everything but the weights that `load_separator` needs, in JSON's types."""
     return {
         "model": type(separator.model).__name__,
         "sizes": separator.model.sizes,
@@ -84,8 +77,6 @@ def load_separator(folder: str | Path) -> Separator:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is not what it should be, or weights and sizes do not fit.
-
-    Notebook: 03_tfswa_unet
     """
     folder = Path(folder)
     for name in (SIZES, WEIGHTS):

@@ -42,8 +42,6 @@ class RMSGroupNorm(nn.Module):
 
     Source: Saijo et al., "TF-Locoformer", IWAENC 2024.
 
-    Notebook: 04_tf_locoformer
-
     >>> RMSGroupNorm(4, num_groups=2)(torch.tensor([3.0, 4.0, 0.0, 0.1]))
     tensor([0.8485, 1.1314, 0.0000, 1.4140], grad_fn=<MulBackward0>)
     """
@@ -78,8 +76,6 @@ class ConvSwiGLU(nn.Module):
         dropout: share of hidden and output values set to 0 in training.
 
     Source: Saijo et al., "TF-Locoformer", IWAENC 2024; SwiGLU after Shazeer, 2020.
-
-    Notebook: 04_tf_locoformer
     """
 
     def __init__(self, dim: int, hidden_dim: int, kernel_size: int, dropout: float = 0.0):
@@ -112,8 +108,6 @@ class LocoformerLayer(nn.Module):
         dropout: of all parts.
 
     Source: Saijo et al., "TF-Locoformer", IWAENC 2024 and its released code.
-
-    Notebook: 04_tf_locoformer
     """
 
     def __init__(
@@ -142,10 +136,7 @@ class LocoformerLayer(nn.Module):
 
 
 class FrequencyPath(LocoformerLayer):
-    """Every frame on its own, along its frequency bins.
-
-    Notebook: 04_tf_locoformer
-    """
+    """Every frame on its own, along its frequency bins."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, c, t, f)` to the same shape."""
@@ -154,10 +145,7 @@ class FrequencyPath(LocoformerLayer):
 
 
 class TimePath(LocoformerLayer):
-    """Every frequency bin on its own, along its frames.
-
-    Notebook: 04_tf_locoformer
-    """
+    """Every frequency bin on its own, along its frames."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, c, t, f)` to the same shape."""
@@ -170,8 +158,6 @@ class TFLocoformerBlock(nn.Sequential):
 
     Args:
         sizes: those of `LocoformerLayer`.
-
-    Notebook: 04_tf_locoformer
     """
 
     def __init__(self, **sizes):
@@ -207,8 +193,6 @@ class TFLocoformer(nn.Module):
 
     Source: Saijo et al., "TF-Locoformer: Transformer with local modeling by convolution for speech
     separation and enhancement", IWAENC 2024, arXiv:2408.03440.
-
-    Notebook: 04_tf_locoformer
 
     >>> TFLocoformer().get_num_parameters()  # M, for two speakers in one channel
     14975620
@@ -283,10 +267,7 @@ class TFLocoformer(nn.Module):
 
 
 def check_positive(sizes: dict[str, int]) -> None:
-    """Refuse sizes below 1, by name.
-
-    Notebook: 04_tf_locoformer
-    """
+    """Refuse sizes below 1, by name."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")
@@ -296,8 +277,6 @@ def initialise(module: nn.Module) -> None:
     """Xavier for every matrix and kernel, zero for the biases beside them.
 
     Source: the released recipes of TF-Locoformer (`init: xavier_uniform`).
-
-    Notebook: 04_tf_locoformer
     """
     if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         nn.init.xavier_uniform_(module.weight)

@@ -32,8 +32,6 @@ class TFSWABlock(nn.Module):
     Source: the parallel variant of Yao et al., EURASIP J. Adv. Signal Process. 2025:39; the
     published serial module is `tfswa_resunet.TFSWAModule`.
 
-    Notebook: 02_attention_blocks
-
     >>> TFSWABlock(dim=16, num_heads=2)(torch.zeros(1, 16, 20, 30)).shape
     torch.Size([1, 16, 20, 30])
     """

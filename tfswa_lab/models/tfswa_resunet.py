@@ -24,10 +24,7 @@ HALVINGS = len(CHANNELS)
 
 
 class SequenceBlock(nn.Module):
-    """LayerNorm, attention without a residual, then an MLP with one (Fig. 3b); on `(b, l, c)`.
-
-    Notebook: 03_tfswa_unet
-    """
+    """LayerNorm, attention without a residual, then an MLP with one (Fig. 3b); on `(b, l, c)`."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int):
         super().__init__()
@@ -43,8 +40,6 @@ class SequenceBlock(nn.Module):
 
 class TFSWAModule(nn.Module):
     """TSA, then FSA, then a pair of Swin blocks as a residual branch (Fig. 3a).
-
-    Notebook: 03_tfswa_unet
 
     >>> TFSWAModule(dim=16, num_heads=2)(torch.zeros(1, 16, 10, 8)).shape
     torch.Size([1, 16, 10, 8])
@@ -76,10 +71,7 @@ class TFSWAModule(nn.Module):
 
 
 class ResidualConvModule(nn.Module):
-    """Twice batch norm, GELU, 3×3 convolution, beside a 1×1 shortcut.
-
-    Notebook: 03_tfswa_unet
-    """
+    """Twice batch norm, GELU, 3×3 convolution, beside a 1×1 shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -99,10 +91,7 @@ class ResidualConvModule(nn.Module):
 
 
 def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Four residual modules; the first one changes the number of channels.
-
-    Notebook: 03_tfswa_unet
-    """
+    """Four residual modules; the first one changes the number of channels."""
     first = ResidualConvModule(in_channels, out_channels)
     rest = [ResidualConvModule(out_channels, out_channels) for _ in range(3)]
     return nn.Sequential(first, *rest)
@@ -122,8 +111,6 @@ class TFSWAResUNet(nn.Module):
         num_heads: heads of every attention.
         num_tfswa: TFSWA modules in the bottleneck.
         mlp_ratio: hidden width of every MLP in units of its channels.
-
-    Notebook: 03_tfswa_unet
     """
 
     def __init__(

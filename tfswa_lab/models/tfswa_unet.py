@@ -47,8 +47,6 @@ class TFSWAUNet(nn.Module):
 
     Source: built from the published description of the parallel TFSWA-UNet.
 
-    Notebook: 03_tfswa_unet
-
     >>> TFSWAUNet().get_num_parameters()
     15404834
     """
@@ -149,18 +147,13 @@ def pad_for_three_halvings(x: Tensor) -> Tensor:
 
     At least 16 frames, so that the bottleneck keeps two cells: over a single one, batch norm has
     no variance and refuses to train.
-
-    Notebook: 03_tfswa_unet
     """
     t, f = x.shape[2:]
     return F.pad(x, (0, -f % 8, 0, max(-t % 8, 16 - t)))
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal for linear layers, Kaiming for convolutions, zero for their biases.
-
-    Notebook: 03_tfswa_unet
-    """
+    """Truncated normal for linear layers, Kaiming for convolutions, zero for their biases."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

@@ -37,10 +37,7 @@ Step = Callable[[], None]
 
 
 def as_published(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
-    """Stems `(b, n, c, s)` of a mixture `(b, c, s)`.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Stems `(b, n, c, s)` of a mixture `(b, c, s)`."""
     spec = stft(wave)
     x = torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT  # (b, 2c, t, f)
     output = model(x)  # (b, n · 2c, t, f)
@@ -53,10 +50,7 @@ def as_published(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
 
 
 def spec_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
-    """Claim 1: `del spec` after stacking.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Claim 1: `del spec` after stacking."""
     spec = stft(wave)
     x = torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT
     del spec
@@ -70,10 +64,7 @@ def spec_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
 
 
 def loop_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
-    """Claim 2: `del` in the loop of inverse transforms.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Claim 2: `del` in the loop of inverse transforms."""
     spec = stft(wave)
     x = torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT
     output = model(x)
@@ -87,10 +78,7 @@ def loop_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
 
 
 def attention_as_published(unit: RotaryAttention, tokens: Tensor) -> Tensor:
-    """What `RotaryAttention` does, `(n, l, c)` to the same shape.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """What `RotaryAttention` does, `(n, l, c)` to the same shape."""
     qkv = rearrange(unit.qkv(tokens), "n l (qkv h d) -> qkv n h l d", qkv=3, h=unit.num_heads)
     angles = rotary_angles(*qkv.shape[-2:], torch.float32, qkv.device)
     q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2].contiguous()
@@ -100,10 +88,7 @@ def attention_as_published(unit: RotaryAttention, tokens: Tensor) -> Tensor:
 
 
 def qkv_deleted(unit: RotaryAttention, tokens: Tensor) -> Tensor:
-    """Claim 3: `del q, k, v` after attention.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Claim 3: `del q, k, v` after attention."""
     qkv = rearrange(unit.qkv(tokens), "n l (qkv h d) -> qkv n h l d", qkv=3, h=unit.num_heads)
     angles = rotary_angles(*qkv.shape[-2:], torch.float32, qkv.device)
     q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2].contiguous()
@@ -121,10 +106,7 @@ MENDED = {
 
 
 class Attending(nn.Module):
-    """A `RotaryAttention` that attends as it is told.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """A `RotaryAttention` that attends as it is told."""
 
     def __init__(self, unit: RotaryAttention, attend: Attend):
         super().__init__()
@@ -156,8 +138,6 @@ def make_step(
         half: bfloat16 by autocast.
         n_fft: of the transform; a quarter of it is the hop.
         sizes: of the `TFLocoformer` that differ from `PATIENT`.
-
-    Notebook: 06_leak_diagnosis
     """
     model = TFLocoformer(4, 4 * STEMS, **PATIENT | sizes).to(device)
     for layer in model.modules():
@@ -182,20 +162,14 @@ def make_step(
 
 
 def make_alone(separate: Separate = as_published, training: bool = True) -> Step:
-    """A step with one convolution for a network: what `separate` holds is the peak.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """A step with one convolution for a network: what `separate` holds is the peak."""
     model, stft = nn.Conv2d(4, 4 * STEMS, 1), STFTProcessor(N_FFT, HOP)
     wave = torch.randn(1, 2, 10 * RATE)
     return _passes(lambda: separate(model, stft, wave), training)
 
 
 def make_attention(attend: Attend = attention_as_published, training: bool = True) -> Step:
-    """A step of one attention over the bins of 10 s, and nothing else.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """A step of one attention over the bins of 10 s, and nothing else."""
     sizes = (PATIENT[name] for name in ("dim", "attention_dim", "num_heads"))
     unit, tokens = RotaryAttention(*sizes), torch.randn(431, N_FFT // 2 + 1, PATIENT["dim"])
     return _passes(lambda: attend(unit, tokens), training)
@@ -212,10 +186,7 @@ def _passes(forward: Callable[[], Tensor], training: bool) -> Step:
 
 
 def block_starts(timeline: Timeline) -> list[int]:
-    """The event with which the forward pass of each block of the patient begins.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """The event with which the forward pass of each block of the patient begins."""
     starts = {}
     for block in timeline.blocks:
         _, found, path = block.module.partition("blocks.")
@@ -229,8 +200,6 @@ def measured(make: Callable[[], Step]) -> int:
 
     Args:
         make: makes network, mixture and optimizer on that GPU, which count, and returns the step.
-
-    Notebook: 06_leak_diagnosis
     """
     gc.collect()  # what is freed while the step runs would be subtracted from it
     before = gauges.allocated()

@@ -24,10 +24,7 @@ SHARE_OF_FREE = 0.9  # of a GPU's memory that a step may take: workspaces are in
 
 
 class Excerpt(NamedTuple):
-    """A few seconds of one track: `mixture` `(2, s)` and `stems` `(n, 2, s)`.
-
-    Notebook: 00_start_here
-    """
+    """A few seconds of one track: `mixture` `(2, s)` and `stems` `(n, 2, s)`."""
 
     track: str
     start_seconds: float
@@ -44,8 +41,6 @@ def lesson_root(data_root: str) -> Path:
 
     Raises:
         FileNotFoundError: `data_root` is no such folder.
-
-    Notebook: 00_start_here
     """
     if not data_root:
         from tfswa_lab.data.band import ensure_band
@@ -61,10 +56,7 @@ def lesson_root(data_root: str) -> Path:
 
 
 def versions(device: torch.device, packages: Sequence[str] = ("torch", "numpy")) -> str:
-    """One line that makes a bug report answerable: versions and device.
-
-    Notebook: 00_start_here
-    """
+    """One line that makes a bug report answerable: versions and device."""
     found = [f"tfswa-lab {__version__}", *(f"{name} {version(name)}" for name in packages)]
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return " · ".join([f"Python {platform.python_version()}", *found, f"{device} ({card})"])

@@ -45,10 +45,7 @@ LONGEST = 46  # characters of a name in a picture; paths lose their beginning
 
 
 class Span(NamedTuple):
-    """Events of one pass of a step, `start` and all before `stop`.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Events of one pass of a step, `start` and all before `stop`."""
 
     name: str  # forward, backward or optimizer
     start: int
@@ -77,8 +74,6 @@ def plot_timeline(
 
     Raises:
         ValueError: nothing is allocated between `start` and `stop`.
-
-    Notebook: 05_where_memory_goes
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(9, 3.8), layout="constrained", dpi=100)
@@ -106,8 +101,6 @@ def window(timeline: Timeline, start: int = 0, stop: int | None = None) -> tuple
 
     Raises:
         ValueError: there are none, or nothing is allocated then.
-
-    Notebook: 05_where_memory_goes
     """
     stop = min(timeline.events + 1, timeline.events + 1 if stop is None else stop)
     if not 0 <= start < stop:
@@ -127,8 +120,6 @@ def groups_over_time(
 
     Categories are in the order of `CATEGORIES`, other groups in that of their first blocks;
     `others`, the sum of all that are not among the largest, is last.
-
-    Notebook: 05_where_memory_goes
 
     >>> blocks = [Block(4, 4, 0, category="input"), Block(2, 2, 1, 2)]
     >>> groups_over_time(Timeline(blocks, 2), by_category, 6, 0, 3)
@@ -161,8 +152,6 @@ def groups_over_time(
 def group_colours(names: Iterable[str]) -> dict[str, str]:
     """Constant colours for categories, an even scale for all else.
 
-    Notebook: 05_where_memory_goes
-
     >>> group_colours(["input", "others"])
     {'input': '#5797c6', 'others': '#ededed'}
     """
@@ -179,8 +168,6 @@ def passes(timeline: Timeline) -> list[Span]:
     """When the forward and backward passes and the optimizer were at work.
 
     Each lasts from its first allocation to its last; recomputation is part of the backward pass.
-
-    Notebook: 05_where_memory_goes
     """
     at_work = (block for block in timeline.blocks if block.phase in PASS_OF)
     runs = groupby(at_work, key=lambda block: (PASS_OF[block.phase], block.step))
@@ -194,8 +181,6 @@ def passes(timeline: Timeline) -> list[Span]:
 def unit_of(size: int) -> tuple[int, str]:
     """The unit for an axis that ends at a number of bytes.
 
-    Notebook: 05_where_memory_goes
-
     >>> unit_of(3_000_000)
     (1048576, 'MiB')
     """
@@ -207,8 +192,6 @@ def unit_of(size: int) -> tuple[int, str]:
 
 def shortened(name: str, longest: int = LONGEST) -> str:
     """The end of a long name, from a `/` on if there is one: in paths it says the most.
-
-    Notebook: 05_where_memory_goes
 
     >>> shortened("/home/me/model.py:3 (forward)", 24)
     '…/model.py:3 (forward)'
@@ -270,8 +253,6 @@ def plot_peak(held: Mapping[str, int], ax: Axes | None = None) -> tuple[Figure, 
 
     Raises:
         ValueError: nobody holds anything.
-
-    Notebook: 05_where_memory_goes
     """
     total = sum(held.values())
     if not total:
@@ -298,8 +279,6 @@ def plot_peaks(
 
     Raises:
         ValueError: there are no peaks.
-
-    Notebook: 05_where_memory_goes
     """
     if not peaks:
         raise ValueError("there are no peaks to draw")

@@ -47,10 +47,7 @@ BY = {
 
 
 class Canvas(NamedTuple):
-    """Where events and bytes are in a picture; y counts from its upper edge.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Where events and bytes are in a picture; y counts from its upper edge."""
 
     start: int
     stop: int
@@ -105,8 +102,6 @@ def timeline_svg(
 
     Raises:
         ValueError: nothing is allocated between `start` and `stop`.
-
-    Notebook: 05_where_memory_goes
     """
     start, stop = window(timeline, start, stop)
     canvas = Canvas(start, stop, timeline.peak(start, stop)[0], width, height)
@@ -133,8 +128,6 @@ def timeline_view(timeline: Timeline, count: int = 800) -> VBox:
 
     Raises:
         ValueError: nothing is allocated.
-
-    Notebook: 05_where_memory_goes
     """
     from ipywidgets import HTML, Dropdown, IntRangeSlider, Layout, VBox
 
@@ -159,10 +152,7 @@ def timeline_view(timeline: Timeline, count: int = 800) -> VBox:
 
 
 def largest_areas(timeline: Timeline, count: int, start: int, stop: int) -> list[Block]:
-    """Blocks with the most bytes × events between `start` and `stop`, in the order of their births.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Blocks with the most bytes × events between `start` and `stop`, oldest first."""
 
     def area(block: Block) -> int:
         ends = stop if block.died is None else min(block.died, stop)
@@ -178,8 +168,6 @@ def heights(blocks: Sequence[Block]) -> list[list[tuple[int, int]]]:
 
     Args:
         blocks: in the order of their births.
-
-    Notebook: 05_where_memory_goes
 
     >>> heights([Block(8, 8, 1, 3), Block(4, 4, 2)])
     [[(1, 0)], [(2, 8), (3, 0)]]

@@ -41,8 +41,6 @@ def play(
 
     Raises:
         ValueError: no clips, too many seconds, or a waveform that cannot be played.
-
-    Notebook: 01_sound_to_spectrogram
     """
     if not clips:
         raise ValueError("play() needs at least one clip: play({'mixture': waveform})")
@@ -61,18 +59,13 @@ def common_gain(clips: Mapping[str, Tensor]) -> float:
 
     >>> common_gain({"soft": torch.tensor([0.5]), "hot": torch.tensor([-1.25])})
     0.8
-
-    Notebook: 01_sound_to_spectrogram
     """
     peak = max(clip.abs().max().item() for clip in clips.values())
     return min(1.0, 1.0 / peak) if peak else 1.0
 
 
 def encode_vorbis(waveform: Tensor, rate: int = SAMPLE_RATE) -> bytes:
-    """A waveform `(c, s)` as an Ogg Vorbis file in memory.
-
-    Notebook: 01_sound_to_spectrogram
-    """
+    """A waveform `(c, s)` as an Ogg Vorbis file in memory."""
     buffer = io.BytesIO()
     soundfile.write(buffer, waveform.T.numpy(), rate, format="OGG", subtype="VORBIS")
     return buffer.getvalue()

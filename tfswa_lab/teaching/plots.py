@@ -70,8 +70,6 @@ def power_db(spectrogram: Tensor, reference: float | None = None) -> Tensor:
 
     >>> power_db(torch.tensor([[1.0, 0.1]]))
     tensor([[  0., -20.]])
-
-    Notebook: 01_sound_to_spectrogram
     """
     power = mean_power(spectrogram)
     reference = reference or power.max().item() or 1.0
@@ -79,10 +77,7 @@ def power_db(spectrogram: Tensor, reference: float | None = None) -> Tensor:
 
 
 def mean_power(spectrogram: Tensor) -> Tensor:
-    """Power `(f, t)` of a spectrogram `(f, t)` or `(c, f, t)`, averaged over channels.
-
-    Notebook: 01_sound_to_spectrogram
-    """
+    """Power `(f, t)` of a spectrogram `(f, t)` or `(c, f, t)`, averaged over channels."""
     power = spectrogram.detach().cpu().abs().square()
     return power.mean(0) if power.ndim == 3 else power
 
@@ -106,8 +101,6 @@ def plot_spectrogram(
         scale: "log" or "linear" frequency axis.
         reference: the power that is 0 dB, see `power_db`.
         ax: where to draw.
-
-    Notebook: 01_sound_to_spectrogram
     """
     fig, ax = _axes(ax, (8, 3))
     level = power_db(spectrogram, reference)
@@ -126,10 +119,7 @@ def plot_mask(
     scale: str = "log",
     ax=None,
 ) -> tuple[Figure, Axes]:
-    """A mask `(f, t)` or `(c, f, t)` with values in [0, 1]: what passes is bright.
-
-    Notebook: 01_sound_to_spectrogram
-    """
+    """A mask `(f, t)` or `(c, f, t)` with values in [0, 1]: what passes is bright."""
     fig, ax = _axes(ax, (8, 3))
     mask = mask.detach().cpu().float()
     mask = mask.mean(0) if mask.ndim == 3 else mask
@@ -192,8 +182,6 @@ def plot_stems(
         hop_length: in samples.
         rate: samples per second.
         scale: "log" or "linear" frequency axis.
-
-    Notebook: 01_sound_to_spectrogram
     """
     if not spectrograms:
         raise ValueError("plot_stems() needs at least one spectrogram")

@@ -43,10 +43,7 @@ from tfswa_lab.memory.sizes import MIB
 
 @dataclass(frozen=True)
 class NotebookRun:
-    """What one execution cost: host memory of the kernel, `error` empty if all went well.
-
-    Notebook: 00_start_here
-    """
+    """What one execution cost: host memory of the kernel, `error` empty if all went well."""
 
     name: str
     seconds: float
@@ -77,8 +74,6 @@ def run_notebook(
         papermill.PapermillExecutionError: a cell raised.
         WidgetError: a widget callback raised.
         TimeoutError: the notebook took longer than `timeout_seconds`.
-
-    Notebook: 00_start_here
     """
     path, output = Path(path), Path(output)
     refuse_unknown_parameters(path, parameters)
@@ -108,10 +103,7 @@ def run_notebook(
 
 
 def refuse_unknown_parameters(path: Path, parameters: Mapping[str, object]) -> None:
-    """Stop at a misspelt parameter, which would otherwise leave the default in force.
-
-    Notebook: 00_start_here
-    """
+    """Stop at a misspelt parameter, which would otherwise leave the default in force."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such notebook")
     known = set(papermill.inspect_notebook(str(path)))

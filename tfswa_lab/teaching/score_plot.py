@@ -35,8 +35,6 @@ def plot_scores(report: Report, ratio: str = "SDR", ax: Axes | None = None) -> t
 
     Raises:
         ValueError: there is no such ratio.
-
-    Notebook: 08_evaluation
     """
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 3.6), layout="constrained", dpi=100)
@@ -82,8 +80,6 @@ def of_song(song: TrackScores, stem: str, ratio: str) -> float:
 
     Raises:
         ValueError: there is no such ratio.
-
-    Notebook: 08_evaluation
     """
     known = song.medians[stem] | song.whole[stem]
     if ratio not in known:
@@ -98,8 +94,6 @@ def write_picture(report: Report, path: Path) -> None:
 
     Raises:
         OSError: the file cannot be written.
-
-    Notebook: 08_evaluation
     """
     wide = 3.5 + 1.6 * len(report.stems)
     figure = Figure(figsize=(wide, 6.4), layout="constrained", dpi=150)

@@ -27,8 +27,6 @@ def explore(function: Callable[..., object], **controls: Widget) -> VBox:
 
     Raises:
         TypeError: the function does not take these arguments.
-
-    Notebook: 01_sound_to_spectrogram
     """
     inspect.signature(function).bind(**controls)
     output = Output()
@@ -52,8 +50,6 @@ def cell_outputs(call: Callable[[], object]) -> tuple[dict, ...]:
     Collected here and handed over at once. `with Output():` would make the front end send every
     piece back to the kernel while the cell runs, and nbclient, under papermill, may then miss the
     end of the cell and wait for ever.
-
-    Notebook: 01_sound_to_spectrogram
     """
     error = []
     with capture_output() as shown:

@@ -38,8 +38,6 @@ def save_checkpoint(run: str | Path, step: int, state: Mapping, before: Path | N
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
-
-    Notebook: 07_training
     """
     path = checkpoint_path(run, step)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,10 +52,7 @@ def save_checkpoint(run: str | Path, step: int, state: Mapping, before: Path | N
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:
-    """Where the state after `step` steps lies.
-
-    Notebook: 07_training
-    """
+    """Where the state after `step` steps lies."""
     return Path(run) / FOLDER / f"step_{step:08d}.ckpt"
 
 
@@ -74,10 +69,7 @@ def _write(path: Path, content: memoryview) -> None:
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; what else lies there under other names is yours.
-
-    Notebook: 07_training
-    """
+    """The checkpoints of a run, oldest first; what else lies there under other names is yours."""
     paths = (Path(run) / FOLDER).glob("step_*.ckpt")
     return sorted(path for path in paths if re.fullmatch(r"step_\d{8,}\.ckpt", path.name))
 
@@ -87,8 +79,6 @@ def find_checkpoint(place: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
-
-    Notebook: 07_training
     """
     place = Path(place)
     if place.is_file():
@@ -108,8 +98,6 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         ValueError: the file is foreign, cut off or altered, and then the error names one that is
             whole, if any; or it holds something that could run.
-
-    Notebook: 07_training
     """
     path = Path(path)
     try:

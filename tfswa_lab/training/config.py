@@ -44,8 +44,6 @@ class TrainingConfig:
     Raises:
         ValueError: a number is out of range, there is no end, or the precision is unknown.
 
-    Notebook: 07_training
-
     >>> TrainingConfig(learning_rate=-1)
     Traceback (most recent call last):
     ...
@@ -134,8 +132,6 @@ def check_same_run(saved: dict, current: dict) -> None:
 
     Raises:
         ValueError: names every setting that differs, with both values.
-
-    Notebook: 07_training
     """
     old, new = _flat(saved), _flat(current)
     differing = [

@@ -20,8 +20,6 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     stays in evaluation mode.
 
     Source: Polyak & Juditsky, SIAM J. Control Optim. 30(4), 1992; here exponentially weighted.
-
-    Notebook: 07_training
     """
 
     def pull(averages: list[Tensor], values: list[Tensor], _: Tensor) -> None:

@@ -15,8 +15,6 @@ class Termination:
 
     A second one is not put off, since a step may take minutes. Handlers belong to the main thread;
     in any other, signals keep their meaning.
-
-    Notebook: 07_training
     """
 
     def __init__(self):

@@ -24,8 +24,6 @@ class Autocast(MixedPrecision):
 
     Fabric would round them as well, which is right for images and wrong here: with its 8 bits,
     bfloat16 adds noise only 56 dB below the music before the first layer has seen it.
-
-    Notebook: 07_training
     """
 
     def convert_input(self, data: Any) -> Any:
@@ -42,8 +40,6 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
     Raises:
         ValueError: the device is unknown or absent, there are not so many, or a card lacks the
             precision.
-
-    Notebook: 07_training
     """
     chosen = pick_device(device)
     present = torch.cuda.device_count() if chosen.type == "cuda" else math.inf
@@ -77,8 +73,6 @@ def leave_the_others() -> None:
     does so while the interpreter ends aborts the process (PyTorch issue 190489): 4 of 72 runs on a
     busy machine. They are waited for when the last object that can talk goes, so let go of
     trainers before the end.
-
-    Notebook: 07_training
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -87,8 +81,6 @@ def leave_the_others() -> None:
 
 def best_mixed_precision(device: str) -> str:
     """Where bfloat16 exists, it: of float32's range, it needs no scaler.
-
-    Notebook: 07_training
 
     >>> best_mixed_precision("cpu")
     'bf16-mixed'
@@ -104,8 +96,6 @@ def synchronised(separator: nn.Module, fabric: Fabric) -> nn.Module:
 
     Otherwise each normalises by its own part, and a run changes with the number of cards. torch
     has no such batch norm for CPUs.
-
-    Notebook: 07_training
     """
     if fabric.world_size > 1 and fabric.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(separator)
@@ -117,8 +107,6 @@ def checkpoint_activations(model: nn.Module) -> None:
 
     Raises:
         ValueError: it cannot.
-
-    Notebook: 07_training
     """
     if not hasattr(model, "activation_checkpointing"):
         raise ValueError(f"a {type(model).__name__} has no activation_checkpointing; leave it out")
@@ -126,10 +114,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def gathered(fabric: Fabric, item: Any) -> list:
-    """The same kind of item from every process, in the order of their ranks, for every process.
-
-    Notebook: 07_training
-    """
+    """The same kind of item from every process, in the order of their ranks, for every process."""
     if fabric.world_size == 1:
         return [item]
     items = [None] * fabric.world_size
@@ -138,20 +123,14 @@ def gathered(fabric: Fabric, item: Any) -> list:
 
 
 def share_buffers(fabric: Fabric, module: nn.Module) -> None:
-    """The first process's running statistics for all, so that all score the same network.
-
-    Notebook: 07_training
-    """
+    """The first process's running statistics for all, so that all score the same network."""
     if fabric.world_size > 1:
         for buffer in module.buffers():
             torch.distributed.broadcast(buffer, src=0)
 
 
 def any_process(fabric: Fabric, *flags: bool) -> list[bool]:
-    """For each flag, whether it is set in some process: all must take the same turn.
-
-    Notebook: 07_training
-    """
+    """For each flag, whether it is set in some process: all must take the same turn."""
     if fabric.world_size == 1:
         return list(flags)
     votes = fabric.all_reduce(torch.tensor(flags, dtype=torch.float32), reduce_op="max")

@@ -27,8 +27,6 @@ class Logbook:
         history: curves so far.
         step: steps done; what an earlier process logged after that is hidden by TensorBoard.
 
-    Notebook: 07_training
-
     >>> logbook = Logbook()
     >>> logbook.scalars(10, {"train/loss": 0.5})
     >>> logbook.scalars(20, {"train/loss": 0.4})
@@ -85,8 +83,6 @@ def means(terms: list[dict]) -> dict[str, float]:
 
     >>> means([{"loss": 1.0}, {"loss": torch.tensor(2.0)}])
     {'loss': 1.5}
-
-    Notebook: 07_training
     """
     values = torch.stack([torch.stack([torch.as_tensor(x) for x in t.values()]) for t in terms])
     return dict(zip(terms[0], values.double().mean(0).tolist(), strict=True))
@@ -100,8 +96,6 @@ def spectrogram_image(waveform: Tensor, stft: STFTProcessor) -> Tensor:
     Args:
         waveform: `(s,)`.
         stft: window and hop.
-
-    Notebook: 07_training
     """
     full_scale = stft.n_fft / 4  # of a Hann window
     db = 20 * (stft(waveform).abs() / full_scale).clamp(min=1e-9).log10()

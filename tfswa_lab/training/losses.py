@@ -30,8 +30,6 @@ class StemLoss(nn.Module):
     """What all losses share: the check of shapes, and float32 under any autocast.
 
     A subclass defines `per_stem`, from `(b, n, c, s)` twice to `(b, n)`.
-
-    Notebook: 07_training
     """
 
     def forward(self, estimates: Tensor, targets: Tensor) -> Tensor:
@@ -71,8 +69,6 @@ def _float32(x: Tensor) -> Tensor:
 class L1WaveformLoss(StemLoss):
     """Mean absolute difference of the samples: the plainest loss that sees the phase.
 
-    Notebook: 07_training
-
     >>> L1WaveformLoss()(torch.zeros(1, 2, 2, 100), torch.full((1, 2, 2, 100), 0.25))
     tensor([[0.2500, 0.2500]])
     """
@@ -94,8 +90,6 @@ class L1SpectrogramLoss(StemLoss):
 
     Raises:
         ValueError: `STFTProcessor` refuses the sizes.
-
-    Notebook: 07_training
 
     >>> tone = torch.sin(torch.arange(44_100) / 5).expand(1, 1, 2, -1)
     >>> bool(L1SpectrogramLoss()(-tone, tone) == 0)
@@ -145,8 +139,6 @@ class MultiResolutionSTFTLoss(StemLoss):
 
     Source: Yamamoto et al., "Parallel WaveGAN", ICASSP 2020, with the plain magnitudes in place of
     the spectral convergence, which divides by the target and so has no value for silence.
-
-    Notebook: 07_training
     """
 
     def __init__(
@@ -199,8 +191,6 @@ class SDRLoss(StemLoss):
     Source: Wisdom et al., "Unsupervised sound separation using mixture invariant training",
     NeurIPS 2020 (the thresholded SNR).
 
-    Notebook: 07_training
-
     >>> stem = torch.sin(torch.arange(1000.0)).expand(1, 1, 2, -1)
     >>> round(SDRLoss(math.inf)(0.5 * stem, stem).item(), 2)  # e = s / 2
     -6.02
@@ -226,8 +216,6 @@ class SISDRLoss(SDRLoss):
     share below the ceiling comes near `SILENT_POWER`: at −30 dB and a ceiling of 30 dB, 0.04 dB.
 
     Source: Le Roux et al., "SDR – half-baked or well done?", ICASSP 2019 (without ceiling).
-
-    Notebook: 07_training
 
     >>> stem = torch.sin(torch.arange(1000.0)).expand(1, 1, 2, -1)
     >>> round(SISDRLoss(ceiling_db=20)(0.5 * stem, stem).item(), 2)  # no error, so the ceiling
@@ -272,8 +260,6 @@ class SourceSeparationLoss(nn.Module):
 
     Raises:
         ValueError: a weight is negative or NaN, all are zero, or one names an unknown stem.
-
-    Notebook: 07_training
 
     >>> loss = SourceSeparationLoss(("vocals", "other"), mrstft_weight=0, waveform_weight=2)
     >>> total, terms = loss(torch.zeros(3, 2, 2, 9000), torch.full((3, 2, 2, 9000), 0.25))

@@ -18,8 +18,6 @@ class NonFiniteError(FloatingPointError):
         what: e.g. "the loss is nan in step 12".
         songs: descriptions of the batches that may have caused it, of all processes.
         files: where these batches are.
-
-    Notebook: 07_training
     """
 
     def __init__(self, what: str, songs: list[str], files: list[str]):
@@ -34,8 +32,6 @@ def describe_batch(batch: dict) -> str:
 
     >>> describe_batch({"track": ["A", "B"], "start_seconds": [1.5, 0]})
     'A at 1.50 s, B at 0.00 s'
-
-    Notebook: 07_training
     """
     places = zip(batch["track"], batch["start_seconds"], strict=True)
     return ", ".join(f"{track} at {float(start):.2f} s" for track, start in places)
@@ -54,8 +50,6 @@ def write_batches(folder: Path | None, step: int, rank: int, batches: list[dict]
 
     Returns:
         What there is to be looked at; where a file could not be written, why.
-
-    Notebook: 07_training
     """
     written = []
     for part, batch in enumerate(batches if folder else []):

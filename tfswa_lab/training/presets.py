@@ -37,8 +37,6 @@ class Preset(TrainingConfig):
         data_root: a tree of MUSDB18's shape, empty for the embedded band.
 
     All others are those of `TrainingConfig`.
-
-    Notebook: 07_training
     """
 
     dims: tuple[int, ...] = (32, 64, 128, 256)

@@ -21,8 +21,6 @@ def memory_mib(device: torch.device) -> dict[str, float]:
 
     >>> list(memory_mib(torch.device("cpu")))
     ['process_rss']
-
-    Notebook: 07_training
     """
     if device.type != "cuda":
         return {"process_rss": gauges.process_rss() / MIB}
@@ -33,18 +31,12 @@ def memory_mib(device: torch.device) -> dict[str, float]:
 
 
 def progress_bar(step: int, total: int, shown: bool) -> tqdm:
-    """A bar from `step` on; where it is not shown, it costs nothing.
-
-    Notebook: 07_training
-    """
+    """A bar from `step` on; where it is not shown, it costs nothing."""
     return tqdm(initial=step, total=total, unit="it", disable=not shown, dynamic_ncols=True)
 
 
 def advance(bar: tqdm, scalars: dict[str, float], device: torch.device) -> None:
-    """One step more, with loss, learning rate and memory beside the speed.
-
-    Notebook: 07_training
-    """
+    """One step more, with loss, learning rate and memory beside the speed."""
     if not bar.disable:
         memory = " ".join(f"{name} {mib:.0f} MiB" for name, mib in memory_mib(device).items())
         note = f"loss {scalars['loss']:.4g} lr {scalars['lr']:.2g} {memory}"
@@ -53,10 +45,7 @@ def advance(bar: tqdm, scalars: dict[str, float], device: torch.device) -> None:
 
 
 class Pace:
-    """How fast steps are made, and how much of the time they wait for data.
-
-    Notebook: 07_training
-    """
+    """How fast steps are made, and how much of the time they wait for data."""
 
     def __init__(self):
         self._begin()

@@ -24,8 +24,6 @@ def generator_for(*numbers: int) -> torch.Generator:
     >>> first, second = generator_for(0, 1), generator_for(1, 0)
     >>> bool(torch.rand(1, generator=first) == torch.rand(1, generator=second))
     False
-
-    Notebook: 07_training
     """
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -36,8 +34,6 @@ def random_state(device: torch.device) -> dict:
 
     Args:
         device: this process's device; a card has a generator of its own.
-
-    Notebook: 07_training
     """
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 (others may draw from it)
     state = {
@@ -54,8 +50,6 @@ def set_random_state(state: dict, device: torch.device) -> None:
     """Put the global generators into the states of `random_state`.
 
     A card's state is left out where the run went from a card to the CPU or back.
-
-    Notebook: 07_training
     """
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002

@@ -40,8 +40,6 @@ def choose_preset(name: str | None, resume: str | Path | None, options: dict) ->
     Raises:
         FileNotFoundError: there is nothing to resume.
         ValueError: there is no such preset or no choice of it, or an option makes no sense.
-
-    Notebook: 07_training
     """
     if resume is None:
         name = name or "tiny"
@@ -65,8 +63,6 @@ def preset_of(checkpoint: Path) -> Preset:
 
     Raises:
         ValueError: the checkpoint is broken, or was not written by `tfswa-lab train`.
-
-    Notebook: 07_training
     """
     saved = load_checkpoint(checkpoint)["settings"]["training"]
     known = {field.name for field in fields(Preset)}
@@ -87,8 +83,6 @@ def build_trainer(preset: Preset, output_dir: str | Path | None, progress: bool 
     Raises:
         FileNotFoundError: there are no songs in `data_root`.
         ValueError: something about the preset or the songs makes no sense.
-
-    Notebook: 07_training
     """
     trainer = Trainer(
         separator_of(preset),
@@ -106,10 +100,7 @@ def build_trainer(preset: Preset, output_dir: str | Path | None, progress: bool 
 
 
 def separator_of(preset: Preset) -> Separator:
-    """A fresh separator; its estimates sum to the mixture where `other` makes the stems complete.
-
-    Notebook: 07_training
-    """
+    """A fresh separator; its estimates sum to the mixture if `other` is among the stems."""
     stems = preset.target_stems
     return build_separator(
         stems,
@@ -128,10 +119,7 @@ def separator_of(preset: Preset) -> Separator:
 
 
 def loss_of(preset: Preset) -> SourceSeparationLoss:
-    """The weighted loss.
-
-    Notebook: 07_training
-    """
+    """The weighted loss."""
     return SourceSeparationLoss(
         preset.target_stems,
         preset.l1_weight,
@@ -144,10 +132,7 @@ def loss_of(preset: Preset) -> SourceSeparationLoss:
 
 
 def songs_of(preset: Preset, split: str) -> MUSDB18Dataset:
-    """Random stretches of the songs to train on, or all stretches of those to validate on.
-
-    Notebook: 07_training
-    """
+    """Random stretches of the songs to train on, or all stretches of those to validate on."""
     return MUSDB18Dataset(
         preset.data_root or ensure_band(),
         split,
@@ -164,8 +149,6 @@ def check_segment(preset: Preset, songs: MUSDB18Dataset) -> None:
 
     Raises:
         ValueError: names both lengths.
-
-    Notebook: 07_training
     """
     seconds, rate = preset.segment_seconds, preset.sample_rate
     longest = max(track.length(rate) for track in songs.tracks) / rate
@@ -188,8 +171,6 @@ def augmentation_for(preset: Preset, items: int) -> Augmentation | None:
 
     Raises:
         ValueError: there is no such choice.
-
-    Notebook: 07_training
     """
     check_choice("augment", preset.augment, ("none", "light", "full"))
     if preset.augment == "none":
@@ -205,7 +186,5 @@ def vocoder_window(sample_rate: int) -> int:
 
     >>> [vocoder_window(rate) for rate in (44_100, 16_000, 11_025)]
     [2048, 1024, 512]
-
-    Notebook: 07_training
     """
     return 2 ** round(math.log2(2048 * sample_rate / 44_100))

@@ -23,8 +23,6 @@ def make_run_folder(folder: Path) -> None:
 
     Raises:
         OSError: it is a file, or nothing can be written there.
-
-    Notebook: 07_training
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +45,6 @@ def refuse_another_run(folder: Path, checkpoint: Path | None) -> None:
     Raises:
         FileExistsError: the folder holds checkpoints, and this is none of them, or the weights of
             a run whose checkpoints are gone.
-
-    Notebook: 07_training
     """
     existing = [path.resolve() for path in list_checkpoints(folder)]
     if existing and (checkpoint is None or checkpoint.resolve() not in existing):
@@ -73,8 +69,6 @@ def only_writer(folder: Path | None, fabric: Fabric) -> Iterator[None]:
 
     Raises:
         FileExistsError: another run is writing there now.
-
-    Notebook: 07_training
     """
     if folder is None:
         yield

@@ -31,8 +31,6 @@ class ShuffledBatches(Sampler[list[int]]):
     Raises:
         ValueError: the data set is smaller than a step, or processes cannot share a batch evenly.
 
-    Notebook: 07_training
-
     >>> [len(batch) for batch in ShuffledBatches(10, 4)]
     [4, 4]
     >>> [len(batch) for batch in ShuffledBatches(10, 4, rank=1, processes=2)]
@@ -93,8 +91,6 @@ class TrainingLoader:
         batches: which items go together.
         num_workers: processes that read ahead, 0 to read when asked.
         pin_memory: prepare batches for a fast copy to a card.
-
-    Notebook: 07_training
     """
 
     def __init__(

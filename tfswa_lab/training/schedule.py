@@ -21,8 +21,6 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
 
     >>> [round(warmup_cosine(step, 2, 6), 2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.85, 0.5, 0.15]
-
-    Notebook: 07_training
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -31,10 +29,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def make_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """A scheduler to be stepped once after each update.
-
-    Notebook: 07_training
-    """
+    """A scheduler to be stepped once after each update."""
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, total_steps))
 
 
@@ -43,8 +38,6 @@ def resume_schedule(schedule: LambdaLR, state: dict) -> None:
 
     A run that was given more steps has a longer cosine: its rate rises to the new curve at once,
     where the saved one would be 0 at the old end.
-
-    Notebook: 07_training
     """
     schedule.load_state_dict(state)
     factor = schedule.lr_lambdas[0](schedule.last_epoch)

@@ -29,10 +29,7 @@ PROGRESS = ("step", "best_sdr", "best_step", "stale")
 
 
 def settings(trainer: Trainer) -> dict:
-    """What makes this run this run: numbers, network, loss, songs and what is done to them.
-
-    Notebook: 07_training
-    """
+    """What makes this run this run: numbers, network, loss, songs and what is done to them."""
     return {
         "training": asdict(trainer.config),
         "separator": describe(trainer.separator),
@@ -52,18 +49,13 @@ def in_words(part: object) -> str:
     'Chain(augmentations=[Remix(), Gain(factor=(0.5, 2), prob=1.0)])'
     >>> in_words(object())
     'object'
-
-    Notebook: 07_training
     """
     words = " ".join(repr(part).split())
     return words if " at 0x" not in words else getattr(part, "__name__", type(part).__name__)
 
 
 def songs_in_words(songs: Dataset) -> str:
-    """How many songs, and a digest of their names, of a data set that has `track_names`.
-
-    Notebook: 07_training
-    """
+    """How many songs, and a digest of their names, of a data set that has `track_names`."""
     names = getattr(songs, "track_names", None)
     if names is None:
         return "without names"
@@ -74,8 +66,6 @@ def run_state(trainer: Trainer) -> dict:
     """Everything that the next step depends on; called by all processes together.
 
     The place in the training set is not among it: it follows from the step.
-
-    Notebook: 07_training
     """
     precision = trainer.fabric.strategy.precision
     return {
@@ -93,10 +83,7 @@ def run_state(trainer: Trainer) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Of all that decides about the last bit.
-
-    Notebook: 07_training
-    """
+    """Of all that decides about the last bit."""
     ours = {"python": platform.python_version(), "tfswa-lab": __version__}
     return ours | {name: version(name) for name in PACKAGES}
 
@@ -109,8 +96,6 @@ def restore(trainer: Trainer, state: dict) -> None:
 
     Raises:
         ValueError: the state is of a run with other settings.
-
-    Notebook: 07_training
     """
     check_same_run(state["settings"], settings(trainer))
     if state["versions"] != versions():

@@ -76,8 +76,6 @@ class Trainer:
     Raises:
         OSError: nothing can be written to `output_dir`.
         ValueError: the training set is smaller than a step, or device or precision do not exist.
-
-    Notebook: 07_training
     """
 
     def __init__(

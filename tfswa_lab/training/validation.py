@@ -23,10 +23,7 @@ from tfswa_lab.training.non_finite import NonFiniteError, describe_batch
 def validation_loader(
     dataset: Dataset, batch_size: int, workers: int, fabric: Fabric
 ) -> DataLoader:
-    """This process's share of a validation set, in order.
-
-    Notebook: 07_training
-    """
+    """This process's share of a validation set, in order."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -55,8 +52,6 @@ def validate(
 
     Raises:
         NonFiniteError: a loss is infinite or NaN; names the songs.
-
-    Notebook: 07_training
     """
     total, items, powers, broken = 0.0, 0, {}, []
     for batch in loader:
@@ -80,18 +75,12 @@ def validate(
 
 
 def energy(waveform: Tensor) -> Tensor:
-    """Sum of squares `(b, n)` of `(b, n, c, s)`, in float64.
-
-    Notebook: 07_training
-    """
+    """Sum of squares `(b, n)` of `(b, n, c, s)`, in float64."""
     return waveform.double().square().sum((2, 3))
 
 
 def add_powers(powers: dict[str, Tensor], tracks: Sequence[str], batch: Tensor) -> None:
-    """Add `(b, 3, n)`, energies of target, error and mixture's error, to each track's sum.
-
-    Notebook: 07_training
-    """
+    """Add `(b, 3, n)`, energies of target, error and mixture's error, to each track's sum."""
     for track, item in zip(tracks, batch.cpu(), strict=True):
         powers[track] = powers.get(track, 0) + item
 
@@ -104,8 +93,6 @@ def mean_sdr(parts: Sequence[Mapping[str, Tensor]], stems: Sequence[str]) -> dic
 
     Source: Mitsufuji et al., "Music demixing challenge 2021", Frontiers in Signal Processing 2022,
     eq. 1.
-
-    Notebook: 07_training
     """
     tracks = defaultdict(int)
     for part in parts:

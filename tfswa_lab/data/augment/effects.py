@@ -40,8 +40,6 @@ class TimeStretch(Augmentation):
         factor: range of the factor of the duration.
         prob: probability for each item.
         n_fft: window of the phase vocoder in samples; 46 ms of 44 100 Hz by default.
-
-    Notebook: 07_training
     """
 
     def __init__(self, factor: Range = (0.9, 1.1), prob: float = 1.0, n_fft: int = 2048):
@@ -68,8 +66,6 @@ class PitchShift(Augmentation):
         semitones: range of the shift.
         prob: probability for each item.
         n_fft: window of the phase vocoder in samples; 46 ms of 44 100 Hz by default.
-
-    Notebook: 07_training
     """
 
     def __init__(self, semitones: Range = (-2.0, 2.0), prob: float = 1.0, n_fft: int = 2048):
@@ -97,8 +93,6 @@ class SpeedPerturbation(Augmentation):
         prob: probability for each item.
 
     Source: Ko et al., "Audio augmentation for speech recognition", Interspeech 2015.
-
-    Notebook: 07_training
     """
 
     def __init__(self, factors: Sequence[float] = (0.9, 0.95, 1.0, 1.05, 1.1), prob: float = 1.0):
@@ -125,8 +119,6 @@ class Gain(Augmentation):
     Args:
         factor: range of the factor of the amplitude.
         prob: probability for each source.
-
-    Notebook: 07_training
     """
 
     def __init__(self, factor: Range = (0.7, 1.3), prob: float = 1.0):
@@ -146,8 +138,6 @@ class ChannelSwap(Augmentation):
 
     Args:
         prob: probability for each source.
-
-    Notebook: 07_training
     """
 
     def __init__(self, prob: float = 0.5):
@@ -164,8 +154,6 @@ class Polarity(Augmentation):
 
     Args:
         prob: probability for each source.
-
-    Notebook: 07_training
     """
 
     def __init__(self, prob: float = 0.5):
@@ -196,8 +184,6 @@ class AudioAugmentation(Chain):
 
     Raises:
         ValueError: a range or probability makes no sense.
-
-    Notebook: 07_training
     """
 
     def __init__(

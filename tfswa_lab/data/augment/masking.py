@@ -35,8 +35,6 @@ class SpectrogramMasking:
     Source: Park et al., "SpecAugment", Interspeech 2019, without its time warping. Widths and
     places are distributed as in `torchaudio.functional.mask_along_axis_iid`.
 
-    Notebook: 07_training
-
     >>> masking = SpectrogramMasking()
     >>> masking(torch.ones(4, 2, 300, 1025), torch.Generator().manual_seed(0)).shape
     torch.Size([4, 2, 300, 1025])

@@ -26,8 +26,6 @@ class Remix(Augmentation):
 
     Source: Uhlich et al., "Improving music source separation based on deep neural networks through
     data augmentation and network blending", ICASSP 2017.
-
-    Notebook: 07_training
     """
 
     def change(self, sources: Tensor, generator: Generator) -> Tensor:
@@ -57,8 +55,6 @@ class MixupAugmentation(Augmentation):
     Source: Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018; Kong et al.,
     "Decoupling magnitude and phase estimation with deep ResUNet for music source separation",
     ISMIR 2021 (mix-audio).
-
-    Notebook: 07_training
     """
 
     def __init__(self, tracks: int = 2, alpha: float = 1.0, apply_prob: float = 0.5):

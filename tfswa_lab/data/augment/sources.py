@@ -21,8 +21,6 @@ def batch_sources(batch: dict) -> Tensor:
 
     Raises:
         ValueError: mixture and stems do not fit each other.
-
-    Notebook: 07_training
     """
     mixture, stems = batch["mixture"], batch["stems"]
     if stems.ndim != 4 or mixture.shape != stems[:, 0].shape:
@@ -37,10 +35,7 @@ def batch_sources(batch: dict) -> Tensor:
 
 
 def replace_sources(batch: dict, sources: Tensor) -> dict:
-    """A new batch with the stems among the sources `(b, m, c, s)` and the sum of all as mixture.
-
-    Notebook: 07_training
-    """
+    """A new batch with the stems among the sources `(b, m, c, s)` and the sum of all as mixture."""
     stems = sources[:, : batch["stems"].shape[1]]
     return {**batch, "mixture": sources.sum(1), "stems": stems}
 
@@ -54,8 +49,6 @@ class Augmentation:
 
     All numbers are drawn from the CPU generator, whatever the batch's device, and the global
     generators are left alone: the same seed gives the same batch.
-
-    Notebook: 07_training
     """
 
     def __call__(self, batch: dict, generator: Generator) -> dict:
@@ -73,8 +66,6 @@ class Augmentation:
 
 class Chain(Augmentation):
     """Several augmentations, one after the other.
-
-    Notebook: 07_training
 
     >>> from tfswa_lab.data.augment import Gain, Remix
     >>> stems = torch.randn(4, 2, 1, 100)
@@ -95,19 +86,13 @@ class Chain(Augmentation):
 
 
 def described(part: object) -> str:
-    """A class and its settings, as they would be written.
-
-    Notebook: 07_training
-    """
+    """A class and its settings, as they would be written."""
     settings = ", ".join(f"{name}={value!r}" for name, value in vars(part).items())
     return f"{type(part).__name__}({settings})"
 
 
 def toss(shape: Sequence[int], prob: float, generator: Generator) -> Tensor:
-    """True with probability `prob`, everywhere independently.
-
-    Notebook: 07_training
-    """
+    """True with probability `prob`, everywhere independently."""
     return torch.rand(*shape, generator=generator) < prob
 
 
@@ -116,8 +101,6 @@ def check_prob(name: str, prob: float) -> float:
 
     Raises:
         ValueError: it is not in [0, 1].
-
-    Notebook: 07_training
     """
     if not 0 <= prob <= 1:
         raise ValueError(f"{name}={prob}: a probability lies between 0 and 1")

@@ -26,8 +26,6 @@ def simple_ratio(factor: float) -> Fraction:
     Between 0.5 and 2 it is 9 cents off at worst. An exact ratio of two rates in Hz that share no
     divisor would take gigabytes.
 
-    Notebook: 07_training
-
     >>> simple_ratio(2 ** (2 / 12))
     Fraction(55, 49)
     """
@@ -43,8 +41,6 @@ def change_speed(waveform: Tensor, factor: float | Fraction) -> Tensor:
 
     Returns:
         `(…, ⌈s / factor⌉)`.
-
-    Notebook: 07_training
 
     >>> change_speed(torch.zeros(2, 44_100), 1.05).shape
     torch.Size([2, 42000])
@@ -63,8 +59,6 @@ def pitch_shift(waveform: Tensor, semitones: float, n_fft: int = 2048) -> Tensor
 
     Returns:
         `(…, c, s)`; formants move with the pitch.
-
-    Notebook: 07_training
     """
     samples = waveform.shape[-1]
     ratio = simple_ratio(2 ** (semitones / 12))
@@ -89,8 +83,6 @@ def time_stretch(waveform: Tensor, factor: float, n_fft: int = 2048) -> Tensor:
 
     Raises:
         ValueError: the factor is not between 0.25 and 4.
-
-    Notebook: 07_training
 
     >>> time_stretch(torch.zeros(2, 44_100), 1.1).shape
     torch.Size([2, 48510])
@@ -146,7 +138,5 @@ def looped(waveform: Tensor, samples: int) -> Tensor:
 
     >>> looped(torch.tensor([1, 2, 3]), 5)
     tensor([1, 2, 3, 1, 2])
-
-    Notebook: 07_training
     """
     return waveform[..., torch.arange(samples) % waveform.shape[-1]]

@@ -22,8 +22,6 @@ MOST = 100_000  # nodes that are looked at
 def graph_of(tensors: Iterable[Tensor]) -> dict[Node, Tensor]:
     """All nodes of the graphs that made some tensors, and the first that leads to each.
 
-    Notebook: 06_leak_diagnosis
-
     >>> import torch
     >>> x = torch.ones(2, requires_grad=True)
     >>> [type(node).__name__ for node in graph_of([x.exp().sum()])]
@@ -42,8 +40,6 @@ def graph_of(tensors: Iterable[Tensor]) -> dict[Node, Tensor]:
 
 def last_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Those that no other was made from: they keep the graph.
-
-    Notebook: 06_leak_diagnosis
 
     >>> import torch
     >>> x = torch.ones(2, requires_grad=True)
@@ -67,8 +63,6 @@ class Reach:
         nodes: of their graphs, and the tensors that lead to them.
         storages: addresses of what the nodes saved, and the tensors that lead there.
         packed: identities of what hooks keep instead, and the tensors that lead there.
-
-    Notebook: 06_leak_diagnosis
     """
 
     def __init__(self, tensors: Iterable[Tensor]):

@@ -26,8 +26,6 @@ class Boundary:
         after: the last event once the collector of cycles had been called.
         hooks: as `hook_counts` counts them, after every second step.
         device: as `device_signals` reads them.
-
-    Notebook: 06_leak_diagnosis
     """
 
     before: int
@@ -48,8 +46,6 @@ class Census:
         settled: bytes allocated after each step, once cycles were freed.
         peaks: most bytes allocated within each step, the one that failed included.
         blocks: those of all devices that were born in a step and alive at the end of one.
-
-    Notebook: 06_leak_diagnosis
     """
 
     def __init__(self, timelines: list[Timeline], start: int, boundaries: list[Boundary]):
@@ -138,8 +134,6 @@ class Site:
         levels: bytes after each step in those that are older than the previous step.
         totals: bytes after each step in all of them.
         births: steps that made those which are alive at the end, each once.
-
-    Notebook: 06_leak_diagnosis
     """
 
     blocks: list[Block]
@@ -195,8 +189,6 @@ def replaces(site: Site, others: Iterable[Site]) -> bool:
     """Whether its blocks only take the places of those that another line made, of the same size.
 
     A pool is filled by one line and refreshed by another.
-
-    Notebook: 06_leak_diagnosis
     """
     sizes = {block.size for block in site.blocks}
     falling = [each for each in others if each is not site and max(each.totals) > each.totals[-1]]
@@ -206,10 +198,7 @@ def replaces(site: Site, others: Iterable[Site]) -> bool:
 
 
 def sites(census: Census) -> list[Site]:
-    """All lines whose blocks outlive a step, those that grow most first.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """All lines whose blocks outlive a step, those that grow most first."""
     groups: dict[tuple, list[Block]] = {}
     for block in census.blocks:
         groups.setdefault((line_of(block.frames), block.op, block.phase), []).append(block)
@@ -223,10 +212,7 @@ def _site(blocks: list[Block], census: Census) -> Site:
 
 
 def is_open(census: Census) -> bool:
-    """Whether more steps would tell more: something may be growing, or has just begun to.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Whether more steps would tell more: something may be growing, or has just begun to."""
     late = census.steps // 2
     for site in sites(census):
         fresh = site.births and late <= site.births[0] <= census.steps - 1 - SETTLED

@@ -26,8 +26,6 @@ def circle_of_step(run: Callable[[], Any], tries: int = 10) -> str:
         run: runs a step.
         tries: steps to run at most until one leaves tensors behind.
 
-    Notebook: 06_leak_diagnosis
-
     >>> class Cell: ...
     >>> def step():
     ...     cell = Cell()

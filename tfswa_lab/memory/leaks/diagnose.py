@@ -46,8 +46,6 @@ class Examination:
         census: of the steps.
         storages: of all blocks that were alive at its end.
         named: objects with names, such as the step and the model.
-
-    Notebook: 06_leak_diagnosis
     """
 
     def __init__(
@@ -180,8 +178,6 @@ def diagnose(
         TypeError: `step` is nothing that can be called, `model` no module, `optimizer` none.
         Exception: whatever one of the first `steps` raises, unless it is want of memory. The steps
             after these may end early, such as at the end of the data.
-
-    Notebook: 06_leak_diagnosis
 
     >>> import torch
     >>> history = []

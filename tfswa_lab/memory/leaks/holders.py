@@ -34,8 +34,6 @@ class Holding(NamedTuple):
         chain: objects from a name down to the storage, each of which holds the next one.
         rooted: whether the first is a name; else nothing in Python is known to hold it.
         graph: whether autograd's graph is one of the links.
-
-    Notebook: 06_leak_diagnosis
     """
 
     chain: list[Any]
@@ -48,8 +46,6 @@ class Holders:
 
     Args:
         named: objects with names, such as the step and the model.
-
-    Notebook: 06_leak_diagnosis
     """
 
     def __init__(self, named: dict[str, Any]):

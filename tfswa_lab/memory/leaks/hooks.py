@@ -28,8 +28,6 @@ def hook_counts(owners: Iterable[Any]) -> dict[tuple[int, str], int]:
     Returns:
         Counts above zero, by the identity of the owner and the attribute that lists them.
 
-    Notebook: 06_leak_diagnosis
-
     >>> import torch
     >>> layer = torch.nn.ReLU()
     >>> handle = layer.register_forward_hook(print)
@@ -61,8 +59,6 @@ def line_of_last(owner: Any, name: str) -> Frame | None:
     Args:
         owner: that has the list as an attribute.
         name: of the attribute.
-
-    Notebook: 06_leak_diagnosis
 
     >>> import torch
     >>> layer = torch.nn.ReLU()

@@ -48,8 +48,6 @@ class HostSteps:
             NumPy) has allocated, and bytes of the `process`.
         kernels: bytes per step that oneDNN kept, for sizes that it had not met.
         ended: how the run ended, if it did so early.
-
-    Notebook: 06_leak_diagnosis
     """
 
     def __init__(self, call: Numbered, old: list[ref], kinds: Iterable[str] = LEAST):

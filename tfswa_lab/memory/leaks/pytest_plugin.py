@@ -25,8 +25,6 @@ def assert_no_leak() -> Callable[..., Diagnosis]:
 
     Returns:
         A function with the arguments of `diagnose`, that returns the diagnosis.
-
-    Notebook: 06_leak_diagnosis
     """
     from tfswa_lab.memory.leaks import diagnose  # torch is imported by tests that need it only
 

@@ -15,10 +15,7 @@ from typing import Any
 
 
 def of_types(types: tuple[type, ...]) -> list[Any]:
-    """All objects of some classes that the collector of cycles knows and has not frozen.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """All objects of some classes that the collector of cycles knows and has not frozen."""
     things = gc.get_objects()
     kinds = {kind for kind in set(map(type, things)) if issubclass(kind, types)}
     return [thing for thing in things if type(thing) in kinds]
@@ -29,8 +26,6 @@ def referents(thing: Any) -> list[Any]:
 
     Before Python 3.12.6, `gc.get_referents` of asyncio's module in C frees twice what asyncio keeps
     to use again, and the next collection never ends (CPython issue 122695).
-
-    Notebook: 06_leak_diagnosis
     """
     return [vars(thing)] if type(thing) is ModuleType else gc.get_referents(thing)
 
@@ -39,8 +34,6 @@ def overlooked(types: tuple[type, ...]) -> dict[int, Any]:
     """Containers that the collector does not know, by identity: those of plain things only.
 
     A dictionary of numbers, names or arrays is none of its, but what holds it is.
-
-    Notebook: 06_leak_diagnosis
     """
     held = (each for thing in gc.get_objects() for each in referents(thing))
     return {id(each): each for each in held if type(each) in types and not gc.is_tracked(each)}
@@ -58,8 +51,6 @@ class HeapPaths:
 
     Args:
         roots: objects at which a search ends, such as the step that is diagnosed.
-
-    Notebook: 06_leak_diagnosis
     """
 
     def __init__(self, roots: Iterable[Any] = ()):
@@ -148,8 +139,6 @@ class HeapPaths:
 
 def is_globals(thing: Any) -> bool:
     """Whether it is a dictionary of globals that code was run in.
-
-    Notebook: 06_leak_diagnosis
 
     >>> is_globals(globals()), is_globals({})
     (True, False)

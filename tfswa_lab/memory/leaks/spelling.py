@@ -50,8 +50,6 @@ def words(chain: Sequence[Any], roots: dict[int, str]) -> Words:
         chain: objects, each of which holds the next one.
         roots: names of objects, by their identity.
 
-    Notebook: 06_leak_diagnosis
-
     >>> history = [[], ["tensor"]]
     >>> names = {"__builtins__": {}, "__name__": "train", "history": history}
     >>> words([names, history, history[1]], {})

@@ -36,8 +36,6 @@ class Container(NamedTuple):
         limit: how many it can have, None if there is no limit.
         by_size: whether its keys are the sizes of what it keeps, and not counted up.
         by_content: whether its keys are anything but numbers that are counted up.
-
-    Notebook: 06_leak_diagnosis
     """
 
     kind: str
@@ -49,8 +47,6 @@ class Container(NamedTuple):
 
 def container_of(chain: Sequence[Any], at: int) -> Container:
     """What is known of a holder at a place in a chain.
-
-    Notebook: 06_leak_diagnosis
 
     >>> from collections import deque
     >>> container_of([deque([1, 2], maxlen=5)], 0)
@@ -162,8 +158,6 @@ class Culprit:
         through: what leads from the holder to a block: names of `KINDS`, `graph`, `hook`.
         pinned: how many times larger the storage is than the tensor that keeps it.
         rooted: whether a name leads to the holder.
-
-    Notebook: 06_leak_diagnosis
     """
 
     line: Frame | None
@@ -194,8 +188,6 @@ def culprits_of(
         census: that they are from.
         holders: to look them up.
         storages: of all blocks that were alive at the end.
-
-    Notebook: 06_leak_diagnosis
     """
     samples = [_samples(site.alive, census, storages) for site in sites]
     every = [storage for each in samples for storage in each]

@@ -42,8 +42,6 @@ class Ending(NamedTuple):
         words: which step, and the error.
         failed: whether the error is another one than those that tell the end of data.
         out_of_memory: whether there was no memory left.
-
-    Notebook: 06_leak_diagnosis
     """
 
     words: str = ""
@@ -56,8 +54,6 @@ NOTHING = Ending()  # ended early
 
 def ending_of(error: Exception, step: int) -> Ending:
     """The ending that an error makes of a run.
-
-    Notebook: 06_leak_diagnosis
 
     >>> ending_of(StopIteration(), 12)
     Ending(words='step 12 ended with StopIteration', failed=False, out_of_memory=False)
@@ -80,8 +76,6 @@ class Numbered:
     Raises:
         ValueError: it only makes a generator or a coroutine, or needs several arguments.
         TypeError: it cannot be called, or is a network, which needs an input.
-
-    Notebook: 06_leak_diagnosis
 
     >>> seen = []
     >>> call = Numbered(lambda number: seen.append(number))
@@ -155,8 +149,6 @@ class TracedSteps:
 
     Attributes:
         ended: how the run ended, if it did so early.
-
-    Notebook: 06_leak_diagnosis
     """
 
     def __init__(self, call: Callable[[], None], model: nn.Module | None = None):

@@ -16,8 +16,6 @@ from itertools import accumulate, pairwise
 def grows(levels: Sequence[float]) -> bool:
     """Whether all of the last quarter is above all of the second.
 
-    Notebook: 06_leak_diagnosis
-
     >>> grows(range(12)), grows([3, 9, 5, 7, 4, 9, 6, 5, 8, 4, 7, 6])
     (True, False)
     """
@@ -28,8 +26,6 @@ def grows(levels: Sequence[float]) -> bool:
 
 def slows(levels: Sequence[float]) -> bool:
     """Whether growth comes to its end: it halves and is no steady one, or rests for long.
-
-    Notebook: 06_leak_diagnosis
 
     >>> slows(range(12)), slows([0, 4, 6, 7, 8, 8, 8, 9, 9, 9, 9, 9])
     (False, True)
@@ -51,8 +47,6 @@ def slows(levels: Sequence[float]) -> bool:
 def slope(levels: Sequence[float]) -> float:
     """Growth per step, from the end of the first quarter to the end.
 
-    Notebook: 06_leak_diagnosis
-
     >>> slope([5, 5, 5, 7, 9, 11, 13, 15])
     2.0
     """
@@ -69,8 +63,6 @@ def fills_up(births: Sequence[int], steps: int) -> bool:
     Args:
         births: steps in which something new appeared.
         steps: how many there were.
-
-    Notebook: 06_leak_diagnosis
 
     >>> fills_up([0, 1, 2, 3, 5, 8, 9, 15], 20), fills_up([0, 3, 6, 9], 12)
     (True, False)

@@ -37,8 +37,6 @@ class Diagnosis:
         suggestion: what to do.
         failed: whether a step raised something else than the end of its data, or took more memory
             than there was, or than `limit`.
-
-    Notebook: 06_leak_diagnosis
     """
 
     verdict: str
@@ -67,8 +65,6 @@ LEAKS = {
 
 def judge(findings: Findings) -> Diagnosis:
     """The verdict of the first rule that has one.
-
-    Notebook: 06_leak_diagnosis
 
     >>> judge(Findings(steps=12, settled=[100] * 12, peaks=[300] * 12)).verdict
     'healthy'

@@ -42,8 +42,6 @@ class Piece:
         requested: bytes asked for, 0 if it is free.
         before: its neighbour at lower addresses in the same segment.
         after: its neighbour at higher ones.
-
-    Notebook: 05_where_memory_goes
     """
 
     address: int
@@ -68,8 +66,6 @@ class OutOfMemory(RuntimeError):
         fits: the largest request that would have been served.
         allocator: as it was then.
         event: of the timeline that was being replayed; None outside of a replay.
-
-    Notebook: 05_where_memory_goes
     """
 
     def __init__(self, requested: int, segment: int, fits: int, allocator: CachingAllocator):
@@ -86,10 +82,7 @@ class OutOfMemory(RuntimeError):
 
 
 def ignore(_action: str, _address: int, _size: int) -> None:
-    """Watch nothing.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Watch nothing."""
 
 
 class CachingAllocator:
@@ -102,8 +95,6 @@ class CachingAllocator:
         limit: bytes of segments that the device has for us; None for no limit.
         watch: is told of every action, named as in snapshots, with the address and the size; with
             `oom`, what the device had left in place of the address.
-
-    Notebook: 05_where_memory_goes
 
     >>> allocator = CachingAllocator()
     >>> address = allocator.malloc(5 * 2**20)
@@ -269,8 +260,6 @@ class Replay:
             them: a piece too large by up to 1 MiB is handed out unsplit, and counts whole.
         reserved: bytes of segments right after each event.
         allocator: as it was left.
-
-    Notebook: 05_where_memory_goes
     """
 
     allocated: np.ndarray
@@ -300,8 +289,6 @@ def replay(
 
     Raises:
         OutOfMemory: it does not fit; its `event` says when.
-
-    Notebook: 05_where_memory_goes
     """
     allocator = CachingAllocator(limit)
     allocated, reserved = np.zeros((2, timeline.events + 1), np.int64)
@@ -320,10 +307,7 @@ def replay(
 
 
 def by_event(timeline: Timeline) -> tuple[dict[int, list[Block]], dict[int, list[Block]]]:
-    """Blocks by the event of their birth and by that of their death; empty ones take no memory.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Blocks by the event of their birth and by that of their death; empty ones take no memory."""
     births, deaths = defaultdict(list), defaultdict(list)
     for block in timeline.blocks:
         if block.size:
@@ -333,10 +317,7 @@ def by_event(timeline: Timeline) -> tuple[dict[int, list[Block]], dict[int, list
 
 
 def malloc_at(event: int, allocator: CachingAllocator, size: int) -> int:
-    """`CachingAllocator.malloc`, whose failure knows the event.
-
-    Notebook: 05_where_memory_goes
-    """
+    """`CachingAllocator.malloc`, whose failure knows the event."""
     try:
         return allocator.malloc(size)
     except OutOfMemory as error:

@@ -43,10 +43,7 @@ HALF = ("addmv", "mv", "addr", "linalg_multi_dot", "chain_matmul", "einsum")
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """Autocast of "cpu" and of "cuda" both mean CUDA's, on CPU tensors.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Autocast of "cpu" and of "cuda" both mean CUDA's, on CPU tensors."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings(action="ignore"):  # that kernels are replaced
         for names, make in ((WHOLE, _whole), (WHOLE_OUT, _whole_out), (HALF, _half)):

@@ -51,8 +51,6 @@ def error_budget(operators: Iterable[str]) -> tuple[str, ...]:
     Args:
         operators: names such as `aten.mm.default`.
 
-    Notebook: 05_where_memory_goes
-
     >>> error_budget(["aten.mm.default"])[0]
     'cuBLAS workspace: 8.1 MiB by default, 32 MiB on Hopper; in allocated'
     """
@@ -67,10 +65,7 @@ aten = torch.ops.aten
 
 
 def workspace(operator: Any, args: tuple) -> int:
-    """Bytes beside inputs and outputs, 0 where none are known.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Bytes beside inputs and outputs, 0 where none are known."""
     measure = WORKSPACES.get(operator)
     return measure(*args) if measure else 0
 
@@ -123,8 +118,6 @@ def present_gpu() -> str:
     """The key of `AUTO` for the GPU that is there; "ampere" where there is none.
 
     Source: `check_prefer_cudnn_attention` in sdp_utils.cpp of PyTorch 2.11.
-
-    Notebook: 05_where_memory_goes
     """
     if not torch.cuda.is_available() or os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1":
         return "ampere"
@@ -144,8 +137,6 @@ def cuda_like(attention: str = "auto", gpu: str | None = None) -> Iterator[None]
 
     Raises:
         ValueError: there is no such kernel or GPU, or it cannot do what it is asked for.
-
-    Notebook: 05_where_memory_goes
     """
     gpu = present_gpu() if gpu is None else gpu
     for name, value, known in (("attention", attention, ATTENTION), ("gpu", gpu, AUTO)):

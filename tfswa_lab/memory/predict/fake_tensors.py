@@ -17,10 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """All tensors are fake, on the CPU, also those that a program wants on a card.
-
-    Notebook: 05_where_memory_goes
-    """
+    """All tensors are fake, on the CPU, also those that a program wants on a card."""
     apply = nn.Module._apply
     nn.Module._apply = _apply_by_replacing
     try:
@@ -35,8 +32,6 @@ class FakeMode(FakeTensorMode):
 
     A number that is asked for (`.item()`, `if tensor`) is 1 and a truth value is False: a loss that
     is logged is finite, an overlap that is checked is not empty, a check for NaN finds none.
-
-    Notebook: 05_where_memory_goes
     """
 
     def __init__(self):
@@ -64,10 +59,7 @@ def _answer(tensor: Tensor) -> bool | complex | float | int:
 
 
 class CardIsCpu(TorchFunctionMode):
-    """A device that is called `cuda` is the CPU.
-
-    Notebook: 05_where_memory_goes
-    """
+    """A device that is called `cuda` is the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         if func is Tensor.cuda:

@@ -42,8 +42,6 @@ class Prediction(Fullest):
             has it.
         budget: what cannot be seen, a sentence each.
         seconds: that the prediction took.
-
-    Notebook: 05_where_memory_goes
     """
 
     reserved: int
@@ -81,8 +79,6 @@ def predict(
         NotImplementedError: the step depends on values, so it cannot be known in advance; names
             the operation and the line.
 
-    Notebook: 05_where_memory_goes
-
     >>> from torch import nn
     >>> def make_step():
     ...     model, x = nn.Linear(1024, 1024, bias=False), torch.empty(512, 1024)
@@ -112,10 +108,7 @@ def predict(
 
 
 class FakeTracer(Tracer):
-    """A tracer of what CUDA's allocator would be asked for.
-
-    Notebook: 05_where_memory_goes
-    """
+    """A tracer of what CUDA's allocator would be asked for."""
 
     def rounded(self, size: int, device: str) -> int:
         """As on a card, whatever the device is called."""
@@ -151,8 +144,6 @@ class Row:
     Args:
         choices: names and values, such as `{"batch": 4, "attention": "flash"}`.
         prediction: of a step.
-
-    Notebook: 05_where_memory_goes
     """
 
     choices: dict[str, Any]
@@ -166,8 +157,6 @@ def compare(make_step: Callable[..., Step], choices: Mapping[str, Sequence[Any]]
         make_step: as for `predict`; takes the choices by name, but for `attention`, `steps` and
             `gpu`, which are `predict`'s.
         choices: values to try, by name; the last one changes fastest.
-
-    Notebook: 05_where_memory_goes
     """
     for values in product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
@@ -175,10 +164,7 @@ def compare(make_step: Callable[..., Step], choices: Mapping[str, Sequence[Any]]
 
 
 def predict_choices(make_step: Callable[..., Step], choices: Mapping[str, Any]) -> Prediction:
-    """Predict one combination.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Predict one combination."""
     of_predict = {name: choices[name] for name in OF_PREDICT if name in choices}
     of_step = {name: value for name, value in choices.items() if name not in OF_PREDICT}
     return predict(lambda: make_step(**of_step), **of_predict)
@@ -190,8 +176,6 @@ def to_markdown(rows: Sequence[Row], budget: int | None = None) -> str:
     Args:
         rows: of `compare`.
         budget: bytes that there are; None for no such column.
-
-    Notebook: 05_where_memory_goes
     """
     names = list(rows[0].choices)
     columns = [*names, "peak", "reserved, about", *(["fits"] if budget else [])]
@@ -224,8 +208,6 @@ def max_batch_size(
     Raises:
         ValueError: the budget is not above 0, the slack no share, or the peak does not grow with
             the batch.
-
-    Notebook: 05_where_memory_goes
     """
     if not (budget > 0 and 0 <= slack < 1):
         raise ValueError(f"budget={budget} must be above 0 and slack={slack} in [0, 1)")

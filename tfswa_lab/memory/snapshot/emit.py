@@ -19,10 +19,7 @@ SEPARATOR = " | "  # of category and module in `user_metadata`
 
 
 def write_snapshot(path: str | Path, timeline: Timeline, limit: int | None = None) -> Path:
-    """Write `as_snapshot` as a pickle, whole or not at all.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Write `as_snapshot` as a pickle, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     snapshot = as_snapshot(timeline, limit)
@@ -44,8 +41,6 @@ def as_snapshot(timeline: Timeline, limit: int | None = None) -> dict:
     Returns:
         Segments with their blocks and one device's trace, in the schema of torch 2.13. An entry's
         `user_metadata` is `category | module`, its `category` what the viewer colours by.
-
-    Notebook: 06_leak_diagnosis
     """
     story = _Story(limit)
     births, deaths = by_event(timeline)

@@ -33,8 +33,6 @@ class Lives:
         died: the event of its release, one more than the last if it never was.
         stack: number of the stack that asked for it, 0 if unknown.
         text: number of its `user_metadata`.
-
-    Notebook: 06_leak_diagnosis
     """
 
     address: np.ndarray
@@ -59,8 +57,6 @@ class OverTime:
         active: and by those that were freed while another stream still used them.
         reserved: by segments.
         time_us: when, in microseconds; event 0 has the time of the first entry.
-
-    Notebook: 06_leak_diagnosis
     """
 
     allocated: np.ndarray
@@ -83,10 +79,7 @@ class _Life:
 
 
 def lives_of(trace: Trace, segments: Sequence[Segment]) -> tuple[Lives, int]:
-    """Match allocations and releases of one device, and count the releases that were not recorded.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Match allocations and releases of one device, and count releases without a record."""
     never = len(trace) + 1
     rows, there, unrecorded = _matched(trace, never)
     if segments:
@@ -128,27 +121,18 @@ def _matched(trace: Trace, never: int) -> tuple[list[_Life], dict[int, _Life], i
 
 
 def release_of(trace: Trace) -> int:
-    """The action that ends a life: the request, or its completion where only that was recorded.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """The action that ends a life: the request, or its completion where only that was recorded."""
     requested = CODES["free_requested"]
     return requested if requested in trace.action else CODES["free_completed"]
 
 
 def parts(segments: Iterable[Segment], state: str) -> list[Part]:
-    """The parts of segments that are in a state.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """The parts of segments that are in a state."""
     return [part for segment in segments for part in segment.parts if part.state == state]
 
 
 def over_time(trace: Trace, segments: Sequence[Segment], lives: Lives) -> OverTime:
-    """Bytes allocated, active and reserved on one device, after each event.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Bytes allocated, active and reserved on one device, after each event."""
     change = np.zeros(len(trace) + 2, np.int64)
     np.add.at(change, lives.born, lives.size)
     np.subtract.at(change, lives.died, lives.size)
@@ -179,10 +163,7 @@ def _back_from(end: int, change: np.ndarray) -> np.ndarray:
 
 
 def reserved_at(event: int, trace: Trace, segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """The ranges of addresses, from and to, that were reserved right after an event.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """The ranges of addresses, from and to, that were reserved right after an event."""
     ranges = [(segment.address, segment.address + segment.size) for segment in segments]
     for entry in range(len(trace) - 1, event - 1, -1):
         grown = GROWTH.get(ACTIONS[trace.action[entry]])
@@ -197,8 +178,6 @@ def reserved_at(event: int, trace: Trace, segments: Sequence[Segment]) -> list[t
 
 def without(ranges: list[tuple[int, int]], taken: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """What is left of ranges of addresses when others are taken out of them.
-
-    Notebook: 06_leak_diagnosis
 
     >>> without([(0, 10), (10, 15), (20, 30)], [(8, 12), (2, 4), (9, 25)])
     [(0, 2), (4, 8), (25, 30)]

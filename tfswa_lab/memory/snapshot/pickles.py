@@ -28,10 +28,7 @@ SHORT = 64  # strings up to this length are passed over by the regular expressio
 
 
 class SnapshotError(ValueError):
-    """A file that is no memory snapshot, is damaged, or is hostile.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """A file that is no memory snapshot, is damaged, or is hostile."""
 
 
 def read_plain(path: str | Path, largest: int = LARGEST) -> object:
@@ -44,8 +41,6 @@ def read_plain(path: str | Path, largest: int = LARGEST) -> object:
     Raises:
         FileNotFoundError: there is no such file.
         SnapshotError: it is too large, not a pickle, damaged, or asks for anything else.
-
-    Notebook: 06_leak_diagnosis
     """
     path = Path(path)
     if not path.is_file():
@@ -70,10 +65,7 @@ def read_plain(path: str | Path, largest: int = LARGEST) -> object:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Millions of new containers are no garbage: looking for some doubles the time.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Millions of new containers are no garbage: looking for some doubles the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -92,8 +84,6 @@ class _Reader(pickle.Unpickler):
 
 def check(program: bytes | mmap.mmap) -> None:
     """Raise SnapshotError unless this is a pickle of plain data, without executing it.
-
-    Notebook: 06_leak_diagnosis
 
     >>> check(pickle.dumps({"size": 512}))
     >>> check(pickle.dumps(print))  # doctest: +ELLIPSIS

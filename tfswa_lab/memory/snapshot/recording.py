@@ -32,8 +32,6 @@ def record(
 
     Raises:
         RuntimeError: there is no CUDA.
-
-    Notebook: 06_leak_diagnosis
     """
     _need_cuda()
     history = torch.cuda.memory._record_memory_history
@@ -50,8 +48,6 @@ def dump(path: str | Path) -> Path:
     Raises:
         RuntimeError: there is no CUDA.
         OSError: the folder cannot be written to.
-
-    Notebook: 06_leak_diagnosis
     """
     _need_cuda()
     path = Path(path)
@@ -78,8 +74,6 @@ def dump_on_oom(path: str | Path, most: int = 3) -> OomDump:
 
     Raises:
         RuntimeError: there is no CUDA, or this torch has no hook for it.
-
-    Notebook: 06_leak_diagnosis
     """
     _need_cuda()
     attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
@@ -97,8 +91,6 @@ class OomDump:
     Args:
         path: of the first.
         most: files to write.
-
-    Notebook: 06_leak_diagnosis
     """
 
     def __init__(self, path: Path, most: int):

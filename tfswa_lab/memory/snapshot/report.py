@@ -31,8 +31,6 @@ class Holder:
         line: innermost line that is not torch's.
         size: bytes.
         blocks: how many.
-
-    Notebook: 06_leak_diagnosis
     """
 
     line: str
@@ -50,8 +48,6 @@ def holders(lives: Lives, event: int, lines: Sequence[str]) -> list[Holder]:
         lives: of one device.
         event: when.
         lines: the user's line of each stack, by its number.
-
-    Notebook: 06_leak_diagnosis
     """
     alive = lives.alive(event)
     by_stack = np.zeros(len(lines), np.int64)
@@ -74,8 +70,6 @@ class Change:
         after: bytes in the second.
         blocks_before: how many blocks in the first.
         blocks_after: in the second.
-
-    Notebook: 06_leak_diagnosis
     """
 
     line: str
@@ -95,10 +89,7 @@ class Change:
 
 
 def changes(before: Sequence[Holder], after: Sequence[Holder]) -> list[Change]:
-    """Lines that hold more or less than before, the largest change first.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Lines that hold more or less than before, the largest change first."""
     old: Mapping[str, Holder] = {holder.line: holder for holder in before}
     new: Mapping[str, Holder] = {holder.line: holder for holder in after}
     found = []
@@ -121,8 +112,6 @@ class Fragmentation:
         releasable: in segments with nothing in use; `empty_cache` would give them back.
         inactive_split: free, but in segments that are in use.
         largest_free: the largest request that a cached block would serve.
-
-    Notebook: 06_leak_diagnosis
     """
 
     reserved: int
@@ -144,10 +133,7 @@ class Fragmentation:
 
 
 def fragmentation(segments: Sequence[Segment]) -> Fragmentation:
-    """The state of one device's segments.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """The state of one device's segments."""
     active, free = parts(segments, "active"), parts(segments, "inactive")
     idle = [one for one in segments if all(part.state == "inactive" for part in one.parts)]
     releasable = sum(part.size for part in parts(idle, "inactive"))
@@ -175,8 +161,6 @@ class OutOfMemoryReport:
         largest_free: the largest free stretch within one segment.
         device_free: what the device had left outside of segments.
         holders: by line, largest first.
-
-    Notebook: 06_leak_diagnosis
     """
 
     event: int

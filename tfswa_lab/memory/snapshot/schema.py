@@ -43,10 +43,7 @@ LARGEST_SIZE = 2**50  # bytes of a block or a segment
 
 
 class Part(NamedTuple):
-    """A part of a segment; torch calls it a block.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """A part of a segment; torch calls it a block."""
 
     address: int
     size: int  # bytes of the segment
@@ -56,10 +53,7 @@ class Part(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Memory that the allocator has from the device.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Memory that the allocator has from the device."""
 
     device: int
     address: int
@@ -81,8 +75,6 @@ class Trace:
         time_us: microseconds, 0 if not recorded.
         stack: number of the stack.
         text: number of the `user_metadata`.
-
-    Notebook: 06_leak_diagnosis
     """
 
     action: np.ndarray
@@ -112,8 +104,6 @@ class Contents:
         texts: the distinct `user_metadata`, by number; 0 is none.
         settings: of the allocator, as written.
         notes: what a reader should know about.
-
-    Notebook: 06_leak_diagnosis
     """
 
     segments: list[Segment] = field(default_factory=list)
@@ -135,8 +125,6 @@ def understand(raw: object, last: int | None = None, most: int | None = None) ->
 
     Raises:
         SnapshotError: it is no snapshot.
-
-    Notebook: 06_leak_diagnosis
     """
     return _Understanding(most).snapshot(raw, last)
 

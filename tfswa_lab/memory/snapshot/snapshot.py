@@ -61,8 +61,6 @@ def read(
     Raises:
         FileNotFoundError: there is no such file.
         SnapshotError: it is damaged, hostile, no snapshot, or too large; a ValueError.
-
-    Notebook: 06_leak_diagnosis
     """
     if last is not None and last < 1:
         raise ValueError(f"last={last} entries; keep at least 1, or None for all")
@@ -85,8 +83,6 @@ class Snapshot:
 
     Args:
         contents: as they were understood.
-
-    Notebook: 06_leak_diagnosis
     """
 
     contents: Contents
@@ -211,8 +207,5 @@ class Snapshot:
 
 
 def diff(before: Snapshot, after: Snapshot, device: int | None = None) -> list[Change]:
-    """What grew and shrank between two snapshots, by the line that allocated it.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """What grew and shrank between two snapshots, by the line that allocated it."""
     return changes(before.holders(device=device), after.holders(device=device))

@@ -81,8 +81,6 @@ class ModulePaths:
     Attributes:
         calls: those that are running, the innermost last.
         roots: how many have been called outside of others.
-
-    Notebook: 05_where_memory_goes
     """
 
     def __init__(self, on_root: Callable[[nn.Module], None] = lambda module: None):

@@ -28,10 +28,7 @@ HIDDEN = (
 
 
 class CallSites:
-    """Stacks as tuples of `Frame`; equal lines are one object.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Stacks as tuples of `Frame`; equal lines are one object."""
 
     def __init__(self):
         self._hidden: dict[CodeType, bool] = {}

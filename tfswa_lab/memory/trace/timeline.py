@@ -27,10 +27,7 @@ CATEGORIES = (
 
 
 class Frame(NamedTuple):
-    """A line of Python that was being executed.
-
-    Notebook: 05_where_memory_goes
-    """
+    """A line of Python that was being executed."""
 
     filename: str
     line: int
@@ -59,8 +56,6 @@ class Block:
             forward operation whose gradient is computed.
         shape: of the tensor it was made for.
         dtype: of that tensor, such as `float32`.
-
-    Notebook: 05_where_memory_goes
     """
 
     size: int
@@ -90,8 +85,6 @@ class Timeline:
         events: how many allocations and releases there were.
         steps: the event with which each step began.
         device: where, such as `cpu` or `cuda:0`.
-
-    Notebook: 05_where_memory_goes
     """
 
     blocks: list[Block]
@@ -137,17 +130,12 @@ class Timeline:
 
 
 def by_category(block: Block) -> str:
-    """A key of `Timeline.held_by`.
-
-    Notebook: 05_where_memory_goes
-    """
+    """A key of `Timeline.held_by`."""
     return block.category
 
 
 def by_module(depth: int) -> Callable[[Block], str]:
     """A key of `Timeline.held_by`: paths of modules, cut after some of their parts.
-
-    Notebook: 05_where_memory_goes
 
     >>> by_module(2)(Block(1, 512, 0, module="blocks.0.time.norm"))
     'blocks.0'
@@ -156,18 +144,12 @@ def by_module(depth: int) -> Callable[[Block], str]:
 
 
 def by_line(block: Block) -> str:
-    """A key of `Timeline.held_by`: the innermost line.
-
-    Notebook: 05_where_memory_goes
-    """
+    """A key of `Timeline.held_by`: the innermost line."""
     return str(block.frames[0]) if block.frames else "(unknown)"
 
 
 def top(held: Counter[str], count: int) -> Sequence[tuple[str, int]]:
-    """The largest, and the sum of the others under the name `others`.
-
-    Notebook: 05_where_memory_goes
-    """
+    """The largest, and the sum of the others under the name `others`."""
     largest = held.most_common(count)
     rest = sum(held.values()) - sum(size for _, size in largest)
     return [*largest, ("others", rest)] if rest else largest
@@ -182,8 +164,6 @@ class Fullest:
         event: the fullest moment.
         peak: bytes allocated then, with all that an allocator adds: a prediction's may be a little
             above the sum of its blocks, because large blocks are not split for less than 1 MiB.
-
-    Notebook: 05_where_memory_goes
     """
 
     timeline: Timeline

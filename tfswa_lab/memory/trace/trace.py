@@ -26,8 +26,6 @@ class Trace:
         allocator: the history of CUDA's own allocator, as `torch.cuda.memory._snapshot()` returns
             it, for `memory.snapshot.read`. It also contains memory that Python never sees, such as
             workspaces. None where CUDA is not in use.
-
-    Notebook: 05_where_memory_goes
     """
 
     def __init__(self, tracer: Tracer):
@@ -81,8 +79,6 @@ def trace(
         optimizer: whose state is there already.
         inputs: tensors that are there already.
         stacks: whether to keep the lines of Python that asked for memory.
-
-    Notebook: 05_where_memory_goes
 
     >>> import torch
     >>> layer, x = nn.Linear(8, 8), torch.zeros(4, 8)

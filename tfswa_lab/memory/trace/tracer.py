@@ -47,8 +47,6 @@ class Tracer(TorchDispatchMode):
 
     Args:
         stacks: whether to keep the lines of Python.
-
-    Notebook: 05_where_memory_goes
     """
 
     def __init__(self, stacks: bool = True):
@@ -312,8 +310,6 @@ def has_storage(thing: Any) -> bool:
     Sparse tensors have several, parameters of lazy modules have none yet, inside `torch.func.vmap`
     and `grad` tensors wrap others, and what `torch.export` leaves behind has formulas for sizes.
 
-    Notebook: 05_where_memory_goes
-
     >>> has_storage(torch.ones(2)), has_storage(torch.nn.LazyLinear(3).weight)
     (True, False)
     """
@@ -326,8 +322,6 @@ def has_storage(thing: Any) -> bool:
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
     """The tensors that a tensor consists of: itself, or the indices and values of a sparse one.
-
-    Notebook: 05_where_memory_goes
 
     >>> [part.numel() for part in parts_of(torch.eye(3).to_sparse())]
     [6, 3]

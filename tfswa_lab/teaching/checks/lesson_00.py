@@ -17,10 +17,7 @@ from tfswa_lab.teaching.checks.verdict import mismatch, verdict
 
 
 def check_gain(gain: Callable[[float], object]) -> bool:
-    """Exercise 1: `gain(db)` is the factor that changes a level by that many decibels.
-
-    Notebook: 00_start_here
-    """
+    """Exercise 1: `gain(db)` is the factor that changes a level by that many decibels."""
     for db, factor in [(20.0, 10.0), (0.0, 1.0), (-40.0, 0.01), (-6.0, 0.5012)]:
         got = gain(db)
         if hint := mismatch(got, factor, 1e-3):
@@ -31,10 +28,7 @@ def check_gain(gain: Callable[[float], object]) -> bool:
 
 
 def check_karaoke(karaoke: Callable[[Tensor, Sequence[str], str], object]) -> bool:
-    """Exercise 2: `karaoke(stems, names, mute)` is the sum of all stems but one.
-
-    Notebook: 00_start_here
-    """
+    """Exercise 2: `karaoke(stems, names, mute)` is the sum of all stems but one."""
     stems = torch.randn(4, 2, 100, generator=torch.Generator().manual_seed(0))
     for names in (STEMS, STEMS[::-1]):
         for index, mute in enumerate(names):
@@ -45,10 +39,7 @@ def check_karaoke(karaoke: Callable[[Tensor, Sequence[str], str], object]) -> bo
 
 
 def check_balance(balance: Callable[[Tensor, float], object]) -> bool:
-    """Exercise 3: `balance(stems, level_db)` brings every stem to that RMS level; silence stays.
-
-    Notebook: 00_start_here
-    """
+    """Exercise 3: `balance(stems, level_db)` brings every stem to that RMS level; silence stays."""
     noise = torch.randn(4, 2, 1000, generator=torch.Generator().manual_seed(1))
     for level_db, factors in [(-20.0, (1.0, 0.1, 3.0, 0.5)), (-35.0, (0.01, 0.0, 1.0, 2.0))]:
         stems = noise * torch.tensor(factors)[:, None, None]

@@ -21,10 +21,7 @@ GAIN_WANTED_DB = 12.0
 
 
 def check_nearest_bin(nearest_bin: Callable[[float, int, int], object]) -> bool:
-    """Exercise 1: `nearest_bin(hz, n_fft, rate)` is the bin whose frequency is nearest.
-
-    Notebook: 01_sound_to_spectrogram
-    """
+    """Exercise 1: `nearest_bin(hz, n_fft, rate)` is the bin whose frequency is nearest."""
     for hz, n_fft, rate in [(440.0, 2048, 44_100), (440.0, 512, 16_000), (30.0, 4096, 44_100)]:
         expected = min(range(n_fft // 2 + 1), key=lambda k: abs(k * rate / n_fft - hz))
         if hint := mismatch(nearest_bin(hz, n_fft, rate), expected):
@@ -33,10 +30,7 @@ def check_nearest_bin(nearest_bin: Callable[[float, int, int], object]) -> bool:
 
 
 def check_power_mask(power_mask: Callable[[Tensor], object]) -> bool:
-    """Exercise 2: `power_mask(stems)` `(n, c, f, t)` is each stem's share of the summed power.
-
-    Notebook: 01_sound_to_spectrogram
-    """
+    """Exercise 2: `power_mask(stems)` `(n, c, f, t)` is each stem's share of the summed power."""
     stems = torch.randn(3, 2, 5, 7, dtype=torch.cfloat, generator=torch.Generator().manual_seed(0))
     share = torch.stack([_share(stem.abs() ** 2, stems.abs() ** 2) for stem in stems])
     got = power_mask(stems.clone())
@@ -62,8 +56,6 @@ def check_griffin_lim(griffin_lim: Callable[[Tensor, STFTProcessor, int, int], o
 
     The measure is the magnitude the waveform really has, compared with the one asked for; the
     starting point is a phase of zero everywhere.
-
-    Notebook: 01_sound_to_spectrogram
     """
     stft, length = STFTProcessor(512, 128), 8_000
     time = torch.arange(length) / 8_000
@@ -84,9 +76,6 @@ def check_griffin_lim(griffin_lim: Callable[[Tensor, STFTProcessor, int, int], o
 
 
 def magnitude_error_db(waveform: Tensor, magnitude: Tensor, stft: STFTProcessor) -> float:
-    """How far the magnitude of `waveform` is from `magnitude` `(f, t)`, in dB relative to it.
-
-    Notebook: 01_sound_to_spectrogram
-    """
+    """How far the magnitude of `waveform` is from `magnitude` `(f, t)`, in dB relative to it."""
     error = stft(waveform).abs() - magnitude
     return 20 * (error.norm() / magnitude.norm()).log10().item()

@@ -17,10 +17,7 @@ from tfswa_lab.teaching.checks.verdict import mismatch, verdict
 
 
 def check_stage_scores(stage_scores: Callable[[int, int, int, int], object]) -> bool:
-    """Exercise 1: `stage_scores(t, f, window, stage)` gives the scores of `(TSA, FSA, SWA)`.
-
-    Notebook: 02_attention_blocks
-    """
+    """Exercise 1: `stage_scores(t, f, window, stage)` gives the scores of `(TSA, FSA, SWA)`."""
     for t, f, window, stage in [(16, 24, 8, 0), (16, 24, 8, 1), (87, 1025, 8, 0), (87, 1025, 8, 3)]:
         hint = _scores_hint(stage_scores(t, f, window, stage), t >> stage, f >> stage, window)
         if hint:
@@ -40,10 +37,7 @@ def _scores_hint(got: object, t: int, f: int, window: int) -> str | None:
 
 
 def check_partition(partition: Callable[[Tensor, tuple[int, int]], object]) -> bool:
-    """Exercise 2: `partition(x, window)` cuts `(b, c, t, f)` into tokens `(b·windows, l, c)`.
-
-    Notebook: 02_attention_blocks
-    """
+    """Exercise 2: `partition(x, window)` cuts `(b, c, t, f)` into tokens `(b·windows, l, c)`."""
     for shape, window in [((1, 2, 4, 6), (2, 3)), ((1, 3, 8, 8), (4, 4)), ((2, 5, 6, 20), (3, 4))]:
         x = torch.arange(torch.Size(shape).numel()).reshape(shape)
         expected = window_partition(x, window)
@@ -63,8 +57,6 @@ def check_mask(mask: Callable[[int, int, tuple, tuple], object]) -> bool:
     """Exercise 3: `mask(t, f, window, shift)` says who may see whom, `(windows, l, l)`.
 
     Rows of padded cells are cut off later, so they may be anything but empty.
-
-    Notebook: 02_attention_blocks
     """
     cases = [
         (8, 8, (4, 4), (0, 0)),

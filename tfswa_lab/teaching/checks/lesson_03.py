@@ -31,10 +31,7 @@ VIEWS = {
 
 
 def check_block_parameters(block_parameters: Callable[[int], object]) -> bool:
-    """Exercise 1: `block_parameters(c)` is the number of parameters of a TFSWA block.
-
-    Notebook: 03_tfswa_unet
-    """
+    """Exercise 1: `block_parameters(c)` is the number of parameters of a TFSWA block."""
     for c in (8, 32, 256):
         if hint := _count_hint(block_parameters(c), c):
             return verdict("block_parameters", f"{c} channels: {hint}")
@@ -60,8 +57,6 @@ def check_apply_masks(
 
     `output` `(b, n·c, t, f)` is what the network returns, `spectrogram` `(b, c, f, t)` the
     mixture's.
-
-    Notebook: 03_tfswa_unet
     """
     stft, generator = STFTProcessor(64, 16), torch.Generator().manual_seed(0)
     for stems, length in [(1, 512), (2, 512), (4, 777)]:
@@ -92,10 +87,7 @@ def _stems_hint(
 
 
 def check_without(without: Callable[[Separator, str], object]) -> bool:
-    """Exercise 3: `without(separator, view)` is a copy in which no block has that view.
-
-    Notebook: 03_tfswa_unet
-    """
+    """Exercise 3: `without(separator, view)` is a copy in which no block has that view."""
     sizes = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
     for view in VIEWS:
         separator = build_separator(("vocals", "other"), n_fft=64, hop_length=16, **sizes)

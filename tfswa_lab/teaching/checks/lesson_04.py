@@ -26,10 +26,7 @@ LAYER = {
 
 
 class Silent(nn.Module):
-    """An attention that attends to nothing.
-
-    Notebook: 04_tf_locoformer
-    """
+    """An attention that attends to nothing."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Zeros of the shape of `tokens`."""
@@ -37,10 +34,7 @@ class Silent(nn.Module):
 
 
 def silence_attention(network: nn.Module) -> nn.Module:
-    """Replace every attention of `network`, in place, so that only convolutions link tokens.
-
-    Notebook: 04_tf_locoformer
-    """
+    """Replace every attention of `network`, in place, so that only convolutions link tokens."""
     for layer in network.modules():
         if isinstance(layer, LocoformerLayer):
             layer.attention = Silent()
@@ -48,10 +42,7 @@ def silence_attention(network: nn.Module) -> nn.Module:
 
 
 def check_field(field: Callable[[int, int], object]) -> bool:
-    """Exercise 1: `field(kernel_size, num_blocks)` bins on each side, without attention.
-
-    Notebook: 04_tf_locoformer
-    """
+    """Exercise 1: `field(kernel_size, num_blocks)` bins on each side, without attention."""
     for kernel_size, num_blocks in [(4, 1), (8, 1), (4, 3), (1, 2)]:
         if hint := _field_hint(field(kernel_size, num_blocks), kernel_size, num_blocks):
             where = f"kernel {kernel_size}, {num_blocks} blocks"
@@ -75,10 +66,7 @@ def _field_hint(got: object, kernel_size: int, num_blocks: int) -> str | None:
 
 
 def measured_field(kernel_size: int, num_blocks: int) -> int:
-    """How many bins away a change of the input still moves a cell's output, by gradients.
-
-    Notebook: 04_tf_locoformer
-    """
+    """How many bins away a change of the input still moves a cell's output, by gradients."""
     middle = 2 * num_blocks * kernel_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -90,10 +78,7 @@ def measured_field(kernel_size: int, num_blocks: int) -> int:
 
 
 def check_turn(turn: Callable[[Tensor, Tensor], object]) -> bool:
-    """Exercise 2: `turn(x, positions)` turns neighbouring pairs of channels `(…, l, d)`.
-
-    Notebook: 04_tf_locoformer
-    """
+    """Exercise 2: `turn(x, positions)` turns neighbouring pairs of channels `(…, l, d)`."""
     generator = torch.Generator().manual_seed(0)
     for start in (0, 2000):  # far out, angles in half precision run together
         positions = torch.arange(start, start + 9)
@@ -135,10 +120,7 @@ def _turn_hint(got: object, x: Tensor, positions: Tensor) -> str | None:
 
 
 def check_lean(lean: Callable[[nn.Module, Tensor], object]) -> bool:
-    """Exercise 3: `lean(module, x)` is `module(x)`, keeping only `x` for the backward pass.
-
-    Notebook: 04_tf_locoformer
-    """
+    """Exercise 3: `lean(module, x)` is `module(x)`, keeping only `x` for the backward pass."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = TimePath(kernel_size=3, **LAYER).double()

@@ -22,10 +22,7 @@ Sizes = list[tuple[int, int, int | None]]
 
 
 def check_state_bytes(state_bytes: Callable[[int, str], object]) -> bool:
-    """Exercise 1: `state_bytes(parameters, optimizer)` of parameters, gradients and state.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Exercise 1: `state_bytes(parameters, optimizer)` of parameters, gradients and state."""
     for optimizer, numbers in NUMBERS.items():
         for parameters in (1, 1_000_000):
             got = state_bytes(parameters, optimizer)
@@ -43,10 +40,7 @@ def _state_hint(got: object, parameters: int, numbers: int) -> str | None:
 
 
 def check_peak_bytes(peak_bytes: Callable[[Sizes], object]) -> bool:
-    """Exercise 2: `peak_bytes(blocks)` of `(size, born, died)`, sizes rounded up to 512.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Exercise 2: `peak_bytes(blocks)` of `(size, born, died)`, sizes rounded up to 512."""
     generator = random.Random(0)
     cases = {
         "one block of 1 byte": [(1, 0, 1)],
@@ -90,10 +84,7 @@ def _peak(blocks: Sizes) -> int:
 def check_run_in_segments(
     run_in_segments: Callable[[Sequence[nn.Module], Tensor, int], object],
 ) -> bool:
-    """Exercise 3: `run_in_segments(blocks, x, segments)` keeps what enters each segment.
-
-    Notebook: 05_where_memory_goes
-    """
+    """Exercise 3: `run_in_segments(blocks, x, segments)` keeps what enters each segment."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(12))

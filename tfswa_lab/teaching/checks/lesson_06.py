@@ -20,10 +20,7 @@ RATE = 44_100
 
 
 def check_scores_gib(scores_gib: Callable[[float, int, int], object]) -> bool:
-    """Exercise 1: `scores_gib(seconds, n_fft, heads)`, scores of one frequency path in GiB.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Exercise 1: `scores_gib(seconds, n_fft, heads)`, scores of one frequency path in GiB."""
     for asked in ((10, 4096, 12), (6, 2048, 4), (2.5, 1024, 1)):
         got, failed = _answer(scores_gib, *asked)
         if hint := failed or _scores_hint(got, *asked):
@@ -113,10 +110,7 @@ SHAPES = ("plateau", "staircase", "sawtooth")
 
 
 def check_shape_of(shape_of: Callable[[np.ndarray], object]) -> bool:
-    """Exercise 2: `shape_of(levels)` is "plateau", "staircase" or "sawtooth".
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Exercise 2: `shape_of(levels)` is "plateau", "staircase" or "sawtooth"."""
     for levels, expected, overlooked in LEVELS:
         got, failed = _answer(shape_of, 2**10 * np.array(levels))
         if hint := failed or _shape_hint(got, expected, overlooked):
@@ -152,10 +146,7 @@ class _Card:
 
 
 def check_run_in_halves(run_in_halves: Callable[[Callable, list], object]) -> bool:
-    """Exercise 3: `run_in_halves(step, clips)` is a list of all results of `step`.
-
-    Notebook: 06_leak_diagnosis
-    """
+    """Exercise 3: `run_in_halves(step, clips)` is a list of all results of `step`."""
     for hint in (_retry_hint, _last_clip_hint, _other_error_hint):
         if said := hint(run_in_halves):
             return verdict("run_in_halves", said)

@@ -17,10 +17,7 @@ from tfswa_lab.training.schedule import warmup_cosine
 
 
 def check_factor(factor: Callable[[int, int, int], object]) -> bool:
-    """Exercise 1: `factor(step, warmup_steps, total_steps)` of the learning rate, steps from 0.
-
-    Notebook: 07_training
-    """
+    """Exercise 1: `factor(step, warmup_steps, total_steps)` of the learning rate, steps from 0."""
     for warmup, total in [(4, 20), (1, 5), (10, 1000)]:
         for step in (0, warmup - 1, warmup, (warmup + total) // 2, total - 1):
             if hint := _factor_hint(factor(step, warmup, total), step, warmup, total):
@@ -41,10 +38,7 @@ def _factor_hint(got: object, step: int, warmup: int, total: int) -> str | None:
 
 
 def check_remix(remix: Callable[[Tensor, Generator], object]) -> bool:
-    """Exercise 2: `remix(stems, generator)` gives a new mixture `(b, c, s)` and its stems.
-
-    Notebook: 07_training
-    """
+    """Exercise 2: `remix(stems, generator)` gives a new mixture `(b, c, s)` and its stems."""
     # The value of every sample tells item and stem: 10 b + n + 1.
     names = 10.0 * torch.arange(6)[:, None] + torch.arange(3) + 1
     stems = names[..., None, None].expand(6, 3, 2, 4).clone()
@@ -86,10 +80,7 @@ def _remix_hint(answer: object, stems: Tensor) -> str | None:
 
 
 def check_batch_indices(batch_indices: Callable[[int, int, int, int], object]) -> bool:
-    """Exercise 3: `batch_indices(step, length, batch_size, seed)`, which batch a step sees.
-
-    Notebook: 07_training
-    """
+    """Exercise 3: `batch_indices(step, length, batch_size, seed)`, which batch a step sees."""
     before = torch.get_rng_state()
     hint = _epochs_hint(batch_indices) or _chance_hint(batch_indices)
     if hint is None and not torch.equal(before, torch.get_rng_state()):

@@ -18,10 +18,7 @@ from tfswa_lab.teaching.checks.verdict import mismatch, verdict
 
 
 def check_si_sdr_db(si_sdr_db: Callable[[Tensor, Tensor], object]) -> bool:
-    """Exercise 1: `si_sdr_db(reference, estimate)` in dB, of waveforms `(c, s)`.
-
-    Notebook: 08_evaluation
-    """
+    """Exercise 1: `si_sdr_db(reference, estimate)` in dB, of waveforms `(c, s)`."""
     generator = torch.Generator().manual_seed(0)
     reference, error = torch.randn(2, 2, 400, generator=generator, dtype=torch.float64)
     for gain in (1.0, 0.3, -2.0):
@@ -54,10 +51,7 @@ def _si_sdr_hint(got: object, reference: Tensor, estimate: Tensor) -> str | None
 
 
 def check_dataset_score(dataset_score: Callable[[Sequence[np.ndarray]], object]) -> bool:
-    """Exercise 2: `dataset_score(songs)` of the ratios `(m,)` of each song, NaN where silent.
-
-    Notebook: 08_evaluation
-    """
+    """Exercise 2: `dataset_score(songs)` of the ratios `(m,)` of each song, NaN where silent."""
     songs = [
         np.array([1.0, 2.0, 9.0]),
         np.array([4.0, np.nan, 6.0, 20.0, 30.0]),
@@ -91,10 +85,7 @@ def _score_hint(got: object, songs: list[np.ndarray]) -> str | None:
 
 
 def check_sign_flip_p(sign_flip_p: Callable[[np.ndarray], object]) -> bool:
-    """Exercise 3: `sign_flip_p(differences)`, an exact p-value of paired differences.
-
-    Notebook: 08_evaluation
-    """
+    """Exercise 3: `sign_flip_p(differences)`, an exact p-value of paired differences."""
     cases = (
         [0.3, 0.1, 0.4, 0.2],  # all better: only two of sixteen are as far from 0
         [-0.3, -0.1, -0.4, -0.2],
