@@ -1,0 +1,108 @@
+"""`tfswa-lab train`: a run from a preset, options and the checkpoint that it goes on from.
+
+Its options are fields of `Preset`, and `use_amp`; one that is not given keeps the preset's value.
+
+Notebook: 07_training
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfswa_lab.cli.options import given, list_of, panel, takes
+
+RUN, DATA, NETWORK, LOSS, STEPS, WATCH, MACHINE = map(
+    panel, ("Run", "Data", "Network", "Loss", "Steps", "Watching", "Machine")
+)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What can be typed; None stands for "not given"."""
+
+    preset: Annotated[str | None, RUN(help="tiny, small or default; tiny if absent.")] = None
+    output_dir: Annotated[Path | None, RUN(help="The run's folder; runs/PRESET if absent.")] = None
+    resume: Annotated[Path | None, RUN(help="A run's folder or checkpoint to go on from.")] = None
+    seed: Annotated[int | None, RUN(help="Of weights, stretches and augmentation.")] = None
+    data_root: Annotated[str | None, DATA(help="Shaped as MUSDB18; the band if absent.")] = None
+    target_stems: Annotated[tuple | None, DATA(help="As vocals,other.", **list_of(str))] = None
+    segment_seconds: Annotated[float | None, DATA(help="Length of a stretch.")] = None
+    samples_per_track: Annotated[int | None, DATA(help="Stretches per song and epoch.")] = None
+    sample_rate: Annotated[int | None, DATA(help="Resample songs to this, in Hz.")] = None
+    augment: Annotated[str | None, DATA(help="none, light or full.")] = None
+    dims: Annotated[tuple | None, NETWORK(help="Channels per level.", **list_of(int))] = None
+    depths: Annotated[tuple | None, NETWORK(help="Blocks per level.", **list_of(int))] = None
+    window_size: Annotated[int | None, NETWORK(help="Side of an attention window.")] = None
+    num_heads: Annotated[int | None, NETWORK(help="Attention heads.")] = None
+    mask: Annotated[str | None, NETWORK(help="magnitude or complex.")] = None
+    n_fft: Annotated[int | None, NETWORK(help="Window of the transform, in samples.")] = None
+    hop_length: Annotated[int | None, NETWORK(help="From frame to frame, in samples.")] = None
+    bins: Annotated[int | None, NETWORK(help="The network sees so many of the lowest.")] = None
+    l1_weight: Annotated[float | None, LOSS(help="Of the spectra in one window.")] = None
+    mrstft_weight: Annotated[float | None, LOSS(help="Of those in three windows.")] = None
+    waveform_weight: Annotated[float | None, LOSS(help="Of the samples.")] = None
+    sdr_weight: Annotated[float | None, LOSS(help="Of the SDR in dB.")] = None
+    batch_size: Annotated[int | None, STEPS(help="Stretches at once, over all devices.")] = None
+    accumulate: Annotated[int | None, STEPS(help="Batches per step.")] = None
+    max_epochs: Annotated[int | None, STEPS(help="Passes over the songs.")] = None
+    max_steps: Annotated[int | None, STEPS(help="An earlier end.")] = None
+    learning_rate: Annotated[float | None, STEPS(help="At its highest.")] = None
+    weight_decay: Annotated[float | None, STEPS(help="AdamW's.")] = None
+    warmup_steps: Annotated[int | None, STEPS(help="While the learning rate rises.")] = None
+    gradient_clip_val: Annotated[float | None, STEPS(help="Largest norm; 0 is off.")] = None
+    ema_decay: Annotated[float | None, STEPS(help="Of the averaged weights; 0 is off.")] = None
+    log_every_n_steps: Annotated[int | None, WATCH(help="Between points of a curve.")] = None
+    val_every_n_steps: Annotated[int | None, WATCH(help="Once an epoch if absent.")] = None
+    patience: Annotated[int | None, WATCH(help="Validations without progress.")] = None
+    checkpoint_every_n_steps: Annotated[int | None, WATCH(help="Once an epoch if absent.")] = None
+    checkpoint_every_n_minutes: Annotated[float | None, WATCH(help="And this often.")] = None
+    device: Annotated[str | None, MACHINE(help="cpu, cuda, or auto.")] = None
+    devices: Annotated[int | None, MACHINE(help="How many; torchrun decides itself.")] = None
+    num_workers: Annotated[int | None, MACHINE(help="Processes that read, per device.")] = None
+    precision: Annotated[str | None, MACHINE(help="32-true, bf16-mixed or 16-mixed.")] = None
+    use_amp: Annotated[bool | None, MACHINE(help="The mixed precision that fits, or none.")] = None
+    activation_checkpointing: Annotated[bool | None, MACHINE(help="Less memory, slower.")] = None
+
+
+@takes(TrainOptions)
+def train(options: TrainOptions) -> None:
+    """Train a separator; with no option at all, a tiny one on the embedded band.
+
+    Several GPUs: --devices 4, or torchrun --nproc-per-node 4 -m tfswa_lab.cli train …
+
+    Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint: --resume RUN goes on.
+    """
+    # Imported here: `tfswa-lab --help` should not wait for torch.
+    import torch
+
+    from tfswa_lab.training.run import build_trainer, choose_preset
+
+    fields = given(options)
+    name, resume = fields.pop("preset", None), fields.pop("resume", None)
+    folder = fields.pop("output_dir", None) or run_folder(name or "tiny", resume)
+    try:
+        preset = choose_preset(name, resume, fields)
+        torch.manual_seed(preset.seed)  # of the first weights, alike in all processes
+        trainer = build_trainer(preset, folder, progress=True)
+        torch.manual_seed(preset.seed + trainer.fabric.global_rank)  # of dropout, unlike
+        trainer.fit(resume)
+    except (OSError, ValueError, FloatingPointError) as error:
+        typer.echo(f"Error: {error}", err=True)  # unframed: commands in it can be copied
+        raise typer.Exit(1) from error
+    if trainer.fabric.is_global_zero:
+        typer.echo(
+            f"{trainer.step} of {trainer.total_steps} steps; best in validation: "
+            f"{trainer.best_sdr:.2f} dB SDR after step {trainer.best_step}; "
+            f"it is in {trainer.output_dir / 'best'}"
+        )
+
+
+def run_folder(preset: str, resume: Path | None) -> Path:
+    """Where a run writes if nobody says so: `RUN` for `RUN` and `RUN/checkpoints/….ckpt`."""
+    if resume is None:
+        return Path("runs", preset)
+    return resume if resume.is_dir() else resume.parent.parent
