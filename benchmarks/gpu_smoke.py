@@ -156,14 +156,12 @@ def _runs(kernel: SDPBackend, qkv: torch.Tensor, mask: torch.Tensor | None) -> s
 
 def networks() -> dict[str, nn.Module]:
     """One of each kind, tiny."""
+    from tfswa_lab.models import tf_locoformer, tfswa_unet
     from tfswa_lab.models.mask_resunet import MaskResUNet
-    from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
-    from tfswa_lab.models.tfswa_unet import TINY as TINY_UNET
-    from tfswa_lab.models.tfswa_unet import TFSWAUNet
 
     return {
-        "TFSWA-UNet": TFSWAUNet(2, 4, **TINY_UNET),
-        "TF-Locoformer": TFLocoformer(2, 4, **TINY),
+        "TFSWA-UNet": tfswa_unet.TFSWAUNet(2, 4, **tfswa_unet.SIZES["tiny"]),
+        "TF-Locoformer": tf_locoformer.TFLocoformer(2, 4, **tf_locoformer.SIZES["tiny"]),
         "MaskResUNet": MaskResUNet(2, 4),
     }
 

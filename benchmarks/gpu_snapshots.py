@@ -18,7 +18,7 @@ import torch
 from events import attempt
 
 from tfswa_lab.memory import snapshot
-from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
+from tfswa_lab.models.tf_locoformer import SIZES, TFLocoformer
 
 SPARE = 64 * 2**20  # bytes that the failing program may take
 ENTRIES = (4000, 1000, 250)  # of the history: as many as make no larger file than
@@ -45,7 +45,7 @@ def keep(name: str, record: Callable[[Path, int], dict]) -> dict:
 def training_step(path: Path, entries: int) -> dict:
     """Two steps of a tiny network."""
     torch.manual_seed(0)
-    model = TFLocoformer(4, 16, **TINY).cuda()
+    model = TFLocoformer(4, 16, **SIZES["tiny"]).cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     x = torch.randn(1, 4, 16, 33, device="cuda")
     with snapshot.record(max_entries=entries):

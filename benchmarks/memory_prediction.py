@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tfswa_lab.memory.predict.cuda_kernels import present_gpu
-from tfswa_lab.memory.predict.fake_tensors import without_values
+from tfswa_lab.memory.predict.fake_tensors import fake_tensors
 from tfswa_lab.memory.predict.predict import predict_choices
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.models import tf_locoformer, tfswa_unet
@@ -41,15 +41,15 @@ from tfswa_lab.models.tfswa_unet import TFSWAUNet
 BINS = 65 if REHEARSAL else 1025
 FRAMES_PER_SECOND = 4 if REHEARSAL else 44_100 / 512
 NETWORKS = {
-    "TFSWA-UNet small": (TFSWAUNet, tfswa_unet.SMALL),
-    "TFSWA-UNet 15.4 M": (TFSWAUNet, tfswa_unet.DEFAULT),
-    "TF-Locoformer S": (TFLocoformer, tf_locoformer.SMALL),
+    "TFSWA-UNet small": (TFSWAUNet, tfswa_unet.SIZES["small"]),
+    "TFSWA-UNet 15.4 M": (TFSWAUNet, tfswa_unet.SIZES["default"]),
+    "TF-Locoformer S": (TFLocoformer, tf_locoformer.SIZES["S"]),
 }
 if REHEARSAL:
     NETWORKS = {
-        "TFSWA-UNet small": (TFSWAUNet, tfswa_unet.TINY),
-        "TFSWA-UNet 15.4 M": (TFSWAUNet, tfswa_unet.TINY),
-        "TF-Locoformer S": (TFLocoformer, tf_locoformer.TINY),
+        "TFSWA-UNet small": (TFSWAUNet, tfswa_unet.SIZES["tiny"]),
+        "TFSWA-UNet 15.4 M": (TFSWAUNet, tfswa_unet.SIZES["tiny"]),
+        "TF-Locoformer S": (TFLocoformer, tf_locoformer.SIZES["tiny"]),
     }
 KERNELS = {  # flash takes no mask, so the shifted windows of the TFSWA-UNet take the next
     "auto": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -256,7 +256,7 @@ def peers(network: str, seconds: float, batch: int) -> dict[str, int]:
     """What is said elsewhere of the same step, in bytes."""
     kind, sizes = NETWORKS[network]
     frames = round(seconds * FRAMES_PER_SECOND)
-    with without_values():
+    with fake_tensors():
         model = kind(4, 8, **sizes)
         found = {"parameters × 4": 16 * sum(p.numel() for p in model.parameters())}
         try:

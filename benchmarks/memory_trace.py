@@ -22,7 +22,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from tfswa_lab.device import pick_device
 from tfswa_lab.memory.trace import trace
-from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
+from tfswa_lab.models.tf_locoformer import SIZES, TFLocoformer
 
 REPEATS = 5
 
@@ -30,7 +30,7 @@ REPEATS = 5
 def make_step(device: torch.device) -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable]:
     """Model, optimizer and step."""
     torch.manual_seed(0)
-    model = TFLocoformer(4, 16, **TINY).to(device)
+    model = TFLocoformer(4, 16, **SIZES["tiny"]).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     x = torch.randn(1, 4, 64, 129, device=device)
 

@@ -36,7 +36,7 @@ from tfswa_lab.models.attention import (
 )
 from tfswa_lab.models.separator import Separator, build_separator
 from tfswa_lab.models.storage import load_separator
-from tfswa_lab.models.tfswa_unet import SMALL
+from tfswa_lab.models.tfswa_unet import SIZES
 from tfswa_lab.weights import BAND
 
 STEMS = ("vocals", "drums", "bass", "other")
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     device = pick_device(parser.parse_args().device)
     torch.manual_seed(0)
-    separator = build_separator(STEMS, **SMALL).eval().to(device)
+    separator = build_separator(STEMS, **SIZES["small"]).eval().to(device)
     mixture = 0.1 * torch.randn(1, 2, round(SECONDS * separator.sample_rate), device=device)
     if device.type == "cuda":
         return on_gpu(separator, mixture)

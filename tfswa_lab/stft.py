@@ -1,8 +1,8 @@
-"""From waveforms to spectrograms and back, and how a network likes them scaled.
+"""From waveforms to spectrograms and back, and the scaling of a network's input.
 
 Axis letters: `b` batch, `c` channels, `s` samples, `f` frequency bins, `t` frames. `torch.stft`
-gives `(…, f, t)`, the models take `(b, c, t, f)`: `to_model_input` and `from_model_output` are
-the one place that transposes.
+gives `(…, f, t)`, the models take `(b, c, t, f)`: `to_magnitudes`, `to_model_input` and
+`from_model_output` transpose.
 
 Notebook: 01_sound_to_spectrogram
 """
@@ -100,11 +100,18 @@ class STFTProcessor(nn.Module):
     def _window(self, like: Tensor) -> Tensor:
         return torch.hann_window(self.n_fft, dtype=like.dtype, device=like.device)
 
-    def to_model_input(self, spectrogram: Tensor) -> Tensor:
+    @staticmethod
+    def to_magnitudes(spectrogram: Tensor) -> Tensor:
+        """Complex `(b, c, f, t)` to magnitudes `(b, c, t, f)`."""
+        return rearrange(spectrogram.abs(), "b c f t -> b c t f")
+
+    @staticmethod
+    def to_model_input(spectrogram: Tensor) -> Tensor:
         """Complex `(b, c, f, t)` to real `(b, 2c, t, f)`: real and imaginary part per channel."""
         return rearrange(torch.view_as_real(spectrogram), "b c f t ri -> b (c ri) t f")
 
-    def from_model_output(self, output: Tensor) -> Tensor:
+    @staticmethod
+    def from_model_output(output: Tensor) -> Tensor:
         """Real `(b, 2c, t, f)` to complex `(b, c, f, t)`, the inverse of `to_model_input`."""
         pairs = rearrange(output, "b (c ri) t f -> b c f t ri", ri=2)
         return torch.view_as_complex(pairs.contiguous())
@@ -158,11 +165,15 @@ class SpectrogramNormalizer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Statistics]:
         """Normalised `x` `(b, c, t, f)` and the statistics that undo it."""
         statistics = self.statistics(x)
-        return (x - statistics.mean) / (statistics.std + self.eps), statistics
+        return (x - statistics.mean) / self.scale(statistics), statistics
+
+    def scale(self, statistics: Statistics) -> Tensor:
+        """The divisor of `forward`."""
+        return statistics.std + self.eps
 
     def denormalize(self, y: Tensor, statistics: Statistics) -> Tensor:
         """Undo `forward`."""
-        return y * (statistics.std + self.eps) + statistics.mean
+        return y * self.scale(statistics) + statistics.mean
 
 
 class LevelNormalizer(SpectrogramNormalizer):
@@ -185,6 +196,26 @@ class LevelNormalizer(SpectrogramNormalizer):
         """Statistics `(b, 1, 1, 1)` of `x` `(b, c, t, f)`."""
         axes = (1, 2, 3)
         return Statistics(x.mean(axes, keepdim=True), x.std(axes, keepdim=True, correction=0))
+
+
+class RMSNormalizer(SpectrogramNormalizer):
+    """Divide all of an example by its root mean square, so that zeros and signs stay.
+
+    For magnitudes, which are not negative before the network or after it.
+
+    Args:
+        eps: added to the root mean square, so that silence stays silent.
+
+    Notebook: 03_tfswa_unet
+
+    >>> RMSNormalizer()(torch.tensor([0.0, 3.0, 4.0, 0.0]).view(1, 1, 2, 2))[0].flatten()
+    tensor([0.0000, 1.2000, 1.6000, 0.0000])
+    """
+
+    def statistics(self, x: Tensor) -> Statistics:
+        """Mean 0 and root mean square, both `(b, 1, 1, 1)`, of `x` `(b, c, t, f)`."""
+        rms = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True) / x[0].numel() ** 0.5
+        return Statistics(torch.zeros_like(rms), rms)
 
 
 class RunningSpectrogramNormalizer(SpectrogramNormalizer):

@@ -11,9 +11,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode, _push_mode
 from torch.utils.checkpoint import checkpoint
 
-from tfswa_lab.memory.predict.fake_tensors import FakeMode
+from tfswa_lab.memory.predict.fake_tensors import FakeTensors
 from tfswa_lab.memory.trace import trace
-from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
+from tfswa_lab.models.tf_locoformer import SIZES, TFLocoformer
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
 
 
@@ -44,8 +44,10 @@ def training(model, shape, out_shape, **optimizer):
 
 
 MODELS = {
-    "locoformer": lambda: TFLocoformer(4, 16, **TINY),
-    "locoformer, checkpointed": lambda: TFLocoformer(4, 16, **TINY, activation_checkpointing=True),
+    "locoformer": lambda: TFLocoformer(4, 16, **SIZES["tiny"]),
+    "locoformer, checkpointed": lambda: TFLocoformer(
+        4, 16, **SIZES["tiny"], activation_checkpointing=True
+    ),
     "unet": lambda: TFSWAUNet(4, 16, (8, 8, 8, 8), (1, 1, 1, 1), 2, 1),
 }
 
@@ -65,14 +67,14 @@ def test_peaks_are_those_of_memtracker_to_the_byte(name, fake):
     snapshot = peer.get_tracker_snapshot("peak")
     expected = snapshot[torch.device("cpu")]["Total"]
     if fake:
-        with FakeMode():
+        with FakeTensors():
             model, step, optimizer, inputs = make()
             with trace(model, optimizer, inputs) as seen:
                 step()
     else:
         with trace(model, optimizer, inputs) as seen:
             step()
-    assert seen.fullest().peak == expected
+    assert seen.peak().allocated == expected
 
 
 @pytest.fixture
@@ -134,7 +136,8 @@ def test_allocated_is_the_sum_of_what_is_alive_at_every_event(seen):
     allocated = timeline.allocated()
     for event in range(0, timeline.events + 1, 7):
         assert allocated[event] == sum(block.rounded for block in timeline.alive(event))
-    assert timeline.peak() == (max(allocated), allocated.index(max(allocated)))
+    peak = timeline.peak()
+    assert (peak.allocated, peak.event) == (max(allocated), allocated.index(max(allocated)))
 
 
 def test_recomputed_activations_belong_to_their_module_and_phase():
@@ -231,7 +234,7 @@ def test_a_view_is_no_memory_and_a_resized_storage_is_other_memory():
         x.resize_(2000)
     sizes = [block.size for block in seen.timeline().blocks]
     assert sizes == [4000, 8000]
-    assert seen.fullest().peak == 8000
+    assert seen.peak().allocated == 8000
     assert len(views) == 3
 
 
@@ -266,7 +269,7 @@ def test_a_device_without_tensors_is_named():
 
 def test_the_peak_of_the_cpu_allocator_is_near():
     """Torch's profiler sees allocations inside operators, too."""
-    model = TFLocoformer(4, 16, **TINY)
+    model = TFLocoformer(4, 16, **SIZES["tiny"])
     step, optimizer, inputs = training(model, (1, 4, 32, 65), (1, 16, 32, 65))
     with trace(model, optimizer, inputs) as seen:
         step()
@@ -281,4 +284,4 @@ def test_the_peak_of_the_cpu_allocator_is_near():
         most = max(most, total)
     before = sum(b.size for b in seen.timeline().blocks if b.op == "")
     assert there_before <= before
-    assert seen.fullest().peak == pytest.approx(before + most, rel=0.035)
+    assert seen.peak().allocated == pytest.approx(before + most, rel=0.035)

@@ -5,7 +5,7 @@ import torch
 
 from tfswa_lab.models.attention import ShiftedWindowAttention
 from tfswa_lab.models.separator import build_separator
-from tfswa_lab.models.tfswa_unet import TINY, TFSWAUNet
+from tfswa_lab.models.tfswa_unet import SIZES, TFSWAUNet
 from tfswa_lab.stft import STFTProcessor
 
 pytestmark = pytest.mark.gpu
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 
 def test_the_separator_gives_the_cpus_samples():
     torch.manual_seed(0)
-    separator = build_separator(("vocals", "other"), **TINY).eval()
+    separator = build_separator(("vocals", "other"), **SIZES["tiny"]).eval()
     mixture = 0.1 * torch.randn(1, 2, 44_100)
     with torch.inference_mode():
         on_cpu = separator(mixture)
@@ -42,7 +42,7 @@ def test_the_round_trip_is_as_good_as_on_the_cpu():
 def test_checkpointing_lowers_the_peak():
     def peak_bytes(activation_checkpointing):
         torch.manual_seed(0)
-        model = TFSWAUNet(**TINY, activation_checkpointing=activation_checkpointing).cuda()
+        model = TFSWAUNet(**SIZES["tiny"], activation_checkpointing=activation_checkpointing).cuda()
         x = torch.randn(1, 2, 128, 512, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         model(x).mean().backward()
@@ -54,7 +54,7 @@ def test_checkpointing_lowers_the_peak():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_stays_close_to_float32(dtype):
     torch.manual_seed(0)
-    model = TFSWAUNet(**TINY).cuda()
+    model = TFSWAUNet(**SIZES["tiny"]).cuda()
     x = torch.randn(1, 2, 64, 128, device="cuda")
     with torch.no_grad():
         exact = model(x)

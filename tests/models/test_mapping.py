@@ -7,7 +7,7 @@ from torch import nn
 from tfswa_lab.models.mask_resunet import MaskResUNet
 from tfswa_lab.models.separator import Separator, build_separator, output_channels
 from tfswa_lab.models.storage import load_separator, save_separator
-from tfswa_lab.models.tf_locoformer import TINY, TFLocoformer
+from tfswa_lab.models.tf_locoformer import SIZES, TFLocoformer
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
 from tfswa_lab.stft import SpectrogramNormalizer, STFTProcessor
 
@@ -17,7 +17,7 @@ STEMS = ("vocals", "drums", "bass", "other")
 class Gains(nn.Module):
     """Each stem is the mixture times a number."""
 
-    maps_spectra = True
+    separator_heads = ("mapping",)
 
     def __init__(self, gains, audio_channels=2):
         super().__init__()
@@ -32,7 +32,13 @@ class Gains(nn.Module):
 def tiny(stems=STEMS, **options):
     torch.manual_seed(0)
     return build_separator(
-        stems, "mapping", n_fft=128, hop_length=32, architecture=TFLocoformer, **options, **TINY
+        stems,
+        "mapping",
+        n_fft=128,
+        hop_length=32,
+        architecture=TFLocoformer,
+        **options,
+        **SIZES["tiny"],
     )
 
 
@@ -123,8 +129,14 @@ def test_other_architectures_are_built_by_their_class():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": TFLocoformer}, "TFLocoformer, which makes no masks; choose 'mapping'"),
-        ({"architecture": TFSWAUNet, "mask": "mapping"}, "TFSWAUNet, which makes masks"),
+        (
+            {"architecture": TFLocoformer},
+            "'magnitude' does not suit the outputs of TFLocoformer; choose 'mapping'",
+        ),
+        (
+            {"architecture": TFSWAUNet, "mask": "mapping"},
+            "outputs of TFSWAUNet; choose 'magnitude' or 'complex'",
+        ),
         (
             {"architecture": TFLocoformer, "mask": "mapping", "in_channels": 2},
             r"feeds in_channels=4 \(real and imaginary parts\), the model has 2",

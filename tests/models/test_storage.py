@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tfswa_lab.models.separator import build_separator
-from tfswa_lab.models.storage import SIZES, WEIGHTS, load_separator, save_separator
+from tfswa_lab.models.storage import DESCRIPTION, WEIGHTS, load_separator, save_separator
 from tfswa_lab.stft import LevelNormalizer
 
 MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
@@ -29,7 +29,7 @@ def test_a_saved_separator_gives_the_same_samples(separator, tmp_path):
     assert loaded.stems == ("vocals", "other")
     assert loaded.sample_rate == 16_000
     assert loaded.mixture_consistency
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [SIZES, WEIGHTS]
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [DESCRIPTION, WEIGHTS]
 
 
 def test_the_normalizer_comes_back_and_a_foreign_one_is_refused(tmp_path):
@@ -44,7 +44,7 @@ def test_the_normalizer_comes_back_and_a_foreign_one_is_refused(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=SIZES):
+    with pytest.raises(FileNotFoundError, match=DESCRIPTION):
         load_separator(tmp_path)
 
 
@@ -75,15 +75,15 @@ def test_a_pickle_is_never_executed(separator, tmp_path):
     ],
 )
 def test_foreign_sizes_are_refused(separator, tmp_path, change):
-    sizes = save_separator(separator, tmp_path) / SIZES
-    sizes.write_text(json.dumps(json.loads(sizes.read_text()) | change))
-    with pytest.raises(ValueError, match=SIZES):
+    path = save_separator(separator, tmp_path) / DESCRIPTION
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=DESCRIPTION):
         load_separator(tmp_path)
 
 
 def test_sizes_that_are_not_text_are_refused(separator, tmp_path):
-    (save_separator(separator, tmp_path) / SIZES).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=SIZES):
+    (save_separator(separator, tmp_path) / DESCRIPTION).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=DESCRIPTION):
         load_separator(tmp_path)
 
 

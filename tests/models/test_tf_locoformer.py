@@ -6,10 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tfswa_lab.models.tf_locoformer import (
-    LARGE,
-    MEDIUM,
-    SMALL,
-    TINY,
+    SIZES,
     ConvSwiGLU,
     FrequencyPath,
     RMSGroupNorm,
@@ -30,11 +27,12 @@ MINI = LAYER | {"num_blocks": 2}
 
 
 @pytest.mark.parametrize(
-    ("sizes", "count"), [(SMALL, 5_125_220), (MEDIUM, 14_975_620), (LARGE, 22_459_780)]
+    ("name", "count"), [("S", 5_125_220), ("M", 14_975_620), ("L", 22_459_780)]
 )
-def test_the_papers_sizes_have_the_published_counts(sizes, count):
+def test_the_papers_sizes_have_the_published_counts(name, count):
     """Real and imaginary part of one channel in, of two speakers out."""
-    assert TFLocoformer(in_channels=2, out_channels=4, **sizes).get_num_parameters() == count
+    model = TFLocoformer(in_channels=2, out_channels=4, **SIZES[name])
+    assert model.get_num_parameters() == count
 
 
 @pytest.mark.parametrize(("dim", "blocks", "count"), [(96, 4, 7_397_864), (48, 3, 1_392_920)])
@@ -238,7 +236,7 @@ def test_checkpointing_recomputes_whole_blocks_or_single_paths(how, order):
 def test_training_needs_no_values(how):
     """Only shapes: a step that would need a terabyte can be traced on a laptop."""
     with FakeTensorMode():
-        model = TFLocoformer(4, 16, **MEDIUM, activation_checkpointing=how)
+        model = TFLocoformer(4, 16, **SIZES["M"], activation_checkpointing=how)
         output = model(torch.randn(4, 4, 862, 2049))
         output.mean().backward()
         assert output.shape == (4, 16, 862, 2049)
@@ -267,7 +265,7 @@ def test_autocast_stays_close_to_float32_and_ends_in_it():
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (3, 5)])
 def test_any_size_trains(shape):
-    model = TFLocoformer(2, 4, **TINY)
+    model = TFLocoformer(2, 4, **SIZES["tiny"])
     x = torch.randn(1, 2, *shape, requires_grad=True)
     model(x).sum().backward()
     assert x.grad.isfinite().all()

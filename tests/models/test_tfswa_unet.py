@@ -8,7 +8,7 @@ import torch
 from tfswa_lab.models.attention import AttentionUnit
 from tfswa_lab.models.checkpointing import checkpointed
 from tfswa_lab.models.tfswa_block import DownsampleBlock, TFSWABlock, UpsampleBlock
-from tfswa_lab.models.tfswa_unet import TINY, TFSWAUNet
+from tfswa_lab.models.tfswa_unet import SIZES, TFSWAUNet
 
 MINI = {"dims": (8, 8, 16, 16), "depths": (2, 1, 2, 1), "num_heads": 2, "window_size": 4}
 
@@ -171,4 +171,4 @@ def test_input_of_another_shape_is_refused(shape):
 
 
 def test_tiny_preset_runs():
-    assert TFSWAUNet(**TINY)(torch.randn(1, 2, 16, 16)).shape == (1, 2, 16, 16)
+    assert TFSWAUNet(**SIZES["tiny"])(torch.randn(1, 2, 16, 16)).shape == (1, 2, 16, 16)

@@ -1,5 +1,7 @@
 """The separator: a network between a spectrogram and its inverse, waveforms on both ends.
 
+A head says what the network is given and how its outputs become spectrograms: `HEADS` has all.
+
 Axis letters: `b` batch, `n` stems, `c` audio channels, `s` samples, `t` frames, `f` bins.
 
 Notebook: 03_tfswa_unet
@@ -9,6 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
-from tfswa_lab.stft import LevelNormalizer, SpectrogramNormalizer, Statistics, STFTProcessor
+from tfswa_lab.stft import LevelNormalizer, RMSNormalizer, SpectrogramNormalizer, STFTProcessor
+
+
+class Input(NamedTuple):
+    """One view of the mixture's complex spectrogram that a network can be given."""
+
+    name: str
+    channels: int  # of the view, for each audio channel
+    view: Callable[[Tensor], Tensor]  # from (b, c, f, t) to (b, c·channels, t, f)
+
+
+MAGNITUDES = Input("magnitudes", 1, STFTProcessor.to_magnitudes)
+PARTS = Input("real and imaginary parts", 2, STFTProcessor.to_model_input)
 
 
 def magnitude_mask(output: Tensor, stems: int) -> Tensor:
@@ -26,14 +42,80 @@ def magnitude_mask(output: Tensor, stems: int) -> Tensor:
 
 def complex_mask(output: Tensor, stems: int) -> Tensor:
     """Complex masks `(b, n, c, f, t)` from `(b, n·c·2, t, f)`, each part in (-1, 1)."""
-    parts = rearrange(2 * output - 1, "b (n c ri) t f -> b n c f t ri", n=stems, ri=2)
-    return torch.view_as_complex(parts.contiguous())
+    return _complex(rearrange(2 * output - 1, "b (n i) t f -> b n i t f", n=stems))
 
 
-# kind of mask: (network outputs per stem and audio channel, how they become masks)
-MASKS = {"magnitude": (1, magnitude_mask), "complex": (2, complex_mask)}
+def _complex(parts: Tensor) -> Tensor:
+    """Complex numbers `(b, n, c, f, t)` from their parts `(b, n, c·2, t, f)`."""
+    pairs = rearrange(parts, "b n (c ri) t f -> b n c f t ri", ri=2)
+    return torch.view_as_complex(pairs.contiguous())
 
-MAPPING = "mapping"  # no mask: the network's outputs are the stems' spectrograms themselves
+
+@dataclass(frozen=True)
+class MaskHead:
+    """The network's outputs become masks, and each stem is the mixture times its mask.
+
+    Args:
+        outputs: numbers that the network gives for each stem and audio channel.
+        masks: turns outputs and the number of stems into masks `(b, n, c, f, t)`.
+    """
+
+    outputs: int
+    masks: Callable[[Tensor, int], Tensor]
+
+    inputs = (MAGNITUDES, PARTS)  # what the network may be given, the default first
+    normalizer = SpectrogramNormalizer
+
+    def spectrograms(self, output: Tensor, mixture: Tensor, scale: Tensor, stems: int) -> Tensor:
+        """Complex spectrograms `(b, n, c, f, t)` of the stems.
+
+        Args:
+            output: of the network, `(b, n·c·outputs, t, f)`.
+            mixture: complex, `(b, c, f, t)`.
+            scale: by which the normalizer divided the network's input; masks have no unit.
+            stems: n.
+        """
+        return self.masks(output, stems) * mixture[:, None]
+
+
+class ComplexMapping:
+    """The outputs are the real and imaginary parts of the stems, on the scale of the input."""
+
+    outputs = 2
+    inputs = (PARTS,)
+    normalizer = LevelNormalizer  # per bin, a steady tone would be lost: it is all mean of its bin
+    masks = None
+
+    def spectrograms(self, output: Tensor, mixture: Tensor, scale: Tensor, stems: int) -> Tensor:
+        """As `MaskHead.spectrograms`; the mean stays away, for it is the mixture's."""
+        parts = rearrange(output, "b (n i) t f -> b n i t f", n=stems)
+        return _complex(parts * scale[:, None])
+
+
+class MagnitudeMapping:
+    """The outputs are the stems' magnitudes, on the scale of the input; the phase is the mixture's.
+
+    Source: Yao et al., EURASIP J. Adv. Signal Process. 2025:39, Sec. 3.
+    """
+
+    outputs = 1
+    inputs = (MAGNITUDES,)
+    normalizer = RMSNormalizer  # only divides: zero stays zero, on both sides of the network
+    masks = None
+
+    def spectrograms(self, output: Tensor, mixture: Tensor, scale: Tensor, stems: int) -> Tensor:
+        """As `MaskHead.spectrograms`; where the mixture is zero, so are the stems."""
+        magnitudes = rearrange(output, "b (n c) t f -> b n c t f", n=stems) * scale[:, None]
+        return rearrange(magnitudes, "b n c t f -> b n c f t") * mixture.sgn()[:, None]
+
+
+HEADS = {
+    "magnitude": MaskHead(1, magnitude_mask),
+    "complex": MaskHead(2, complex_mask),
+    "mapping": ComplexMapping(),
+    "magnitude mapping": MagnitudeMapping(),
+}
+MASKS = tuple(name for name, head in HEADS.items() if head.masks)
 
 
 def check_stems(stems: Sequence[str]) -> tuple[str, ...]:
@@ -54,52 +136,61 @@ def check_stems(stems: Sequence[str]) -> tuple[str, ...]:
     return stems
 
 
+def head_named(mask: str) -> MaskHead | ComplexMapping | MagnitudeMapping:
+    """The head of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if mask not in HEADS:
+        raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(HEADS)}")
+    return HEADS[mask]
+
+
 def output_channels(stems: tuple[str, ...], mask: str, audio_channels: int = 2) -> int:
-    """How many outputs a network needs: one a stem and audio channel for magnitude masks, else two.
+    """How many outputs a network needs: its head's, for each stem and audio channel.
 
     >>> output_channels(("vocals", "other"), "complex")
     8
 
     Raises:
-        ValueError: the kind of mask is unknown.
+        ValueError: the head is unknown, or the stems cannot be names of files.
     """
-    outputs = {kind: count for kind, (count, _) in MASKS.items()} | {MAPPING: 2}
-    if mask not in outputs:
-        raise ValueError(f"mask={mask!r} is unknown; choose one of {', '.join(outputs)}")
-    return outputs[mask] * audio_channels * len(check_stems(stems))
+    return head_named(mask).outputs * audio_channels * len(check_stems(stems))
 
 
 class Separator(nn.Module):
     """Waveform of a mixture in, waveforms of its stems out.
 
-    The network sees the mixture's magnitudes (1 input channel per audio channel) or its real and
-    imaginary parts (2), normalised; its outputs, which end in the network's own sigmoid,
-    are masks per stem and audio channel on the mixture's complex spectrogram. A network that
-    maps sees real and imaginary parts and gives those of each stem, on the same scale.
+    The network is given the normalised magnitudes of the mixture (1 input channel per audio
+    channel) or its real and imaginary parts (2), and the head makes the stems' spectrograms of
+    its outputs.
 
     Args:
-        model: maps `(b, i, t, f)` to `(b, output_channels(stems, mask, audio_channels), t, f)` in
-            (0, 1), where i is `audio_channels` or twice that, and tells its `sizes`; if it maps,
-            to any numbers, and says so by `maps_spectra = True`.
+        model: maps `(b, i, t, f)` to `(b, output_channels(stems, mask, audio_channels), t, f)`,
+            where i is `audio_channels` or twice that. Its attribute `sizes` holds `in_channels`
+            and `out_channels`; `separator_heads` names the heads that its outputs suit. Without
+            `separator_heads` they are masks, so between 0 and 1.
         stft: the transform on both ends.
         stems: names of the outputs, in order.
-        mask: "magnitude" or "complex", or "mapping" for none.
+        mask: the name of the head. "magnitude" and "complex" are masks on the mixture; "mapping"
+            takes the outputs for real and imaginary parts, "magnitude mapping" for magnitudes.
         mixture_consistency: spread what the estimates miss of the mixture evenly over them, so
             that they sum to it.
         sample_rate: in Hz; remembered for those who read files.
         audio_channels: 2 for stereo, 1 for mono.
-        bins: the network sees and masks the lowest bins only, and the others are silent in every
-            estimate; None for all. A singing voice has little above 4 kHz, and half the bins are
-            half the work.
-        normalizer: scales what the network sees; by default each bin of each example on its own
-            (`SpectrogramNormalizer`) for masks, and the whole example (`LevelNormalizer`) for
-            mappings, which could not give back a steady tone: it may be all mean of its bin.
+        bins: the network sees the lowest bins only, and the others are silent in every estimate;
+            None for all. A singing voice has little above 4 kHz, and half the bins are half the
+            work.
+        normalizer: scales the network's input; by default each bin of each example on its own
+            (`SpectrogramNormalizer`) for masks, and the whole example for mappings: by its
+            deviation (`LevelNormalizer`), or its root mean square for magnitudes
+            (`RMSNormalizer`).
 
     Raises:
-        ValueError: the network's channels fit neither stems nor mask, it maps where masks are
-            asked for or the other way round, it tells no sizes (as `TFSWAResUNet`, which maps
-            magnitudes), consistency is asked of a single stem, there are not so many bins, or a
-            name cannot be that of a file.
+        ValueError: the network's channels do not fit the stems and the head, its outputs suit
+            other heads, it has no `sizes`, consistency is asked of a single stem, there are fewer
+            bins, or a stem's name cannot be the name of a file.
 
     Source: mixture consistency after Wisdom et al., ICASSP 2019, eq. 5.
     """
@@ -124,40 +215,43 @@ class Separator(nn.Module):
         self.audio_channels = audio_channels
         self.bins = bins
         self.stft = stft
-        default = LevelNormalizer if mask == MAPPING else SpectrogramNormalizer
-        self.normalizer = default() if normalizer is None else normalizer
+        self.head = head_named(mask)
+        self.normalizer = self.head.normalizer() if normalizer is None else normalizer
         self.model = model
-        self._check_channels()
+        self._check_outputs()
+        self.input = self._fitting_input()
         if bins is not None and not 1 <= bins <= stft.n_fft // 2 + 1:
             raise ValueError(f"bins={bins}: n_fft={stft.n_fft} has 1 to {stft.n_fft // 2 + 1}")
 
-    def _check_channels(self) -> None:
+    def _check_outputs(self) -> None:
         needed = output_channels(self.stems, self.mask, self.audio_channels)
-        sizes = getattr(self.model, "sizes", None)
-        if sizes is None:
-            raise ValueError(f"{type(self.model).__name__} tells no sizes: it makes no masks")
-        maps = getattr(self.model, "maps_spectra", False)
-        if maps != (self.mask == MAPPING):
-            what = f"makes no masks; choose {MAPPING!r}" if maps else "makes masks"
-            name = type(self.model).__name__
-            raise ValueError(f"mask={self.mask!r} does not fit {name}, which {what}")
-        if sizes["out_channels"] != needed:
+        name = type(self.model).__name__
+        if not hasattr(self.model, "sizes"):
+            raise ValueError(f"{name} has no `sizes` attribute, so its channels are unknown")
+        heads = getattr(self.model, "separator_heads", MASKS)
+        if self.mask not in heads:
+            choices = " or ".join(map(repr, heads))
+            raise ValueError(
+                f"mask={self.mask!r} does not suit the outputs of {name}; choose {choices}"
+            )
+        if self.model.sizes["out_channels"] != needed:
             raise ValueError(
                 f"{len(self.stems)} stems with mask={self.mask!r} need out_channels={needed}, "
-                f"the model has {sizes['out_channels']}"
-            )
-        channels = self.audio_channels
-        inputs = {channels: "magnitudes", 2 * channels: "real and imaginary parts"}
-        if maps:
-            del inputs[channels]
-        if sizes["in_channels"] not in inputs:
-            choices = " or ".join(f"{count} ({what})" for count, what in inputs.items())
-            raise ValueError(
-                f"a mixture of {channels} channels feeds in_channels={choices}, "
-                f"the model has {sizes['in_channels']}"
+                f"the model has {self.model.sizes['out_channels']}"
             )
         if self.mixture_consistency and len(self.stems) < 2:
             raise ValueError("mixture_consistency would turn a single stem into the mixture")
+
+    def _fitting_input(self) -> Input:
+        channels, given = self.audio_channels, self.model.sizes["in_channels"]
+        inputs = {channels * kind.channels: kind for kind in self.head.inputs}
+        if given not in inputs:
+            choices = " or ".join(f"{count} ({kind.name})" for count, kind in inputs.items())
+            raise ValueError(
+                f"a mixture of {channels} channels feeds in_channels={choices}, "
+                f"the model has {given}"
+            )
+        return inputs[given]
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Mixture `(b, c, s)` to estimates `(b, n, c, s)`."""
@@ -175,41 +269,29 @@ class Separator(nn.Module):
 
     def spectrograms(self, spectrogram: Tensor) -> Tensor:
         """The stems' complex spectrograms `(b, n, c, f, t)` from the mixture's `(b, c, f, t)`."""
-        if self.mask == MAPPING:
-            return self._mapped(spectrogram)
-        return self.masks(spectrogram) * spectrogram[:, None]
+        output, scale = self._network(spectrogram)
+        seen = spectrogram[..., : self.bins, :]
+        low = self.head.spectrograms(output, seen, scale, len(self.stems))
+        return self._with_silent_bins(low)
 
     def masks(self, spectrogram: Tensor) -> Tensor:
         """Masks `(b, n, c, f, t)` for a mixture's complex spectrogram `(b, c, f, t)`.
 
         Raises:
-            ValueError: the network maps.
+            ValueError: the head makes no masks.
         """
-        if self.mask == MAPPING:
-            raise ValueError("a network that maps makes no masks; ask for spectrograms")
+        if self.head.masks is None:
+            raise ValueError(f"mask={self.mask!r} makes no masks; ask for spectrograms")
         output, _ = self._network(spectrogram)
-        masks = MASKS[self.mask][1](output, len(self.stems))
-        return self._with_silent_bins(masks)
+        return self._with_silent_bins(self.head.masks(output, len(self.stems)))
 
-    def _mapped(self, spectrogram: Tensor) -> Tensor:
-        output, (_, std) = self._network(spectrogram)
-        # Only the level comes back: the mean is the mixture's and no stem's.
-        level = Statistics(torch.zeros_like(std[:, None]), std[:, None])
-        output = rearrange(output, "b (n c) t f -> b n c t f", n=len(self.stems))
-        output = self.normalizer.denormalize(output, level)
-        parts = rearrange(output, "b n (c ri) t f -> b n c f t ri", ri=2)
-        return self._with_silent_bins(torch.view_as_complex(parts.contiguous()))
-
-    def _network(self, spectrogram: Tensor) -> tuple[Tensor, Statistics]:
-        """The network's output `(b, o, t, f)`, and the statistics of what it saw."""
-        seen = spectrogram[..., : self.bins, :]
-        if self.model.sizes["in_channels"] == self.audio_channels:
-            features = rearrange(seen.abs(), "b c f t -> b c t f")
-        else:
-            features = self.stft.to_model_input(seen)
+    def _network(self, spectrogram: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's output `(b, o, t, f)`, and the scale of its input."""
+        features = self.input.view(spectrogram[..., : self.bins, :])
         normalised, statistics = self.normalizer(features)
-        # Mixed precision ends here: complex numbers are made of whole floats.
-        return self.model(normalised).to(features.dtype), statistics
+        # Mixed precision ends here: complex numbers are made of float32 parts.
+        output = self.model(normalised).to(features.dtype)
+        return output, self.normalizer.scale(statistics)
 
     def _with_silent_bins(self, low: Tensor) -> Tensor:
         """Zeros above the bins that the network sees: `(…, bins, t)` to `(…, f, t)`."""
@@ -233,22 +315,22 @@ def build_separator(
     """A separator around a fresh network whose output channels follow from the stems.
 
     Args:
-        in_channels: `audio_channels` for magnitudes, the default of masks, or twice that for real
-            and imaginary parts, the default of mappings.
-        architecture: the network's class: `TFSWAUNet`, `MaskResUNet` or, with `mask="mapping"`,
-            `TFLocoformer`.
-        sizes: what else that class takes, e.g. `**SMALL`.
+        in_channels: `audio_channels` for magnitudes, twice that for real and imaginary parts; by
+            default the first that the head takes.
+        architecture: the network's class: `TFSWAUNet`, `MaskResUNet`, with `mask="mapping"`
+            `TFLocoformer`, or with `mask="magnitude mapping"` `TFSWAResUNet`.
+        sizes: further arguments of that class, e.g. `**tfswa_unet.SIZES["small"]`.
 
     All others are those of `Separator` and `STFTProcessor`.
 
     Raises:
-        ValueError: sizes, stems or kind of mask make no sense.
+        ValueError: sizes, stems or head make no sense.
 
-    >>> from tfswa_lab.models.tfswa_unet import TINY
-    >>> build_separator(("vocals", "other"), **TINY)(torch.randn(1, 2, 9000)).shape
+    >>> from tfswa_lab.models.tfswa_unet import SIZES
+    >>> build_separator(("vocals", "other"), **SIZES["tiny"])(torch.randn(1, 2, 9000)).shape
     torch.Size([1, 2, 2, 9000])
     """
-    inputs = in_channels or audio_channels * (2 if mask == MAPPING else 1)
+    inputs = in_channels or audio_channels * head_named(mask).inputs[0].channels
     outputs = output_channels(stems, mask, audio_channels)
     return Separator(
         architecture(inputs, outputs, **sizes),

@@ -1,6 +1,6 @@
-"""Separators on disk: the weights as safetensors, the sizes as JSON beside them.
+"""Separators on disk: the weights as safetensors, the description as JSON beside them.
 
-Nothing is unpickled, so a foreign file can be wrong but not hostile.
+Nothing is unpickled, so a foreign file can be wrong but cannot run code.
 
 Notebook: 03_tfswa_unet
 """
@@ -18,13 +18,14 @@ from tfswa_lab.durable import write_whole
 from tfswa_lab.models.mask_resunet import MaskResUNet
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.tf_locoformer import TFLocoformer
+from tfswa_lab.models.tfswa_resunet import TFSWAResUNet
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
-from tfswa_lab.stft import LevelNormalizer, SpectrogramNormalizer, STFTProcessor
+from tfswa_lab.stft import LevelNormalizer, RMSNormalizer, SpectrogramNormalizer, STFTProcessor
 
 WEIGHTS = "separator.safetensors"
-SIZES = "separator.json"
-MODELS = {cls.__name__: cls for cls in (TFSWAUNet, MaskResUNet, TFLocoformer)}
-NORMALIZERS = {cls.__name__: cls for cls in (SpectrogramNormalizer, LevelNormalizer)}
+DESCRIPTION = "separator.json"
+MODELS = {cls.__name__: cls for cls in (TFSWAUNet, TFSWAResUNet, MaskResUNet, TFLocoformer)}
+NORMALIZERS = {cls.__name__: cls for cls in (SpectrogramNormalizer, LevelNormalizer, RMSNormalizer)}
 
 
 def save_separator(separator: Separator, folder: str | Path) -> Path:
@@ -38,13 +39,13 @@ def save_separator(separator: Separator, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in separator.state_dict().items()}
-    sizes = json.dumps(describe(separator), indent=2) + "\n"
-    write_whole({folder / WEIGHTS: [save(weights)], folder / SIZES: [sizes.encode()]})
+    description = json.dumps(describe(separator), indent=2) + "\n"
+    write_whole({folder / WEIGHTS: [save(weights)], folder / DESCRIPTION: [description.encode()]})
     return folder
 
 
 def check_savable(separator: Separator) -> None:
-    """Refuse a separator with parts that `load_separator` could not make again.
+    """Refuse a separator whose parts `load_separator` could not build again.
 
     Raises:
         ValueError: its model or normalizer is of an unknown class.
@@ -76,16 +77,16 @@ def load_separator(folder: str | Path) -> Separator:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not what it should be, or weights and sizes do not fit.
+        ValueError: a file is broken or foreign, or weights and sizes do not fit.
     """
     folder = Path(folder)
-    for name in (SIZES, WEIGHTS):
+    for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name} is missing; a model is a folder written by save_separator, "
-                f"with {SIZES} and {WEIGHTS} in it"
+                f"with {DESCRIPTION} and {WEIGHTS} in it"
             )
-    separator = _from_description(folder / SIZES)
+    separator = _from_description(folder / DESCRIPTION)
     _load_weights(separator, folder / WEIGHTS)
     return separator.eval()
 
@@ -117,6 +118,6 @@ def _load_weights(module: nn.Module, path: Path) -> None:
         module.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"{path} does not hold the weights that {SIZES} describes ({error}); "
+            f"{path} does not hold the weights that {DESCRIPTION} describes ({error}); "
             "copy both files of one model again"
         ) from error

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from tfswa_lab.models.checkpointing import checkpointed
 from tfswa_lab.models.rotary import RotaryAttention
 
-# Sizes by name, to be unpacked into TFLocoformer; the last three are the paper's S, M and L.
-TINY = {"dim": 16, "num_blocks": 1, "hidden_dim": 24, "num_heads": 2, "attention_dim": 16}
-SMALL = {"dim": 96, "num_blocks": 4, "hidden_dim": 128, "kernel_size": 8}
-MEDIUM = {"dim": 128, "num_blocks": 6, "hidden_dim": 384, "kernel_size": 4}
-LARGE = MEDIUM | {"num_blocks": 9}
+# Arguments of TFLocoformer; the last three are the paper's S, M and L.
+SIZES = {
+    "tiny": {"dim": 16, "num_blocks": 1, "hidden_dim": 24, "num_heads": 2, "attention_dim": 16},
+    "S": {"dim": 96, "num_blocks": 4, "hidden_dim": 128, "kernel_size": 8},
+    "M": {"dim": 128, "num_blocks": 6, "hidden_dim": 384, "kernel_size": 4},
+    "L": {"dim": 128, "num_blocks": 9, "hidden_dim": 384, "kernel_size": 4},
+}
 
 CHECKPOINTING = (False, True, "block", "path")
 
@@ -198,7 +200,7 @@ class TFLocoformer(nn.Module):
     14975620
     """
 
-    maps_spectra = True  # so that `Separator` does not take the outputs for masks
+    separator_heads = ("mapping",)
 
     def __init__(
         self,

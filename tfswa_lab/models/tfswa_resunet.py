@@ -98,37 +98,50 @@ def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class TFSWAResUNet(nn.Module):
-    """Magnitude in, magnitude of one source out; the mixture's phase is used for both.
+    """Magnitudes of the mixture in, magnitudes of the stems out.
 
-    The band is cut into four equal sub-bands, stacked as channels. One model per source. The paper
-    feeds 1,024 of the 1,025 bins of a 2,048-point transform; here any number of bins is padded to
-    a multiple of 128 (and frames to one of 32), and the padding is cut off again. It makes no
-    masks, so `Separator` does not take it: multiply its output with the mixture's phase,
-    `torch.polar(magnitude, mixture.angle())`, and invert that.
+    The band is cut into four equal sub-bands, stacked as channels. The paper trains one model for
+    each stem and feeds 1,024 of the 1,025 bins of a 2,048-point transform; here any number of bins
+    is padded to a multiple of 128 (and frames to one of 32), and the padding is cut off again. In
+    a `Separator`, the head "magnitude mapping" gives the stems the mixture's phase.
 
     Args:
         in_channels: audio channels of the magnitude spectrogram.
+        out_channels: as many for each stem, see `separator.output_channels`.
         num_heads: heads of every attention.
         num_tfswa: TFSWA modules in the bottleneck.
         mlp_ratio: hidden width of every MLP in units of its channels.
     """
 
+    separator_heads = ("magnitude mapping",)
+
     def __init__(
-        self, in_channels: int = 2, num_heads: int = 4, num_tfswa: int = 4, mlp_ratio: int = 2
+        self,
+        in_channels: int = 2,
+        out_channels: int = 2,
+        num_heads: int = 4,
+        num_tfswa: int = 4,
+        mlp_ratio: int = 2,
     ):
         super().__init__()
-        bands = in_channels * SUB_BANDS
-        down = (bands, *CHANNELS)
-        up = down[::-1]
+        self.sizes = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "num_heads": num_heads,
+            "num_tfswa": num_tfswa,
+            "mlp_ratio": mlp_ratio,
+        }
+        down = (in_channels * SUB_BANDS, *CHANNELS)
+        up = (*CHANNELS[::-1], out_channels * SUB_BANDS)
         self.encoder = nn.ModuleList(conv_block(down[i], down[i + 1]) for i in range(HALVINGS))
         self.bottleneck = nn.Sequential(
             *(TFSWAModule(CHANNELS[-1], num_heads, mlp_ratio=mlp_ratio) for _ in range(num_tfswa))
         )
-        # twice the channels: what comes from below, and the skip beside it
+        # twice the channels: those from below, and the skip connection's beside them
         self.decoder = nn.ModuleList(conv_block(2 * up[i], up[i + 1]) for i in range(HALVINGS))
 
     def forward(self, magnitude: Tensor) -> Tensor:
-        """Magnitudes `(b, c, t, f)` of the mixture to those of the source, not negative."""
+        """Magnitudes `(b, in_channels, t, f)` to `(b, out_channels, t, f)`, none negative."""
         t, f = magnitude.shape[2:]
         multiple_t, multiple_f = 2**HALVINGS, SUB_BANDS * 2**HALVINGS
         x = F.pad(magnitude, (0, -f % multiple_f, 0, -t % multiple_t))

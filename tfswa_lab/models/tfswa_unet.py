@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from tfswa_lab.models.checkpointing import checkpointed
 from tfswa_lab.models.tfswa_block import DownsampleBlock, TFSWABlock, UpsampleBlock
 
-# Sizes by name, to be unpacked into TFSWAUNet. TINY and SMALL keep heads at least 8 channels wide;
-# DEFAULT, the published one, begins with 4, which CUDA's fused kernels refuse in bfloat16 where
+# Arguments of TFSWAUNet. "tiny" and "small" keep attention heads at least 8 channels wide;
+# "default", the published one, begins with 4, which CUDA's fused kernels refuse in bfloat16 where
 # there is a mask: `num_heads=4` trains in half the memory then.
-TINY = {"dims": (16, 24, 32, 48), "depths": (1, 1, 1, 1), "num_heads": 2}
-SMALL = {"dims": (16, 32, 64, 128), "depths": (1, 1, 1, 1), "num_heads": 2}
-DEFAULT = {"dims": (32, 64, 128, 256), "depths": (2, 2, 6, 2), "num_heads": 8}
+SIZES = {
+    "tiny": {"dims": (16, 24, 32, 48), "depths": (1, 1, 1, 1), "num_heads": 2},
+    "small": {"dims": (16, 32, 64, 128), "depths": (1, 1, 1, 1), "num_heads": 2},
+    "default": {"dims": (32, 64, 128, 256), "depths": (2, 2, 6, 2), "num_heads": 8},
+}
 
 
 class TFSWAUNet(nn.Module):

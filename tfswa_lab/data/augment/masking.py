@@ -80,8 +80,8 @@ class SpectrogramMasking:
         """While this is open, `network` sees masked features whenever it is in training mode.
 
         >>> from tfswa_lab.models.separator import build_separator
-        >>> from tfswa_lab.models.tfswa_unet import TINY
-        >>> separator = build_separator(("vocals", "other"), **TINY)
+        >>> from tfswa_lab.models.tfswa_unet import SIZES
+        >>> separator = build_separator(("vocals", "other"), **SIZES["tiny"])
         >>> with SpectrogramMasking().applied(separator.model, torch.Generator()):
         ...     estimates = separator(torch.randn(1, 2, 9000))
         """
