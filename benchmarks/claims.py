@@ -43,7 +43,7 @@ def peak(attention="auto", **choices) -> int:
 
 def of_tensors(make=claims.make_step, **choices) -> int:
     """Predicted bytes of all tensors at the peak."""
-    return predict(partial(make, **choices), steps=1).timeline.peak()[0]
+    return predict(partial(make, **choices), steps=1).timeline.peak().allocated
 
 
 def on_gpu() -> None:

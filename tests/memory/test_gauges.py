@@ -26,9 +26,9 @@ def test_without_cuda_there_are_no_zeros():
 
 
 @without_cuda
-def test_a_named_card_that_is_not_there_is_an_error():
+def test_a_named_gpu_that_is_not_there_is_an_error():
     for device in ("cuda", "cuda:0", 0, "cpu", torch.device("cuda", 3)):
-        with pytest.raises(ValueError, match="none of the 0 CUDA GPUs"):
+        with pytest.raises(ValueError, match="not one of the 0 CUDA GPUs"):
             status(device)
 
 

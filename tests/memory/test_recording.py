@@ -54,14 +54,14 @@ def test_a_recording_ends_when_its_body_fails(cuda):
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_a_trace_beside_a_card_keeps_what_the_allocator_wrote(cuda, monkeypatch, started):
+def test_a_trace_beside_a_gpu_keeps_what_the_allocator_wrote(cuda, monkeypatch, started):
     calls, _ = cuda
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: started, raising=False)
     with trace() as seen:
         torch.zeros(3)
     assert snapshot.read(seen.allocator).fragmentation().allocated == 5 * MIB
-    assert seen.timeline("cpu").peak()[0] == 12
+    assert seen.timeline("cpu").peak().allocated == 12
     assert len(calls) == (0 if started else 2), "what others have started goes on"
 
 
@@ -101,11 +101,11 @@ def test_nothing_is_raised_inside_of_the_allocator(cuda, tmp_path):
 
 
 @pytest.mark.gpu
-def test_the_allocator_and_a_trace_agree_on_a_card():
+def test_the_allocator_and_a_trace_agree_on_a_gpu():
     torch.cuda.init()
     with trace() as seen:
         kept = torch.zeros(5 * MIB, dtype=torch.uint8, device="cuda")
-    assert seen.timeline("cuda:0").peak()[0] == kept.nbytes
+    assert seen.timeline("cuda:0").peak().allocated == kept.nbytes
     assert kept.nbytes in {b.size for b in snapshot.read(seen.allocator).timeline().blocks}
 
 

@@ -102,7 +102,7 @@ def test_a_trace_comes_back_as_it_went():
 
     assert told(there.blocks) == told(timeline.blocks)
     assert [b.died is None for b in there.blocks] == [b.died is None for b in timeline.blocks]
-    assert there.peak()[0] == timeline.peak()[0]
+    assert there.peak().allocated == timeline.peak().allocated
 
 
 def expected_holders(timeline, event):

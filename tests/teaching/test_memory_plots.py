@@ -75,11 +75,11 @@ def test_the_picture_is_as_high_as_what_is_allocated_and_marks_the_peak():
     for event in (0, 100, 299, 300):
         at = top[np.isclose(top[:, 0], event), 1]
         assert np.isclose(at, allocated[event]).any()
-    peak, event = trace.peak()
+    peak = trace.peak()
     (dot,) = [line for line in ax.lines if line.get_marker() == "o"]
-    assert dot.get_xydata().tolist() == [[event + 0.5, pytest.approx(peak / MIB)]]
+    assert dot.get_xydata().tolist() == [[peak.event + 0.5, pytest.approx(peak.allocated / MIB)]]
     words = [text.get_text() for text in ax.texts]
-    assert f"peak {peak / MIB:.2f} MiB at event {event}" in words
+    assert f"peak {peak.allocated / MIB:.2f} MiB at event {peak.event}" in words
     assert {"step 0", "step 1"} <= set(words)
     assert ax.get_ylabel() == "allocated in MiB"
     assert ax.get_xlim() == (0, 301)
@@ -90,7 +90,7 @@ def test_a_part_has_its_own_peak_and_steps():
     trace = timeline()
     _, ax = plots.plot_timeline(trace, start=120, stop=140)
     words = [text.get_text() for text in ax.texts]
-    assert any(word.endswith(f"at event {trace.peak(120, 140)[1]}") for word in words)
+    assert any(word.endswith(f"at event {trace.peak(120, 140).event}") for word in words)
     assert not any("step" in word for word in words)
     assert ax.get_xlim() == (120, 140)
 

@@ -71,7 +71,7 @@ def test_bands_fill_what_is_allocated(part):
     trace = timeline()
     drawn = bands(view.timeline_svg(trace, start=part[0], stop=part[1]))
     stop = part[1] or trace.events + 1
-    canvas = view.Canvas(part[0], stop, trace.peak(*part)[0], 1020, 440)
+    canvas = view.Canvas(part[0], stop, trace.peak(*part).allocated, 1020, 440)
     ends = [[*map(float, re.findall(r"[MH]([\d.]+)", band.get("d")))] for band in drawn]
     for event in range(part[0], stop, 7):
         x = (float(canvas.x(event)) + float(canvas.x(event + 1))) / 2
@@ -141,12 +141,13 @@ def test_hostile_names_are_only_words(evil, key):
 
 def test_axes_have_units_and_steps_have_marks():
     trace = timeline()
-    peak, event = trace.peak()
+    peak = trace.peak()
     words = {
         text.text for text in ElementTree.fromstring(view.timeline_svg(trace)).iter(f"{SVG}text")
     }
     assert {"allocated in MiB", "event (an allocation or a release)", "step 0", "step 1"} <= words
-    assert {f"peak {peak / MIB:.2f} MiB at event {event}", "forward", "parameter"} <= words
+    label = f"peak {peak.allocated / MIB:.2f} MiB at event {peak.event}"
+    assert {label, "forward", "parameter"} <= words
     assert {"0", "100", "200", "300"} <= words
     part = view.timeline_svg(trace, start=10, stop=20)
     assert ">step 0<" not in part

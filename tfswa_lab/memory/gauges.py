@@ -1,6 +1,6 @@
-"""Memory as it is now: of the process, its heap, the allocator, and the whole GPU.
+"""Memory in use now: by the process, its heap, the allocator, and the whole GPU.
 
-The only place that reads memory; every other one asks here.
+All other modules read memory through this one.
 
 Notebook: 05_where_memory_goes
 """
@@ -26,17 +26,17 @@ Device = torch.device | str | int | None
 
 
 def process_rss() -> int:
-    """Bytes of this process in RAM, all libraries included."""
+    """Bytes of this process in RAM, including all libraries."""
     return psutil.Process().memory_info().rss
 
 
 def process_peak(process: psutil.Process | None = None) -> int:
-    """Most bytes that a process (this one if None) has had in RAM; now, where no system keeps that.
+    """Most bytes that a process (None: this one) has had in RAM; its RSS where nothing counts it.
 
-    Not getrusage's `ru_maxrss`: a process inherits that from the one that started it.
+    It is not getrusage's `ru_maxrss`, which a process inherits from its parent.
 
     Raises:
-        psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError: it has ended.
+        psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError: the process has ended.
 
     >>> process_peak() >= 2**20
     True
@@ -49,7 +49,7 @@ def process_peak(process: psutil.Process | None = None) -> int:
 
 
 def host_available() -> int:
-    """Bytes that new programs can take without swapping."""
+    """Bytes of RAM that a program can take without swapping."""
     return psutil.virtual_memory().available
 
 
@@ -57,15 +57,15 @@ FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
 
 
 class MallocInfo(ctypes.Structure):
-    """What glibc 2.33 and later report of their allocator (`man mallinfo2`)."""
+    """The state of the C library's allocator, from glibc 2.33 on (`man mallinfo2`)."""
 
     _fields_ = [(name, ctypes.c_size_t) for name in (*FIELDS, "fordblks", "keepcost")]
 
 
 def heap_in_use() -> int:
-    """Bytes in use of the C library's heap; with another library than glibc, bytes in RAM.
+    """Bytes in use on the C library's heap; RSS where that library is not glibc.
 
-    RSS grows late, because freed memory is used first, and it fluctuates.
+    RSS shows a leak late and fluctuates, because the heap reuses freed memory before it grows.
 
     Notebook: 06_leak_diagnosis
 
@@ -84,12 +84,12 @@ def heap_in_use() -> int:
 
 
 def allocated(device: Device = None) -> int:
-    """Bytes of tensors on a GPU, rounded up by the allocator."""
+    """Bytes of tensors on a GPU, each rounded up by the allocator."""
     return torch.cuda.memory_allocated(device)
 
 
 def reserved(device: Device = None) -> int:
-    """Bytes that the allocator has taken from a GPU, in tensors or cached."""
+    """Bytes that the allocator has taken from a GPU, in use or cached."""
     return torch.cuda.memory_reserved(device)
 
 
@@ -104,24 +104,24 @@ def peak_reserved(device: Device = None) -> int:
 
 
 def reset_peak(device: Device = None) -> None:
-    """Peaks are counted anew from here."""
+    """Count the peaks from here on."""
     torch.cuda.reset_peak_memory_stats(device)
 
 
 class DeviceMemory(NamedTuple):
-    """Bytes of a whole GPU, whoever uses them."""
+    """Bytes of a whole GPU, used by any process."""
 
     free: int
     total: int
 
     @property
     def used(self) -> int:
-        """By all processes, with their CUDA contexts."""
+        """Bytes in use by all processes, with their CUDA contexts."""
         return self.total - self.free
 
 
 def device_memory(device: Device = None) -> DeviceMemory:
-    """What the driver says of a GPU."""
+    """The free and total memory that the driver reports."""
     return DeviceMemory(*torch.cuda.mem_get_info(device))
 
 
@@ -131,14 +131,14 @@ class DeviceSignals(NamedTuple):
     Notebook: 06_leak_diagnosis
     """
 
-    peak: int  # most that tensors took in this step
-    reserved: int  # taken from the device, in tensors or cached
-    used: int  # of the whole device, by all its users
-    retries: int  # how often the cache was emptied to find room, since the start of the process
+    peak: int  # the most that tensors took in this step
+    reserved: int  # taken from the device, in use or cached
+    used: int  # on the whole device, by all processes
+    retries: int  # how often the process has emptied its cache to make room, not bytes
 
 
 def device_signals() -> DeviceSignals | None:
-    """Signals of the current CUDA device, the peak since they were last read; None without one.
+    """Signals of the current CUDA device, with the peak since the last call; None without CUDA.
 
     Notebook: 06_leak_diagnosis
     """
@@ -160,15 +160,15 @@ def device_signals() -> DeviceSignals | None:
 
 @dataclass(frozen=True)
 class Status:
-    """Bytes in use. What cannot be known without CUDA is None, not 0.
+    """Bytes in use. Without CUDA all fields but `host_rss` are None, not 0.
 
     Args:
-        host_rss: of this process in the host's memory, all libraries included.
-        device: such as `cuda:0`, None without CUDA.
+        host_rss: this process in the host's memory, including all libraries.
+        device: such as `cuda:0`.
         allocated: by tensors, as the allocator counts them.
         reserved: by the allocator, in use or cached.
-        device_used: of the device by everybody: other processes and the CUDA context too.
-        device_total: of the device.
+        device_used: by all processes, with their CUDA contexts.
+        device_total: all memory of the device.
     """
 
     host_rss: int
@@ -192,13 +192,13 @@ class Status:
 def status(device: Device = None) -> Status:
     """Read all gauges once.
 
-    torch counts 0 bytes allocated where there is no CUDA at all; here it says that there is none.
+    torch reports 0 bytes allocated where there is no CUDA; here the fields are None.
 
     Args:
         device: a GPU; the current one if None.
 
     Raises:
-        ValueError: a device is named, and is no GPU of this machine.
+        ValueError: the named device is not a GPU of this machine.
     """
     if device is None and not torch.cuda.is_available():
         return Status(process_rss())
@@ -221,7 +221,7 @@ def _index(device: Device) -> int:
     count = torch.cuda.device_count()
     if named.type != "cuda" or (named.index or 0) >= count:
         raise ValueError(
-            f"device={str(named)!r} is none of the {count} CUDA GPUs here; leave it out for the "
-            "current one, or for the host alone"
+            f"device={str(named)!r} is not one of the {count} CUDA GPUs of this machine; leave it "
+            "out for the current GPU, or for the host alone"
         )
     return torch.cuda.current_device() if named.index is None else named.index

@@ -1,4 +1,4 @@
-"""Bytes in words.
+"""Numbers of bytes in words, and the sizes that CUDA's allocator rounds to.
 
 Notebook: 05_where_memory_goes
 """
@@ -9,7 +9,7 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
 def format_bytes(size: int) -> str:
-    """A number of bytes in the unit that suits it; units are powers of 1024.
+    """A number of bytes in the largest unit that fits; units are powers of 1024.
 
     >>> format_bytes(512), format_bytes(3 * MIB // 2), format_bytes(-5 * GIB)
     ('512 B', '1.50 MiB', '-5.00 GiB')
@@ -20,16 +20,16 @@ def format_bytes(size: int) -> str:
     return f"{size} B"
 
 
-QUANTUM = 512  # every request is rounded up to a multiple of it
+QUANTUM = 512  # every request is rounded up to a multiple of this
 SMALL = MIB  # the largest request of the small pool
 SMALL_SEGMENT = 2 * MIB
-LARGE_SEGMENT = 20 * MIB  # for requests of the large pool below `OWN_SEGMENT`
-OWN_SEGMENT = 10 * MIB  # from here on a request gets a segment of its own size, rounded up to
-SEGMENT_QUANTUM = 2 * MIB
+LARGE_SEGMENT = 20 * MIB  # shared by requests of the large pool below `OWN_SEGMENT`
+OWN_SEGMENT = 10 * MIB  # from here on, a request gets a segment of its own
+SEGMENT_QUANTUM = 2 * MIB  # such a segment is rounded up to a multiple of this
 
 
 def rounded(requested: int) -> int:
-    """Bytes that are set aside for a request, at least.
+    """Bytes that the allocator sets aside for a request, at least.
 
     >>> rounded(1), rounded(512), rounded(513)
     (512, 512, 1024)
@@ -38,7 +38,7 @@ def rounded(requested: int) -> int:
 
 
 def segment_size(size: int) -> int:
-    """Bytes that the device is asked for when nothing cached is large enough.
+    """Bytes that the allocator takes from the device when no cached part is large enough.
 
     >>> [segment_size(n * MIB) // MIB for n in (1, 2, 10, 11)]
     [2, 20, 10, 12]

@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from tfswa_lab.memory.sizes import GIB, KIB, MIB, format_bytes
-from tfswa_lab.memory.trace.timeline import CATEGORIES, Block, Timeline, by_category
+from tfswa_lab.memory.trace.timeline import CATEGORIES, Block, Peak, Timeline, by_category
 
 OTHERS = "others"
 # Dark to light in the order in which they are stacked, 9 steps (CIE L*) or more apart, so they
@@ -79,8 +79,8 @@ def plot_timeline(
         _, ax = plt.subplots(figsize=(9, 3.8), layout="constrained", dpi=100)
     start, stop = window(timeline, start, stop)
     groups = groups_over_time(timeline, key, count, start, stop)
-    peak, event = timeline.peak(start, stop)
-    unit, unit_name = unit_of(peak)
+    peak = timeline.peak(start, stop)
+    unit, unit_name = unit_of(peak.allocated)
     colours, events = group_colours(groups), np.arange(start, stop + 1)
     floor, areas = np.zeros(stop - start + 1), []
     for name, held in groups.items():
@@ -88,9 +88,13 @@ def plot_timeline(
         look = {"color": colours[name], "linewidth": 0, "step": "post"}
         areas.append(ax.fill_between(events, floor, top, **look))
         floor = top
-    ax.set(xlim=(start, stop), ylim=(0, 1.12 * peak / unit), ylabel=f"allocated in {unit_name}")
+    ax.set(
+        xlim=(start, stop),
+        ylim=(0, 1.12 * peak.allocated / unit),
+        ylabel=f"allocated in {unit_name}",
+    )
     ax.set_xlabel("event (an allocation or a release)")
-    _mark_peak(ax, event, peak, unit)
+    _mark_peak(ax, peak, unit)
     _mark_passes(ax, timeline, start, stop)
     _legend(ax, areas[::-1], list(groups)[::-1])
     return ax.figure, ax
@@ -105,7 +109,7 @@ def window(timeline: Timeline, start: int = 0, stop: int | None = None) -> tuple
     stop = min(timeline.events + 1, timeline.events + 1 if stop is None else stop)
     if not 0 <= start < stop:
         raise ValueError(f"start={start}, stop={stop}: choose events of 0 … {timeline.events}")
-    if not timeline.blocks or not timeline.peak(start, stop)[0]:
+    if not timeline.blocks or not timeline.peak(start, stop).allocated:
         raise ValueError(
             f"nothing is allocated on {timeline.device} in events {start} … {stop - 1}: there is "
             "nothing to draw; trace a region that makes tensors"
@@ -202,14 +206,24 @@ def shortened(name: str, longest: int = LONGEST) -> str:
     return "…" + end[max(end.find("/"), 0) :]
 
 
-def _mark_peak(ax: Axes, event: int, peak: int, unit: int) -> None:
-    """A dot with its value, on the side where there is room."""
+def peak_label(peak: Peak) -> str:
+    """A peak in words.
+
+    >>> peak_label(Timeline([Block(8, 512, 0)], 0).peak())
+    'peak 512 B at event 0'
+    """
+    return f"peak {format_bytes(peak.allocated)} at event {peak.event}"
+
+
+def _mark_peak(ax: Axes, peak: Peak, unit: int) -> None:
+    """A dot with its label, on the side where there is room."""
     left, right = ax.get_xlim()
-    late = event > left + 0.62 * (right - left)
-    ax.plot(event + 0.5, peak / unit, "o", color="black", markersize=4, zorder=5)
-    words, where = f"peak {format_bytes(peak)} at event {event}", (event + 0.5, peak / unit)
+    late = peak.event > left + 0.62 * (right - left)
+    where = peak.event + 0.5, peak.allocated / unit
+    ax.plot(*where, "o", color="black", markersize=4, zorder=5)
+    look = {"textcoords": "offset points", "fontsize": "small", "bbox": PLATE}
     side = {"xytext": (-7 if late else 7, 4), "ha": "right" if late else "left"}
-    ax.annotate(words, where, textcoords="offset points", fontsize="small", bbox=PLATE, **side)
+    ax.annotate(peak_label(peak), where, **look, **side)
 
 
 def _mark_passes(ax: Axes, timeline: Timeline, start: int, stop: int) -> None:

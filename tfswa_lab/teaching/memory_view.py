@@ -23,6 +23,7 @@ from tfswa_lab.teaching.memory_plots import (
     group_colours,
     groups_over_time,
     passes,
+    peak_label,
     shortened,
     unit_of,
     window,
@@ -104,7 +105,7 @@ def timeline_svg(
         ValueError: nothing is allocated between `start` and `stop`.
     """
     start, stop = window(timeline, start, stop)
-    canvas = Canvas(start, stop, timeline.peak(start, stop)[0], width, height)
+    canvas = Canvas(start, stop, timeline.peak(start, stop).allocated, width, height)
     colours = group_colours([*groups_over_time(timeline, key, GROUPS, start, stop), OTHERS])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
@@ -290,9 +291,9 @@ def _passes(timeline: Timeline, canvas: Canvas) -> Iterator[str]:
 
 
 def _peak(timeline: Timeline, canvas: Canvas) -> Iterator[str]:
-    peak, event = timeline.peak(canvas.start, canvas.stop)
-    x, y = canvas.x(event + 0.5), canvas.y(peak)
-    words = f"peak {format_bytes(peak)} at event {event}"
+    peak = timeline.peak(canvas.start, canvas.stop)
+    x, y = canvas.x(peak.event + 0.5), canvas.y(peak.allocated)
+    words = peak_label(peak)
     late = float(x) + 6.2 * len(words) > canvas.right
     side = f'dx="{-6 if late else 6}" dy="-2" {AROUND_WORDS}'
     yield _label(x, y, words, "end" if late else "start", side)

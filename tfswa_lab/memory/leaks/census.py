@@ -78,7 +78,7 @@ class Census:
 
     def at_peak(self, count: int = 2) -> list[tuple[str, int]]:
         """The lines that hold most bytes when most are allocated, and how many."""
-        _, event = self._timeline.peak()
+        event = self._timeline.peak().event
         held = self._timeline.held_by(event, lambda block: in_short(line_of(block.frames)))
         return [(line, size) for line, size in top(held, count) if line != "others"]
 

@@ -25,10 +25,8 @@ __all__ = [
 ]
 
 
-class _Callable(ModuleType):
+class _CallablePackage(ModuleType):
     __call__ = staticmethod(predict)
 
 
-sys.modules[
-    __name__
-].__class__ = _Callable  # `from tfswa_lab.memory import predict` is this package
+sys.modules[__name__].__class__ = _CallablePackage  # for `from tfswa_lab.memory import predict`

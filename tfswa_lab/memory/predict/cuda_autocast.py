@@ -1,7 +1,7 @@
 """Autocast with CUDA's lists of operators, on CPU tensors.
 
 The two devices do not cast the same operators: on the CPU, layer norms, softmax and exponentials
-stay in half precision, on CUDA they run in float32, and their inputs and outputs are kept in it.
+stay in half precision. On CUDA they run in float32, and autograd keeps float32 inputs and outputs.
 
 Source: aten/src/ATen/autocast_mode.h of PyTorch 2.13 (the lists).
 
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 KEY = "AutocastCPU"
 # Run in float32.
-WHOLE = (
+FP32 = (
     *("acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p"),
     *("reciprocal", "rsqrt", "sinh", "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
     *("softplus", "layer_norm", "native_layer_norm", "group_norm", "frobenius_norm.dim"),
@@ -32,23 +32,24 @@ WHOLE = (
     *("binary_cross_entropy_with_logits", "dist", "pdist", "cdist", "renorm", "logsumexp"),
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_linear1d", "upsample_bilinear2d"),
 )
-# Give out float32 if nothing else is asked for.
-WHOLE_OUT = (
+# Return float32 unless the caller names a dtype.
+FP32_OUTPUT = (
     *("prod", "prod.dim_int", "softmax.int", "log_softmax.int", "cumprod", "cumsum"),
     *("linalg_vector_norm", "linalg_matrix_norm", "sum", "sum.dim_IntList"),
 )
-# Run in half precision; the others of CUDA's are on the CPU's list as well.
-HALF = ("addmv", "mv", "addr", "linalg_multi_dot", "chain_matmul", "einsum")
+# Run in half precision; the rest of CUDA's list is also on the CPU's.
+LOW_PRECISION = ("addmv", "mv", "addr", "linalg_multi_dot", "chain_matmul", "einsum")
 
 
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """Autocast of "cpu" and of "cuda" both mean CUDA's, on CPU tensors."""
+    """Autocast CPU tensors as CUDA would, for `torch.autocast` of "cpu" and of "cuda"."""
     library = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings(action="ignore"):  # that kernels are replaced
-        for names, make in ((WHOLE, _whole), (WHOLE_OUT, _whole_out), (HALF, _half)):
+    rules = ((FP32, _in_fp32), (FP32_OUTPUT, _to_fp32_output), (LOW_PRECISION, _in_low_precision))
+    with warnings.catch_warnings(action="ignore"):  # torch warns that kernels are replaced
+        for names, rule in rules:
             for name in names:
-                library.impl(name, make(_operator(name)), KEY)
+                library.impl(name, rule(_operator(name)), KEY)
     autocast = torch.amp.autocast_mode.autocast
     original = autocast.__init__
 
@@ -70,18 +71,29 @@ def _operator(name: str) -> Callable:
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
-def _whole(operator: Callable) -> Callable:
+def _in_fp32(operator: Callable) -> Callable:
+    return _with_casts(operator, lambda x: x.float() if _is_half(x) else x)
+
+
+def _in_low_precision(operator: Callable) -> Callable:
+    def cast(x: Tensor) -> Tensor:
+        return x.to(torch.get_autocast_dtype("cpu")) if x.is_floating_point() else x
+
+    return _with_casts(operator, cast)
+
+
+def _with_casts(operator: Callable, cast: Callable[[Tensor], Tensor]) -> Callable:
     def run(*args, **kwargs):
-        with _plain():
-            args, kwargs = tree_map(_to_whole, (args, kwargs))
+        with _no_autocast():
+            args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
             return operator(*args, **kwargs)
 
     return run
 
 
-def _whole_out(operator: Callable) -> Callable:
+def _to_fp32_output(operator: Callable) -> Callable:
     def run(x: Tensor, *args, dtype: torch.dtype | None = None, **kwargs):
-        with _plain():
+        with _no_autocast():
             if dtype is None and _is_half(x):
                 dtype = torch.float32
             return operator(x, *args, dtype=dtype, **kwargs)
@@ -89,27 +101,10 @@ def _whole_out(operator: Callable) -> Callable:
     return run
 
 
-def _half(operator: Callable) -> Callable:
-    def run(*args, **kwargs):
-        dtype = torch.get_autocast_dtype("cpu")
-        with _plain():
-            args, kwargs = tree_map(
-                lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x,
-                (args, kwargs),
-            )
-            return operator(*args, **kwargs)
-
-    return run
-
-
-def _plain() -> Any:
-    """Without autocast, as its own kernels run."""
+def _no_autocast() -> Any:
+    """Kernels of autocast run without autocast, or they would call themselves."""
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     return torch._C._ExcludeDispatchKeyGuard(autocast)
-
-
-def _to_whole(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and _is_half(value) else value
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -1,13 +1,14 @@
-"""CUDA's choices on a machine without a card: kernels, casts and loops that change what is kept.
+"""CUDA's choices on a machine without a GPU: kernels, casts and loops that change what is kept.
 
-The tensors are the CPU's, so what CUDA would do otherwise must be said: which attention kernel runs
-and what it saves, how dropout keeps its mask, that optimizers update all parameters at once.
+The tensors are on the CPU, where torch chooses other kernels. Here it makes CUDA's choices: which
+attention kernel runs and what it saves, how dropout stores its mask, and that optimizers update all
+parameters at once.
 
-Functions are replaced rather than watched, because a mode for functions is off in the backward
-pass, where checkpointed parts run again.
+Functions are replaced, because a torch function mode is off in the backward pass, where
+checkpointed parts run again.
 
 Source: aten/src/ATen/native/transformers/{attention.cpp, cuda/sdp_utils.cpp} and
-cuda/flash_attn/flash_api.cpp of PyTorch 2.13, which were read and not copied.
+cuda/flash_attn/flash_api.cpp of PyTorch 2.13 (read, not copied).
 
 Notebook: 05_where_memory_goes
 """
@@ -31,7 +32,7 @@ from torch.utils import _foreach_utils
 
 from tfswa_lab.memory.predict.cuda_autocast import cuda_autocast
 
-# Patterns of the names of operators, and what goes with them.
+# By patterns of operator names: memory that a prediction cannot see.
 UNSEEN = {
     r"mm|bmm|addmm|baddbmm": "cuBLAS workspace: 8.1 MiB by default, 32 MiB on Hopper; in allocated",
     r".*convolution.*": "cuDNN workspaces of convolutions: they depend on shapes and algorithms, "
@@ -41,12 +42,12 @@ UNSEEN = {
 }
 ALWAYS = (
     "temporaries inside operators that never become tensors",
-    "the CUDA context and loaded kernels, hundreds of MiB: on the card, outside of the allocator",
+    "the CUDA context and loaded kernels, hundreds of MiB: on the GPU, outside of the allocator",
 )
 
 
 def error_budget(operators: Iterable[str]) -> tuple[str, ...]:
-    """A sentence for everything that is not in the numbers.
+    """One sentence for each kind of memory that the prediction cannot see.
 
     Args:
         operators: names such as `aten.mm.default`.
@@ -65,20 +66,20 @@ aten = torch.ops.aten
 
 
 def workspace(operator: Any, args: tuple) -> int:
-    """Bytes beside inputs and outputs, 0 where none are known."""
+    """Bytes that an operator takes beside inputs and outputs, 0 if they are unknown."""
     measure = WORKSPACES.get(operator)
     return measure(*args) if measure else 0
 
 
 def _flash_backward(grad_out: Tensor, query: Tensor, *_: Any) -> int:
-    """The gradient of the queries is added up in float32, beside a number per row."""
+    """The gradient of the queries is accumulated in float32, beside one number per row."""
     b, h, length, width = query.shape
     rows = b * h * _up(length, 128)
     return 4 * rows * _up(width, 32) + 4 * rows
 
 
 def _efficient_backward(grad_out: Tensor, query: Tensor, *_: Any) -> int:
-    """The same for inputs of half precision; those of float32 are added up in place."""
+    """The same for half precision; for float32 the gradient is accumulated in place."""
     b, h, length, width = query.shape
     rows = b * h * length
     half = query.dtype is not torch.float32
@@ -86,7 +87,7 @@ def _efficient_backward(grad_out: Tensor, query: Tensor, *_: Any) -> int:
 
 
 def _inverse_fft(x: Tensor, *_: Any) -> int:
-    """cuFFT destroys its input, so that is copied."""
+    """cuFFT overwrites its input, so torch copies it first."""
     return x.numel() * x.element_size()
 
 
@@ -103,19 +104,19 @@ WORKSPACES = {
 
 ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
 # The kernels that "auto" tries, in order. "hopper" is every GPU of compute capability 9 or 10
-# (H100, H200, B200) with cuDNN above 9.15, as torch >= 2.11 for CUDA 13 brings it; "ampere" is all
-# others.
+# (H100, H200, B200) with cuDNN above 9.15, which torch >= 2.11 for CUDA 13 installs; "ampere" is
+# every other GPU.
 AUTO = {
     "ampere": ("flash", "efficient", "math"),
     "hopper": ("cudnn", "flash", "efficient", "math"),
 }
-CUDNN_PREFERRED = 9_15_00  # cuDNN's version, above which torch prefers its kernel
-CUDNN_ROWS = 65_535  # batch times heads, the most that cuDNN's kernel takes
+CUDNN_PREFERRED = 9_15_00  # torch prefers the cuDNN kernel above this version
+CUDNN_ROWS = 65_535  # batch times heads, the most that the cuDNN kernel supports
 HALVES = (torch.float16, torch.bfloat16)
 
 
 def present_gpu() -> str:
-    """The key of `AUTO` for the GPU that is there; "ampere" where there is none.
+    """The key of `AUTO` for the GPU of this machine; "ampere" where there is none.
 
     Source: `check_prefer_cudnn_attention` in sdp_utils.cpp of PyTorch 2.11.
     """
@@ -127,16 +128,16 @@ def present_gpu() -> str:
 
 @contextmanager
 def cuda_like(attention: str = "auto", gpu: str | None = None) -> Iterator[None]:
-    """CPU tensors are treated as a GPU treats its own.
+    """Treat CPU tensors as a GPU treats its own.
 
     Args:
-        attention: the kernel of `scaled_dot_product_attention`: "flash" for half precision without
-            a mask, "efficient", "cudnn", "math", which keeps all scores; "auto" takes the first
-            that can, in the order of the GPU.
-        gpu: whose order "auto" takes, a key of `AUTO`; None for the GPU that is there.
+        attention: the kernel of `scaled_dot_product_attention`: "flash" (half precision, no mask),
+            "efficient", "cudnn", or "math", which keeps all scores; "auto" takes the first one that
+            supports the inputs, in the GPU's order.
+        gpu: a key of `AUTO`, whose order "auto" follows; None for the GPU of this machine.
 
     Raises:
-        ValueError: there is no such kernel or GPU, or it cannot do what it is asked for.
+        ValueError: the kernel or the GPU is unknown, or the kernel does not support the inputs.
     """
     gpu = present_gpu() if gpu is None else gpu
     for name, value, known in (("attention", attention, ATTENTION), ("gpu", gpu, AUTO)):
@@ -165,7 +166,7 @@ def _with_cpu(devices: Any) -> list[str]:
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """CUDA keeps a byte per element, the CPU a float."""
+    """Dropout on CUDA stores one byte per element, on the CPU a float."""
     return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else x
 
 
@@ -180,7 +181,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` by the first of some kernels of CUDA's that can."""
+    """`scaled_dot_product_attention` by the first of these kernels that supports the inputs."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -192,7 +193,7 @@ def _attention(
         (kernel,) = kernels
         raise ValueError(f"attention={kernel!r} cannot run here: {refusals[kernel]}")
     common = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    with torch.autocast("cpu", enabled=False):  # inside, autocast has done its work
+    with torch.autocast("cpu", enabled=False):  # the inputs are cast already
         if kernel == "math":
             attend = torch.ops.aten._scaled_dot_product_attention_math
             return attend(query, key, value, attn_mask, enable_gqa=enable_gqa, **common)[0]
@@ -207,16 +208,16 @@ def _attention(
 def _refusals(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
 ) -> dict[str, str]:
-    """Kernels that cannot do this, and why."""
+    """The kernels that do not support these inputs, and why."""
     width, half = query.shape[-1], query.dtype in HALVES
     rows = math.prod(query.shape[:-2])
     aligned = width % (8 if half else 4) == 0
     found = {}
     if query.ndim != 4 or enable_gqa:
-        reason = "it is emulated for (batch, heads, length, width) without groups of heads only"
+        reason = "it is emulated only for (batch, heads, length, width) without groups of heads"
         found = dict.fromkeys(("flash", "efficient", "cudnn"), reason)
     if not half:
-        found["flash"] = found["cudnn"] = f"{query.dtype} is no half precision; use autocast"
+        found["flash"] = found["cudnn"] = f"{query.dtype} is not half precision; use autocast"
     if mask is not None:
         found["flash"] = "it takes no mask"
     if width > 256:
@@ -235,7 +236,7 @@ def _refusals(
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: Any
 ) -> Tensor:
-    """Heads are padded to multiples of eight channels, and cut again."""
+    """Flash attention pads heads to multiples of eight channels and cuts the result."""
     width = query.shape[-1]
     scale = 1 / math.sqrt(width) if scale is None else scale
     if width % 8:
@@ -245,7 +246,7 @@ def _flash(
 
 
 def _bias(mask: Tensor | None, query: Tensor, key: Tensor, multiple: int) -> Tensor | None:
-    """A mask as the kernels take it: numbers to be added, in rows of a multiple of some length."""
+    """A mask as the kernels take it: numbers to add, with rows padded to a multiple."""
     if mask is None:
         return None
     if mask.dtype is torch.bool:

@@ -16,22 +16,22 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def without_values() -> Iterator[None]:
-    """All tensors are fake, on the CPU, also those that a program wants on a card."""
+def fake_tensors() -> Iterator[None]:
+    """Make all tensors fake and on the CPU, also those that a program wants on a GPU."""
     apply = nn.Module._apply
     nn.Module._apply = _apply_by_replacing
     try:
-        with FakeMode(), CardIsCpu():
+        with FakeTensors(), CudaAsCpu():
             yield
     finally:
         nn.Module._apply = apply
 
 
-class FakeMode(FakeTensorMode):
+class FakeTensors(FakeTensorMode):
     """Torch's mode of fake tensors, with answers where a program asks for a value.
 
-    A number that is asked for (`.item()`, `if tensor`) is 1 and a truth value is False: a loss that
-    is logged is finite, an overlap that is checked is not empty, a check for NaN finds none.
+    Every number (`.item()`) is 1 and every truth value (`if tensor`) is False: a logged loss is
+    finite, an overlap is not empty, a check for NaN finds none.
     """
 
     def __init__(self):
@@ -39,7 +39,7 @@ class FakeMode(FakeTensorMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here, so torch need not wrap every dispatch."""
+        """Nothing is compiled here, so torch does not have to wrap every dispatch."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
@@ -58,8 +58,8 @@ def _answer(tensor: Tensor) -> bool | complex | float | int:
     return 1.0 if tensor.is_floating_point() else 1
 
 
-class CardIsCpu(TorchFunctionMode):
-    """A device that is called `cuda` is the CPU."""
+class CudaAsCpu(TorchFunctionMode):
+    """Where a program names the device `cuda`, it gets the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         if func is Tensor.cuda:
@@ -73,14 +73,14 @@ class CardIsCpu(TorchFunctionMode):
 
 
 def _on_cpu(value: Any) -> Any:
-    is_card = isinstance(value, str | torch.device) and str(value).startswith("cuda")
-    return torch.device("cpu") if is_card else value
+    is_cuda = isinstance(value, str | torch.device) and str(value).startswith("cuda")
+    return torch.device("cpu") if is_cuda else value
 
 
 def _apply_by_replacing(
     module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
 ) -> nn.Module:
-    """`Module.to` and its like: torch would swap the insides of tensors, which fake ones refuse."""
+    """`Module.to` and the like; torch would swap the data of tensors, which fake ones refuse."""
     for child in module.children() if recurse else ():
         child._apply(function)
     for name, parameter in module._parameters.items():

@@ -1,8 +1,7 @@
-"""How much memory of a card a step will take, found out without one.
+"""How much GPU memory a step will take, found out without a GPU.
 
 The step runs once or twice on tensors that have a shape and no values, with CUDA's kernels, casts
-and rounding. What is alive at the fullest moment is the prediction. It takes seconds, whatever the
-sizes are.
+and rounding. The prediction is the peak of that run. It takes seconds, whatever the sizes are.
 
 Notebook: 05_where_memory_goes
 """
@@ -25,25 +24,27 @@ from torch._subclasses.fake_tensor import (
 
 from tfswa_lab.memory.predict.allocator import replay
 from tfswa_lab.memory.predict.cuda_kernels import cuda_like, error_budget, workspace
-from tfswa_lab.memory.predict.fake_tensors import without_values
+from tfswa_lab.memory.predict.fake_tensors import fake_tensors
 from tfswa_lab.memory.sizes import format_bytes, rounded
-from tfswa_lab.memory.trace.timeline import Fullest
+from tfswa_lab.memory.trace.timeline import Moment
 from tfswa_lab.memory.trace.tracer import Tracer
 
 Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Prediction(Fullest):
-    """What a step will take: `peak` is what `torch.cuda.max_memory_allocated` would say.
+class Prediction(Moment):
+    """The memory that a step will take, and who will hold it at the peak.
 
     Args:
-        reserved: bytes that the allocator will have taken from the card by then, as a simulation
-            has it.
-        budget: what cannot be seen, a sentence each.
-        seconds: that the prediction took.
+        peak: bytes that `torch.cuda.max_memory_allocated` would report. It may be a little above
+            the sum of the blocks: the allocator does not split a large one for less than 1 MiB.
+        reserved: bytes that a simulated allocator takes from the GPU.
+        budget: one sentence for each kind of memory that a prediction cannot see.
+        seconds: how long the prediction took.
     """
 
+    peak: int
     reserved: int
     budget: tuple[str, ...]
     seconds: float
@@ -61,23 +62,23 @@ def predict(
     steps: int = 2,
     gpu: str | None = None,
 ) -> Prediction:
-    """The memory of a step on a CUDA card.
+    """The memory of a step on a CUDA GPU.
 
     Args:
         make_step: makes the model, the optimizer and the input, and returns a function without
-            arguments that is one step. All of it happens with tensors without values; it may be
-            written for the CPU or for a card, `torch.autocast("cuda", …)` included.
+            arguments that runs one step. All of it runs on tensors without values. It may be
+            written for the CPU or for a GPU, `torch.autocast("cuda", …)` included.
         attention: kernel of `scaled_dot_product_attention`, see `cuda_like`.
-        steps: how many to run; the second finds the optimizer's state there.
-        gpu: whose choice "auto" is: "hopper" (H100, H200, B200) or "ampere" (all others); None for
-            the GPU of this machine, or "ampere" where there is none.
+        steps: how many to run; the second step finds the optimizer's state already allocated.
+        gpu: the GPU that attention="auto" chooses for: "hopper" (H100, H200, B200) or "ampere" (all
+            others); None for the GPU of this machine, or "ampere" where there is none.
 
     Raises:
-        TypeError: `make_step` returns no function.
-        ValueError: the attention kernel or the GPU is unknown, or the kernel cannot do what it is
-            asked for.
-        NotImplementedError: the step depends on values, so it cannot be known in advance; names
-            the operation and the line.
+        TypeError: `make_step` does not return a function.
+        ValueError: the attention kernel or the GPU is unknown, or the kernel does not support these
+            inputs.
+        NotImplementedError: the step depends on values, which a prediction does not have; the
+            message names the operation and the line.
 
     >>> from torch import nn
     >>> def make_step():
@@ -88,11 +89,11 @@ def predict(
     """
     began = time.perf_counter()
     tracer = FakeTracer()
-    with torch.random.fork_rng(devices=()), cuda_like(attention, gpu), without_values(), tracer:
+    with torch.random.fork_rng(devices=()), cuda_like(attention, gpu), fake_tensors(), tracer:
         step = make_step()
         if not callable(step):
             raise TypeError(
-                f"make_step must return a function that is one step, not {type(step).__name__}"
+                f"make_step must return a function that runs one step, not {type(step).__name__}"
             )
         for _ in range(steps):
             tracer.step()
@@ -101,21 +102,21 @@ def predict(
     del step
     gc.collect()
     operators = {block.op for block in timeline.blocks}
-    card = replay(timeline)  # blocks that are not worth splitting count whole
-    (peak, event), (reserved, _) = card.peak_allocated, card.peak_reserved
+    replayed = replay(timeline)  # counts the blocks that the allocator leaves unsplit
+    (peak, event), (reserved, _) = replayed.peak_allocated, replayed.peak_reserved
     seconds = time.perf_counter() - began
     return Prediction(timeline, event, peak, reserved, error_budget(operators), seconds)
 
 
 class FakeTracer(Tracer):
-    """A tracer of what CUDA's allocator would be asked for."""
+    """Records the requests that CUDA's allocator would get."""
 
     def rounded(self, size: int, device: str) -> int:
-        """As on a card, whatever the device is called."""
+        """As on a GPU, although the tensors are on the CPU."""
         return rounded(size)
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Run an operator; what has no answer without values is named."""
+        """Run an operator; one that needs values is named in the error."""
         try:
             return func(*args, **kwargs)
         except (
@@ -125,25 +126,25 @@ class FakeTracer(Tracer):
         ) as error:
             where = next(iter(self._sites.here()), "an unknown line")
             raise NotImplementedError(
-                f"{func} at {where} depends on the values of a tensor, and there are none in a "
-                "prediction; keep it out of the step, or give it a fixed size"
+                f"{func} at {where} depends on the values of a tensor, and a prediction has no "
+                "values; keep it out of the step, or give it a fixed size"
             ) from error
 
     def scratch(self, func: Any, args: tuple, result: Any) -> int:
-        """Bytes of the workspaces that are known."""
+        """Bytes of the operator's workspace, if its size is known."""
         return workspace(func, args)
 
 
-OF_PREDICT = ("attention", "steps", "gpu")  # choices that are not for `make_step`
+OF_PREDICT = ("attention", "steps", "gpu")  # arguments of `predict`, the rest are `make_step`'s
 
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration and what it takes.
+    """A configuration and the memory of its step.
 
     Args:
         choices: names and values, such as `{"batch": 4, "attention": "flash"}`.
-        prediction: of a step.
+        prediction: the memory of one step.
     """
 
     choices: dict[str, Any]
@@ -154,8 +155,8 @@ def compare(make_step: Callable[..., Step], choices: Mapping[str, Sequence[Any]]
     """Predict all combinations, one after the other.
 
     Args:
-        make_step: as for `predict`; takes the choices by name, but for `attention`, `steps` and
-            `gpu`, which are `predict`'s.
+        make_step: as for `predict`. It takes the choices as keyword arguments, except `attention`,
+            `steps` and `gpu`, which are passed to `predict`.
         choices: values to try, by name; the last one changes fastest.
     """
     for values in product(*choices.values()):
@@ -175,7 +176,7 @@ def to_markdown(rows: Sequence[Row], budget: int | None = None) -> str:
 
     Args:
         rows: of `compare`.
-        budget: bytes that there are; None for no such column.
+        budget: bytes that are available; None for a table without the column "fits".
     """
     names = list(rows[0].choices)
     columns = [*names, "peak", "reserved, about", *(["fits"] if budget else [])]
@@ -193,21 +194,21 @@ def max_batch_size(
 ) -> int:
     """The largest batch whose step is predicted to fit.
 
-    The peak grows by the same amount with each example, so two predictions say where the budget
-    ends; a third one makes sure.
+    The peak grows by the same amount with each example. Two predictions therefore give the largest
+    batch, and a third one checks it.
 
     Args:
         make_step: as for `predict`; takes the batch size.
-        budget: bytes *allocated* that there may be.
-        slack: share of the budget to leave free, for what a prediction cannot see.
+        budget: bytes that may be *allocated*.
+        slack: share of the budget to leave free, for memory that a prediction cannot see.
         of_predict: arguments of `predict`.
 
     Returns:
         Examples in a batch, 0 if not even one fits.
 
     Raises:
-        ValueError: the budget is not above 0, the slack no share, or the peak does not grow with
-            the batch.
+        ValueError: the budget is not above 0, the slack is not in [0, 1), or the peak does not grow
+            with the batch.
     """
     if not (budget > 0 and 0 <= slack < 1):
         raise ValueError(f"budget={budget} must be above 0 and slack={slack} in [0, 1)")

@@ -1,7 +1,7 @@
-"""Which module is at work: while its forward pass runs, and later while its gradients are computed.
+"""Which module is running: in its forward pass, and later when its gradients are computed.
 
-Autograd numbers the nodes of a thread in the order of their making. The numbers at which modules
-begin and end therefore tell which of them made a node that the backward pass has come to.
+Autograd numbers the nodes of each thread in the order in which it makes them. The numbers at which
+modules begin and end therefore tell which module made the node that a backward pass has reached.
 
 Notebook: 05_where_memory_goes
 """
@@ -21,32 +21,32 @@ from torch import nn
 
 
 class NodeId(NamedTuple):
-    """A node: the thread that made it, and its number among that thread's nodes."""
+    """A node of a graph: the thread that made it, and its number among that thread's nodes."""
 
     thread: int
     number: int
 
 
 def next_node() -> NodeId:
-    """The node that this thread will make next."""
+    """The node that this thread makes next."""
     return NodeId(threading.get_ident(), torch._C._autograd._get_sequence_nr())
 
 
 class NodeNumbers:
-    """Tells new nodes, and whose nodes a backward pass goes through."""
+    """Recognises new nodes, and finds the thread whose nodes a backward pass visits."""
 
     def __init__(self):
         self.begin()
-        self._thread_of: dict[int, int] = {}  # by backward pass: who made the nodes it goes through
+        self._thread_of: dict[int, int] = {}  # by backward pass: the thread that made its nodes
 
     def begin(self) -> None:
-        """This thread makes the graphs; nodes that there are already are not new."""
+        """This thread makes the graphs; existing nodes are not new."""
         self._home, number = next_node()
         self._next = {self._home: number}  # by thread
         self._newest = self._home  # the thread that made the newest node
 
     def new(self, task: int) -> NodeId | None:
-        """The newest node, if this thread has made one since it asked last.
+        """The newest node, if this thread has made one since the last call.
 
         Args:
             task: the backward pass that is running, -1 for none.
@@ -61,7 +61,7 @@ class NodeNumbers:
         return NodeId(thread, number - 1)
 
     def identify(self, node: Any, task: int = -1) -> NodeId:
-        """A node that a backward pass has come to, or one of the graphs that are there."""
+        """The identity of a node, which a backward pass may have reached."""
         return NodeId(self._thread_of.get(task, self._home), node._sequence_nr())
 
 
@@ -73,14 +73,14 @@ class Call(NamedTuple):
 
 
 class ModulePaths:
-    """The modules that are called while `watching`.
+    """The modules that are called inside `watching`.
 
     Args:
-        on_root: called with every module that is called outside of others, once.
+        on_root: called once with every module that is called outside of all others.
 
     Attributes:
-        calls: those that are running, the innermost last.
-        roots: how many have been called outside of others.
+        calls: the running modules, the innermost last.
+        roots: how many modules were called outside of all others.
     """
 
     def __init__(self, on_root: Callable[[nn.Module], None] = lambda module: None):
@@ -89,10 +89,10 @@ class ModulePaths:
         self._on_root = on_root
         self._paths: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._numbers = defaultdict(lambda: [0])  # by thread: where modules begin and end
-        self._at = defaultdict(lambda: [""])  # and which of them runs from there on
+        self._at = defaultdict(lambda: [""])  # and the module that runs from there on
 
     def name(self, root: nn.Module) -> None:
-        """Give paths to a module and all in it; a second model's begin with its class."""
+        """Name a module and its submodules; a second model's paths begin with its class."""
         prefix = type(root).__name__ if self._paths else ""
         for path, module in root.named_modules():
             full = ".".join(filter(None, (prefix, path))) or type(root).__name__
@@ -100,12 +100,12 @@ class ModulePaths:
         self._on_root(root)
 
     def path_of(self, module: nn.Module) -> str:
-        """Its path, if it or a module that it is part of was called or named."""
+        """The path of a module; its class if neither it nor its parent was called or named."""
         return self._paths.get(module, type(module).__name__)
 
     @property
     def now(self) -> str:
-        """The path of the innermost running module, empty outside of all."""
+        """The path of the innermost running module, empty outside of all modules."""
         return self.calls[-1].path if self.calls else ""
 
     def that_made(self, node: NodeId) -> str:
@@ -135,7 +135,7 @@ class ModulePaths:
     def _enter(self, module: nn.Module) -> None:
         self.roots += not self.calls
         if module not in self._paths:
-            if self.calls:  # made on the way
+            if self.calls:  # created during the forward pass
                 self._paths[module] = f"{self.now}.{type(module).__name__}"
             else:
                 self.name(module)

@@ -1,6 +1,6 @@
-"""What a trace is made of: blocks of memory, each with a birth, a death and an origin.
+"""Blocks of memory, each with a birth, a death and an origin, and the timeline of all of them.
 
-Time is counted in events: every allocation and every release is one. Sizes are bytes.
+Time is counted in events: every allocation and every release is one. Sizes are in bytes.
 
 Notebook: 05_where_memory_goes
 """
@@ -42,19 +42,20 @@ class Block:
     """One storage, from its allocation to its release.
 
     Args:
-        size: bytes asked for.
+        size: bytes requested.
         rounded: bytes that the allocator gives.
-        born: the event of its allocation; 0 for all that were there when the trace began.
+        born: the event of its allocation; 0 for blocks that are older than the trace.
         died: the event of its release, None if it was alive at the end.
         category: one of `CATEGORIES`.
         module: path of the module that made it or that it belongs to, such as `blocks.0.time`;
             empty outside of modules.
-        op: the operator that made it, such as `aten.mm.default`; empty if it was there before.
-        phase: `forward`, `backward`, `recompute` (of checkpointed activations) or `outside`.
-        step: the step it was born in, counted from 0; -1 before the first.
-        frames: the lines that asked for it, innermost first. In the backward pass, those of the
-            forward operation whose gradient is computed.
-        shape: of the tensor it was made for.
+        op: the operator that made it, such as `aten.mm.default`; empty if it is older.
+        phase: `forward`, `backward`, `recompute` (of checkpointed activations), `optimizer` or
+            `outside`.
+        step: the step in which it was allocated, counted from 0; -1 before the first.
+        frames: the lines that allocated it, innermost first. In the backward pass, the lines of
+            the forward operation whose gradient is computed.
+        shape: of the tensor that it was made for.
         dtype: of that tensor, such as `float32`.
     """
 
@@ -72,7 +73,7 @@ class Block:
     dtype: str = ""
 
     def alive_at(self, event: int) -> bool:
-        """Whether it is there right after an event."""
+        """Whether it is allocated right after an event."""
         return self.born <= event and (self.died is None or event < self.died)
 
 
@@ -82,7 +83,7 @@ class Timeline:
 
     Args:
         blocks: in the order of their births.
-        events: how many allocations and releases there were.
+        events: the number of allocations and releases.
         steps: the event with which each step began.
         device: where, such as `cpu` or `cuda:0`.
     """
@@ -101,8 +102,8 @@ class Timeline:
                 change[block.died] -= block.rounded
         return list(accumulate(change))
 
-    def peak(self, start: int = 0, stop: int | None = None) -> tuple[int, int]:
-        """Most bytes allocated, and the first event at which they are.
+    def peak(self, start: int = 0, stop: int | None = None) -> Peak:
+        """The first event at which the most bytes are allocated.
 
         Args:
             start: the first event to look at.
@@ -110,14 +111,14 @@ class Timeline:
         """
         allocated = self.allocated()[start:stop]
         most = max(allocated)
-        return most, start + allocated.index(most)
+        return Peak(self, start + allocated.index(most), most)
 
     def alive(self, event: int) -> Iterator[Block]:
-        """Blocks that are there right after an event."""
+        """The blocks that are allocated right after an event."""
         return (block for block in self.blocks if block.alive_at(event))
 
     def held_by(self, event: int, key: Callable[[Block], str]) -> Counter[str]:
-        """Bytes right after an event, by anything that is known of a block.
+        """Bytes right after an event, grouped by a property of the blocks.
 
         >>> blocks = [Block(400, 512, 1, category="input"), Block(100, 512, 2, 3)]
         >>> Timeline(blocks, 3).held_by(2, lambda block: block.category)
@@ -135,7 +136,7 @@ def by_category(block: Block) -> str:
 
 
 def by_module(depth: int) -> Callable[[Block], str]:
-    """A key of `Timeline.held_by`: paths of modules, cut after some of their parts.
+    """A key of `Timeline.held_by`: module paths, cut after `depth` parts.
 
     >>> by_module(2)(Block(1, 512, 0, module="blocks.0.time.norm"))
     'blocks.0'
@@ -149,45 +150,53 @@ def by_line(block: Block) -> str:
 
 
 def top(held: Counter[str], count: int) -> Sequence[tuple[str, int]]:
-    """The largest, and the sum of the others under the name `others`."""
+    """The largest groups, and the sum of the rest as `others`."""
     largest = held.most_common(count)
     rest = sum(held.values()) - sum(size for _, size in largest)
     return [*largest, ("others", rest)] if rest else largest
 
 
 @dataclass(frozen=True)
-class Fullest:
-    """A moment of a timeline.
+class Moment:
+    """Who holds the memory right after an event.
 
     Args:
         timeline: all blocks.
-        event: the fullest moment.
-        peak: bytes allocated then, with all that an allocator adds: a prediction's may be a little
-            above the sum of its blocks, because large blocks are not split for less than 1 MiB.
+        event: when.
     """
 
     timeline: Timeline
     event: int
-    peak: int
 
     def by_category(self) -> dict[str, int]:
-        """Bytes at the peak, by what they are: activations, parameters, …"""
+        """Bytes by category: activations, parameters, …"""
         return dict(self.timeline.held_by(self.event, by_category).most_common())
 
     def by_module(self, depth: int = 1, count: int = 10) -> dict[str, int]:
-        """Bytes at the peak, by who made them.
+        """Bytes by the module that made them.
 
         Args:
-            depth: parts of the path of a module that count.
-            count: rows; the others are added up.
+            depth: parts of a module's path that make a group.
+            count: rows; the rest is added up as `others`.
         """
         return dict(top(self.timeline.held_by(self.event, by_module(depth)), count))
 
     def by_line(self, count: int = 10) -> dict[str, int]:
-        """Bytes at the peak, by the line of Python that asked for them."""
+        """Bytes by the line of Python that allocated them."""
         return dict(top(self.timeline.held_by(self.event, by_line), count))
 
     def table(self) -> str:
-        """What is there at the peak, a category per line."""
+        """Bytes by category, one line each."""
         rows = self.by_category().items()
         return "\n".join(f"  {format_bytes(size):>12}  {name}" for name, size in rows)
+
+
+@dataclass(frozen=True)
+class Peak(Moment):
+    """The moment at which the most memory is allocated.
+
+    Args:
+        allocated: bytes at that moment.
+    """
+
+    allocated: int

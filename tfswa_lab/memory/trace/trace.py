@@ -1,4 +1,4 @@
-"""What a piece of code does with memory, on the CPU or on a card.
+"""What code does with memory, on the CPU or on a GPU.
 
 Notebook: 05_where_memory_goes
 """
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tfswa_lab.memory.sizes import format_bytes
-from tfswa_lab.memory.trace.timeline import Fullest, Timeline
+from tfswa_lab.memory.trace.timeline import Peak, Timeline
 from tfswa_lab.memory.trace.tracer import Tracer
 
 ENTRIES = 100_000  # of the allocator's history, of several hundred bytes each
 
 
 class Trace:
-    """What `trace` has seen; complete when its region has ended.
+    """What `trace` has recorded; complete once its `with` block has ended.
 
     Attributes:
         allocator: the history of CUDA's own allocator, as `torch.cuda.memory._snapshot()` returns
             it, for `memory.snapshot.read`. It also contains memory that Python never sees, such as
-            workspaces. None where CUDA is not in use.
+            workspaces. None without CUDA.
     """
 
     def __init__(self, tracer: Tracer):
@@ -40,7 +40,7 @@ class Trace:
         """All blocks on a device.
 
         Args:
-            device: such as `cpu` or `cuda:0`; the fullest if None.
+            device: such as `cpu` or `cuda:0`; the one with the highest peak if None.
 
         Raises:
             ValueError: nothing was allocated there.
@@ -51,15 +51,13 @@ class Trace:
             raise ValueError(f"nothing was allocated on {device or 'a device'}; seen: {names}")
         return self._tracer.timeline(device or there[0])
 
-    def fullest(self, device: str | None = None) -> Fullest:
-        """The peak on a device, and who holds it."""
-        timeline = self.timeline(device)
-        peak, event = timeline.peak()
-        return Fullest(timeline, event, peak)
+    def peak(self, device: str | None = None) -> Peak:
+        """When a device held the most memory, and who held it; arguments as for `timeline`."""
+        return self.timeline(device).peak()
 
     def __str__(self) -> str:
-        found = self.fullest()
-        return f"peak {format_bytes(found.peak)} on {found.timeline.device}\n{found.table()}"
+        peak = self.peak()
+        return f"peak {format_bytes(peak.allocated)} on {peak.timeline.device}\n{peak.table()}"
 
 
 @contextmanager
@@ -69,22 +67,22 @@ def trace(
     inputs: Iterable[Tensor] = (),
     stacks: bool = True,
 ) -> Iterator[Trace]:
-    """Record every allocation and release of tensors in a region.
+    """Record every allocation and release of tensors in a `with` block.
 
-    Parameters are found when modules are called, states when optimizers step. What is named here is
-    known from the beginning, so it is in the timeline before it is used.
+    Parameters are found when a module is called, optimizer state when an optimizer steps. The
+    arguments name what exists already, so that the timeline contains it from its first event on.
 
     Args:
-        model: whose parameters, buffers and gradients are there already.
-        optimizer: whose state is there already.
-        inputs: tensors that are there already.
-        stacks: whether to keep the lines of Python that asked for memory.
+        model: its parameters, buffers and gradients.
+        optimizer: its state.
+        inputs: other tensors.
+        stacks: whether to record the lines of Python that allocate memory.
 
     >>> import torch
     >>> layer, x = nn.Linear(8, 8), torch.zeros(4, 8)
     >>> with trace(layer, inputs=[x]) as seen:
     ...     layer(x).relu().sum().backward()
-    >>> seen.fullest().by_category()["parameter"]  # 8 · 8 weights and 8 biases of 4 bytes
+    >>> seen.peak().by_category()["parameter"]  # 8 · 8 weights and 8 biases of 4 bytes
     288
     """
     tracer = Tracer(stacks=stacks)
@@ -101,7 +99,7 @@ def trace(
 
 @contextmanager
 def _history_of_allocator(seen: Trace) -> Iterator[None]:
-    if not torch.cuda.is_initialized():  # starting CUDA to record nothing would cost its context
+    if not torch.cuda.is_initialized():  # initialising CUDA would take memory for its context
         yield
         return
     started_by_others = torch._C._cuda_isHistoryEnabled()

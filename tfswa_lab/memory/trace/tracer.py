@@ -1,8 +1,8 @@
-"""Sees every tensor that is made, and when its memory is let go, on any device and without one.
+"""Records when each tensor is made and when its memory is released, on any device.
 
-All operations pass through a dispatch mode. A storage that it has not met before is a new block; a
-weak reference tells when it is gone. What an operator allocates for itself and does not return,
-such as the workspace of a convolution, is not seen.
+All operations pass through a dispatch mode. A storage that it has not seen before is a new block; a
+weak reference tells when the storage is gone. Memory that an operator allocates for itself and does
+not return, such as the workspace of a convolution, is not seen.
 
 Notebook: 05_where_memory_goes
 """
@@ -33,20 +33,20 @@ from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
 
 
 class Birth(NamedTuple):
-    """What was going on when a block was made, to tell later what it is."""
+    """The circumstances in which a block was made; they decide later what it is."""
 
     block: Block
     storage: ref
     backward: int  # the last backward pass
-    root: int  # modules called from outside of others, so far
+    root: int  # how many modules had been called outside of others
     grad: bool  # whether autograd was recording
 
 
 class Tracer(TorchDispatchMode):
-    """A mode that keeps the timeline of all storages.
+    """A dispatch mode that records the timeline of all storages.
 
     Args:
-        stacks: whether to keep the lines of Python.
+        stacks: whether to record the lines of Python.
     """
 
     def __init__(self, stacks: bool = True):
@@ -65,7 +65,7 @@ class Tracer(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Without this, torch would wrap every dispatch, at twice the cost."""
+        """Without this, torch would wrap every dispatch and take twice as long."""
         return False
 
     def __enter__(self) -> Tracer:
@@ -84,7 +84,7 @@ class Tracer(TorchDispatchMode):
         self._label_gradients()
         for birth in self._live.values():
             self._settle(birth)
-        self._live = {}  # with their references: what dies from now on is not recorded
+        self._live = {}  # drops the weak references, so later releases are not recorded
 
     def step(self) -> None:
         """A step begins here."""
@@ -92,21 +92,21 @@ class Tracer(TorchDispatchMode):
         self.steps.append(self.event)
 
     def timeline(self, device: str) -> Timeline:
-        """What has been seen on a device, such as `cpu` or `cuda:0`."""
+        """The timeline of a device, such as `cpu` or `cuda:0`."""
         return Timeline(self._blocks.get(device, []), self.event, self.steps, device)
 
     @property
     def devices(self) -> list[str]:
-        """Where tensors have been seen, the fullest first."""
-        return sorted(self._blocks, key=lambda each: -self.timeline(each).peak()[0])
+        """Where tensors have been seen, the one with the highest peak first."""
+        return sorted(self._blocks, key=lambda each: -self.timeline(each).peak().allocated)
 
     def living(self) -> list[tuple[Block, torch.UntypedStorage]]:
-        """Blocks that are there now, and their storages; keep these no longer than needed."""
+        """The living blocks and their storages; holding a storage keeps it alive."""
         pairs = [(birth.block, birth.storage()) for birth in list(self._live.values())]
         return [(block, storage) for block, storage in pairs if storage is not None]
 
     def add_module(self, root: nn.Module) -> None:
-        """Parameters and buffers are known from now on."""
+        """Label the parameters and buffers of a module."""
         for module in root.modules():
             path = self.modules.path_of(module)
             for parameter in _present(module._parameters):
@@ -117,7 +117,7 @@ class Tracer(TorchDispatchMode):
         self._label_gradients()
 
     def add_optimizer(self, optimizer: Optimizer) -> None:
-        """Parameters, their gradients and the optimizer's state are known from now on."""
+        """Label an optimizer's parameters, their gradients and its state."""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self._parameters[parameter] = None
@@ -129,11 +129,11 @@ class Tracer(TorchDispatchMode):
                 self.label(tensor, "optimizer state", module)
 
     def lines_of(self, node: Any) -> tuple[Frame, ...]:
-        """The lines of the forward operation that made a node of a graph; none if unknown."""
+        """The lines of the forward operation that made a node; empty if unknown."""
         return self._lines.get(self._nodes.identify(node), ())
 
     def label(self, tensor: Tensor, category: str, module: str = "") -> None:
-        """Say what a tensor is, whether it was seen before or not."""
+        """Set the category of a tensor's block; a tensor not seen before gets a block."""
         if not has_storage(tensor):
             return
         block = self._block_of(tensor) or self._add(tensor)
@@ -142,10 +142,10 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # what autograd asks fake tensors, by thousands
+        if func is torch.ops.prim.device.default:  # autograd asks fake tensors thousands of times
             return args[0].fake_device
         for tensor in _tensors((args, kwargs)):
-            if self._block_of(tensor) is None:  # made unseen, as from_numpy does
+            if self._block_of(tensor) is None:  # made outside of the mode, as by from_numpy
                 self.label(tensor, "input")
         result = self.call(func, args, kwargs)
         task = torch._C._current_graph_task_id()
@@ -161,19 +161,19 @@ class Tracer(TorchDispatchMode):
         return result
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Run an operator; subclasses may say what went wrong."""
+        """Run an operator; subclasses may explain its errors."""
         return func(*args, **kwargs)
 
     def rounded(self, size: int, device: str) -> int:
-        """Bytes that the allocator gives for a request; CUDA's gives multiples of 512."""
+        """Bytes that the allocator gives for a request: CUDA's gives multiples of 512."""
         return rounded(size) if device.startswith("cuda") else size
 
     def scratch(self, func: Any, args: tuple, result: Any) -> int:
-        """Bytes that an operator takes for itself while it runs; subclasses may know."""
+        """Bytes of an operator's own workspace; subclasses may know them."""
         return 0
 
     def _pass(self, size: int, device: str, origin: dict) -> None:
-        """Memory that is there for a moment."""
+        """Record memory that is allocated and released at once."""
         given = self.rounded(size, device)
         block = Block(size, given, self.event + 1, self.event + 2, **origin)
         self.event += 2
@@ -183,8 +183,8 @@ class Tracer(TorchDispatchMode):
         """Phase, module, step and lines of a new block.
 
         Args:
-            node: autograd's, of the operation that made it.
-            task: the backward pass that is running, -1 for none.
+            node: of the operation that made it.
+            task: the running backward pass, -1 for none.
         """
         calls = self.modules.calls
         self._backward = max(self._backward, task)
@@ -207,19 +207,19 @@ class Tracer(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None:
             return {}
-        if hasattr(node, "variable"):  # it adds up the gradient of a parameter
+        if hasattr(node, "variable"):  # accumulates the gradient of a parameter
             return {"module": self._module_of(node.variable)}
         made = self._nodes.identify(node, task)
         lines = self._lines.get(made) or (self._sites.here() if self._sites else ())
         return {"module": self.modules.that_made(made), "frames": lines}
 
     def _block_of(self, tensor: Tensor) -> Block | None:
-        """The block that a tensor lies in, if it is known and of the same size as ever."""
+        """The block of a tensor; None if it is unknown or its storage was resized."""
         storage = tensor.untyped_storage()
         birth = self._live.get(storage._cdata)
         if birth is None:
             return None
-        if birth.block.size != storage.nbytes():  # resized
+        if birth.block.size != storage.nbytes():
             self._died(storage._cdata)
             return None
         return birth.block
@@ -246,7 +246,7 @@ class Tracer(TorchDispatchMode):
             self._settle(birth)
 
     def _settle(self, birth: Birth) -> None:
-        """Tell from how long it lived whether it is more than temporary."""
+        """Decide from a block's lifetime whether it is more than temporary."""
         block = birth.block
         if block.category != "temporary":
             return
@@ -281,7 +281,7 @@ def _present(named: dict[str, Tensor | None]) -> Iterable[Tensor]:
 
 
 def _device_of(tensor: Tensor) -> str:
-    """Its name; fake tensors give it away faster than by their property."""
+    """The name of a tensor's device; on fake tensors the attribute is faster than the property."""
     return str(getattr(tensor, "fake_device", None) or tensor.device)
 
 
@@ -305,10 +305,10 @@ PARTS |= {torch.sparse_csc: COLUMNS, torch.sparse_bsc: COLUMNS}
 
 
 def has_storage(thing: Any) -> bool:
-    """Whether it is a tensor with a storage of its own that can be asked for.
+    """Whether it is a tensor with one storage that can be accessed.
 
-    Sparse tensors have several, parameters of lazy modules have none yet, inside `torch.func.vmap`
-    and `grad` tensors wrap others, and what `torch.export` leaves behind has formulas for sizes.
+    Sparse tensors have several storages, parameters of lazy modules have none yet, tensors inside
+    `torch.func.vmap` and `grad` wrap others, and tensors of `torch.export` have symbolic sizes.
 
     >>> has_storage(torch.ones(2)), has_storage(torch.nn.LazyLinear(3).weight)
     (True, False)
@@ -321,7 +321,7 @@ def has_storage(thing: Any) -> bool:
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a tensor consists of: itself, or the indices and values of a sparse one.
+    """The tensors that make up a tensor: itself, or the indices and values of a sparse one.
 
     >>> [part.numel() for part in parts_of(torch.eye(3).to_sparse())]
     [6, 3]

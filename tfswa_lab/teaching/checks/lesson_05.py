@@ -78,7 +78,7 @@ def _peak_hint(got: object, blocks: Sizes) -> str | None:
 
 def _peak(blocks: Sizes) -> int:
     events = max([born for _, born, _ in blocks] + [died or 0 for *_, died in blocks])
-    return Timeline([Block(size, size, *ends) for size, *ends in blocks], events).peak()[0]
+    return Timeline([Block(size, size, *ends) for size, *ends in blocks], events).peak().allocated
 
 
 def check_run_in_segments(
