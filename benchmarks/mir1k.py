@@ -105,26 +105,20 @@ def build(recipe: dict) -> Separator:
     )
 
 
-class KeepingTrainer(Trainer):
-    """A trainer that hands on its average from time to time.
+def keep_from_time_to_time(trainer: Trainer, keep: Callable[[], None]) -> list[float]:
+    """Have a trainer call `keep` between steps; returns when each step began, as it goes on."""
+    step, begun, kept_at = trainer.learner.step, [], time.monotonic()
 
-    Args:
-        keep: takes the trainer.
-        arguments: of `Trainer`.
-    """
+    def watched(batches: list[dict]) -> dict[str, float]:
+        nonlocal kept_at
+        begun.append(time.monotonic())
+        if begun[-1] - kept_at >= KEPT_EVERY:
+            keep()
+            kept_at = begun[-1]
+        return step(batches)
 
-    def __init__(self, *arguments, keep: Callable[[Trainer], None], **options):
-        super().__init__(*arguments, **options)
-        self.keep, self.kept_at = keep, time.monotonic()
-        self.begun: list[float] = []  # when each step was
-
-    def train_step(self, *batches: dict) -> dict[str, float]:
-        """One update of the weights, as ever."""
-        self.begun.append(time.monotonic())
-        if self.begun[-1] - self.kept_at >= KEPT_EVERY:
-            self.keep(self)
-            self.kept_at = self.begun[-1]
-        return super().train_step(*batches)
+    trainer.learner.step = watched
+    return begun
 
 
 def train(
@@ -158,9 +152,11 @@ def train(
     weights = {"l1_weight": 0.0, "mrstft_weight": 0.0, **recipe["loss"]}
     loss = SourceSeparationLoss(separator.stems, **weights)
 
-    def facts(trainer: KeepingTrainer) -> dict:
-        # The median step: what a training is stopped for others is not its time.
-        step_seconds = float(np.median(np.diff([*trainer.begun, time.monotonic()])))
+    trainer = Trainer(separator, loss, data, config=config, progress=True)
+
+    def facts() -> dict:
+        # The median step: pauses in which other programs run do not count.
+        step_seconds = float(np.median(np.diff([*begun, time.monotonic()])))
         return {
             "steps": trainer.step,
             "minutes": round(trainer.step * step_seconds / 60, 2),
@@ -169,16 +165,16 @@ def train(
             "parameters": sum(p.numel() for p in separator.parameters()),
         }
 
-    def keep(trainer: KeepingTrainer) -> None:
+    def keep() -> None:
         if out:
             save_separator(trainer.ema.module, out)
-            about = {"recipe": described(recipe), "machine": machine(), **facts(trainer)}
+            about = {"recipe": described(recipe), "machine": machine(), **facts()}
             write_whole({out / FACTS: [json.dumps(about, indent=2).encode()]})
 
-    trainer = KeepingTrainer(separator, loss, data, config=config, progress=True, keep=keep)
+    begun = keep_from_time_to_time(trainer, keep)
     trainer.fit()
-    keep(trainer)
-    return trainer.ema.module, facts(trainer)
+    keep()
+    return trainer.ema.module, facts()
 
 
 @torch.inference_mode()

@@ -135,7 +135,7 @@ def spent_of_step(trainer: Trainer, fetch: Callable[[], dict], steps: int) -> fl
     """Mean seconds of some steps."""
     began = now(trainer.fabric.device)
     for _ in range(steps):
-        trainer.train_step(fetch())
+        trainer.learner.step([fetch()])
     return (now(trainer.fabric.device) - began) / steps
 
 
@@ -144,9 +144,9 @@ def watched(trainer: Trainer) -> dict[str, float]:
     device, spent = trainer.fabric.device, defaultdict(float)
     for owner, method, name in (
         (trainer.separator, "forward", "forward"),
-        (trainer.loss, "forward", "loss"),
+        (trainer.learner.loss, "forward", "loss"),
         (trainer.fabric, "backward", "backward"),
-        (trainer.optimizer, "step", "optimizer"),
+        (trainer.learner.optimizer, "step", "optimizer"),
     ):
         setattr(owner, method, timed(getattr(owner, method), spent, name, device))
     return spent

@@ -64,7 +64,7 @@ def parts_of(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 @contextmanager
-def held(folder: Path, doing: str) -> Iterator[None]:
+def locked(folder: Path, doing: str) -> Iterator[None]:
     """Be the only process that writes to a folder; the system lets go however the process ends.
 
     Args:

@@ -124,7 +124,7 @@ def test_mistakes_are_named(finished, songs, tmp_path):
         (["--target-stems", "vocals,voice"], "unknown stem 'voice'"),
         (["--dims", "8,8"], "four entries"),
         (["--dims", "8,x"], "'--dims'"),
-        (["--batch-size", "999"], "a step takes 999 stretches"),
+        (["--batch-size", "999"], "a step takes 999 segments"),
         (["--precision", "8-bit"], "choose among 32-true"),
         (["--use-amp", "--precision", "32-true"], "drop use_amp"),
         (["--device", "tpu"], "device='tpu'"),

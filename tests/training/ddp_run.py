@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from toy_run import NORMS, ToySongs, toy_trainer, weights
 
-from tfswa_lab.training.non_finite import NonFiniteError
+from tfswa_lab.training.learner import NonFiniteError
 
 
 def train(norm, folder=None):

@@ -18,7 +18,7 @@ from tfswa_lab.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from tfswa_lab.training.non_finite import NonFiniteError
+from tfswa_lab.training.learner import NonFiniteError
 from tfswa_lab.training.randomness import random_state, set_random_state
 
 STATE = {"step": 3, "weights": {"a": torch.arange(5.0)}, "list": [1, (2.5, None, "text")]}
@@ -187,7 +187,7 @@ class NamedSongs(ToySongs):
         ({"learning_rate": 0.5}, "training.learning_rate was 0.01, is 0.5"),
         ({"batch_size": 2}, "training.batch_size was 4, is 2"),
         ({"norm": "batch"}, "separator.sizes.norm was group, is batch"),
-        ({"train_set": ToySongs(30)}, "stretches was 20, is 30"),
+        ({"train_set": ToySongs(30)}, "segments was 20, is 30"),
         ({"loss": L1Only()}, r"loss was ToyLoss\(.*, is L1Only\("),
         ({"augment": Gain((1, 2))}, r"augment was None, is Gain\(factor=\(1, 2\), prob=1.0\)"),
         ({"masking": SpectrogramMasking(3)}, r"is SpectrogramMasking\(max_bins=3, "),
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_one_is_refused_before_the_first_step(tmp_path):
 
 def test_a_trainer_goes_on_where_it_stands(tmp_path):
     trainer = toy_trainer(tmp_path)
-    trainer.loss = OverflowsOnce()
+    trainer.learner.loss = OverflowsOnce()
     with pytest.raises(NonFiniteError):
         trainer.fit()
     trainer.fit()
@@ -253,7 +253,7 @@ def test_a_trainer_goes_on_where_it_stands(tmp_path):
 
 def test_other_versions_are_warned_of(tmp_path, monkeypatch):
     toy_trainer(tmp_path, max_steps=2).fit()
-    monkeypatch.setattr("tfswa_lab.training.state.versions", lambda: {"torch": "3.0"})
+    monkeypatch.setattr("tfswa_lab.training.checkpoint.versions", lambda: {"torch": "3.0"})
     with pytest.warns(UserWarning, match=r"this is \{'torch': '3.0'\}"):
         toy_trainer(tmp_path, max_steps=4).fit(tmp_path)
 
@@ -305,7 +305,7 @@ def test_the_scale_that_half_precision_found_is_restored(tmp_path):
     scaler = resumed.fabric.strategy.precision.scaler
     assert scaler.get_scale() == 65_536 / 2
     assert scaler.state_dict()["_growth_tracker"] == 5  # two steps, then three
-    assert resumed.scheduler.last_epoch == resumed.ema.n_averaged == 5
+    assert resumed.learner.scheduler.last_epoch == resumed.ema.n_averaged == 5
 
 
 def test_a_full_disk_leaves_the_good_one_and_no_part(tmp_path, monkeypatch):
@@ -317,8 +317,19 @@ def test_a_full_disk_leaves_the_good_one_and_no_part(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    trainer.step += 1
+    trainer.learner.steps += 1
     with pytest.raises(OSError, match=r"step_00000006.ckpt .*No space left.*make room and resume"):
         trainer.save()
     assert list((tmp_path / "checkpoints").iterdir()) == [good]
     assert load_checkpoint(good)["step"] == 5
+
+
+def test_a_checkpoint_of_before_segments_were_called_so_is_resumed(tmp_path):
+    toy_trainer(tmp_path, max_steps=2).fit()
+    (path,) = list_checkpoints(tmp_path)
+    state = load_checkpoint(path)
+    state["settings"]["stretches"] = state["settings"].pop("segments")
+    save_checkpoint(tmp_path, 2, state)
+    trainer = toy_trainer(tmp_path, max_steps=4)
+    trainer.fit(tmp_path)
+    assert trainer.step == 4

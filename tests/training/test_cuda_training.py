@@ -23,6 +23,6 @@ def test_it_learns_and_resumes_on_a_card(tmp_path, precision):
 def test_the_card_and_the_cpu_take_the_same_step():
     songs = ToySongs()
     batch = torch.utils.data.default_collate([songs[index] for index in range(4)])
-    scalars = [toy_trainer(device=device).train_step(batch) for device in ("cpu", "cuda")]
+    scalars = [toy_trainer(device=device).learner.step([batch]) for device in ("cpu", "cuda")]
     for name, value in scalars[0].items():
         assert scalars[1][name] == pytest.approx(value, rel=1e-3), name

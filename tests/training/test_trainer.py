@@ -14,7 +14,7 @@ from toy_run import STEMS, ToyLoss, ToySongs, toy_separator, toy_trainer, weight
 
 from tfswa_lab.data.augment import Gain, SpectrogramMasking
 from tfswa_lab.models.storage import load_separator
-from tfswa_lab.training.non_finite import NonFiniteError
+from tfswa_lab.training.learner import NonFiniteError
 from tfswa_lab.training.randomness import generator_for
 from tfswa_lab.training.trainer import Trainer
 from tfswa_lab.training.validation import validate, validation_loader
@@ -36,7 +36,7 @@ def batches(count, size=4):
 def test_one_step_is_the_step_that_one_would_write_by_hand():
     trainer = toy_trainer(learning_rate=3e-3, warmup_steps=2, gradient_clip_val=0.01)
     (batch,) = batches(1)
-    scalars = trainer.train_step(batch)
+    scalars = trainer.learner.step([batch])
 
     separator = toy_separator()
     optimizer = torch.optim.AdamW(separator.parameters(), 3e-3 / 2, weight_decay=1e-2)
@@ -59,7 +59,7 @@ def test_accumulated_parts_make_the_step_of_the_whole():
     whole = {name: torch.cat([part[name] for part in parts]) for name in ("mixture", "stems")}
     whole |= {"track": ["x"] * 12, "start_seconds": torch.zeros(12)}
     trainers = [toy_trainer(accumulate=1), toy_trainer(accumulate=1)]
-    scalars = [trainers[0].train_step(*parts), trainers[1].train_step(whole)]
+    scalars = [trainers[0].learner.step(parts), trainers[1].learner.step([whole])]
     assert scalars[0]["loss"] == pytest.approx(scalars[1]["loss"], rel=1e-6)
     for name, tensor in weights(trainers[1]).items():
         torch.testing.assert_close(weights(trainers[0])[name], tensor, atol=1e-6, rtol=0)
@@ -70,7 +70,7 @@ def test_the_average_follows_its_recursion():
     name = "model.layers.4.weight"
     average = None
     for k, batch in enumerate(batches(5)):
-        trainer.train_step(batch)
+        trainer.learner.step([batch])
         newest = trainer.separator.state_dict()[name].clone()
         decay = min(0.25, (1 + k) / (10 + k))  # 2/11, 3/12, then 0.25
         average = newest if k == 0 else decay * average + (1 - decay) * newest
@@ -82,7 +82,7 @@ def test_the_average_follows_its_recursion():
 def test_an_average_of_one_step_is_the_model_itself_with_its_statistics(norm):
     trainer = toy_trainer(norm=norm, ema_decay=0.0)
     for batch in batches(3):
-        trainer.train_step(batch)
+        trainer.learner.step([batch])
     averaged = trainer.ema.module.state_dict()
     for name, tensor in trainer.separator.state_dict().items():
         assert torch.equal(averaged[name], tensor), name
@@ -92,7 +92,7 @@ def test_running_statistics_are_averaged_like_weights():
     trainer = toy_trainer(norm="batch", ema_decay=0.1)
     average = None
     for batch in batches(3):
-        trainer.train_step(batch)
+        trainer.learner.step([batch])
         newest = trainer.separator.model.layers[1].running_mean.clone()
         average = newest if average is None else 0.1 * average + 0.9 * newest
     torch.testing.assert_close(trainer.ema.module.model.layers[1].running_mean, average)
@@ -119,10 +119,10 @@ def test_augmentation_and_masking_depend_on_the_step_not_on_what_came_before(mon
     masking = SpectrogramMasking(max_bins=8, max_frames=8)
     first = toy_trainer(augment=augment, masking=masking)
     for batch in batches(3):
-        first.train_step(batch)
+        first.learner.step([batch])
     late = toy_trainer(augment=augment, masking=masking)
-    late.step = 2
-    late.train_step(batches(3)[2])
+    late.learner.steps = 2
+    late.learner.step([batches(3)[2]])
     assert len(set(drawn[:3])) == 3
     assert drawn[3] == drawn[2]
     assert drawn[0] == torch.rand(1, generator=generator_for(0, 0, 0, 0)).item()
@@ -132,7 +132,7 @@ def test_masking_changes_training_and_leaves_validation_alone():
     (batch,) = batches(1)
     masked = toy_trainer(masking=SpectrogramMasking(max_bins=8, max_frames=20))
     plain = toy_trainer()
-    assert masked.train_step(batch)["loss"] != plain.train_step(batch)["loss"]
+    assert masked.learner.step([batch])["loss"] != plain.learner.step([batch])["loss"]
     again = plain.ema.module(batch["mixture"])
     masked.ema.load_state_dict(plain.ema.state_dict())
     assert torch.equal(masked.ema.module(batch["mixture"]), again)
@@ -146,7 +146,7 @@ def test_the_best_average_is_kept_and_can_separate(tmp_path):
     assert trainer.best_sdr == max(values)
     assert trainer.best_step == history["valid/sdr"][0][values.index(max(values))]
     loader = validation_loader(ToySongs(5), 4, 0, trainer.fabric)
-    scores = validate(best, trainer.loss, loader, trainer.fabric)
+    scores = validate(best, trainer.learner.loss, loader, trainer.fabric)
     assert scores["sdr"] == pytest.approx(trainer.best_sdr, abs=1e-6)
 
 
@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_names_the_songs_and_keeps_the_batch(tmp_path)
     before = weights(trainer)
     good, bad = batches(2)[1], batches(1)[0]
     with pytest.raises(NonFiniteError, match=r"loss is nan in step 1.*song 3 at 0\.30 s") as error:
-        trainer.train_step(good, bad)
+        trainer.learner.step([good, bad])
     assert "song 4" not in str(error.value), "only the part that is to blame is named"
     for name, tensor in weights(trainer).items():
         assert torch.equal(tensor, before[name]), "no update was made"
@@ -223,16 +223,16 @@ class Steep(ToyLoss):
 def test_a_gradient_that_is_not_finite_stops_the_run(precision):
     trainer = toy_trainer(loss=Steep(), precision=precision)
     with pytest.raises(NonFiniteError, match="norm of the gradients is nan"):
-        trainer.train_step(*batches(1))
+        trainer.learner.step(batches(1))
 
 
 def test_half_precision_skips_steps_until_its_scale_cannot_be_to_blame():
     trainer = toy_trainer(loss=Steep(), precision="16-mixed")
     before = weights(trainer)
     for _ in range(16):  # 65 536 halved sixteen times is 1
-        trainer.train_step(*batches(1))
+        trainer.learner.step(batches(1))
     with pytest.raises(NonFiniteError, match="step 17"):
-        trainer.train_step(*batches(1))
+        trainer.learner.step(batches(1))
     for name, tensor in weights(trainer).items():
         assert torch.equal(tensor, before[name]), name
 
@@ -244,7 +244,7 @@ def test_mixed_precision_stays_close_and_leaves_the_waveform_whole(precision):
     mixed.separator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     whole = toy_trainer(learning_rate=1e-3)
     for batch in batches(4):
-        losses = [trainer.train_step(batch)["loss"] for trainer in (mixed, whole)]
+        losses = [trainer.learner.step([batch])["loss"] for trainer in (mixed, whole)]
     assert seen == [torch.float32] * 4
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert losses[0] != losses[1]
@@ -267,8 +267,8 @@ def test_what_cannot_be_saved_is_refused_before_training(tmp_path):
     ("config", "message"),
     [
         ({"activation_checkpointing": True}, r"a ToyNet has no activation_checkpointing"),
-        ({"batch_size": 21}, r"a step takes 21 stretches .* has 20"),
-        ({"batch_size": 8, "accumulate": 3}, r"a step takes 24 stretches"),
+        ({"batch_size": 21}, r"a step takes 21 segments .* has 20"),
+        ({"batch_size": 8, "accumulate": 3}, r"a step takes 24 segments"),
         ({"device": "cuda:99"}, r"cuda:99"),
         ({"precision": "64-true"}, r"precision='64-true': choose among 32-true"),
         ({"max_epochs": 0}, r"max_epochs=0: a whole number, 1 or more"),

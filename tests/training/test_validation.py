@@ -11,9 +11,8 @@ from toy_run import STEMS, ToyLoss
 
 from tfswa_lab.stft import STFTProcessor
 from tfswa_lab.training.launch import launch
+from tfswa_lab.training.learner import NonFiniteError, make_schedule, warmup_cosine
 from tfswa_lab.training.logbook import spectrogram_image
-from tfswa_lab.training.non_finite import NonFiniteError
-from tfswa_lab.training.schedule import make_schedule, warmup_cosine
 from tfswa_lab.training.validation import validate, validation_loader
 
 

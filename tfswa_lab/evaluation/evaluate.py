@@ -21,7 +21,7 @@ from joblib import Parallel, delayed, effective_n_jobs
 
 from tfswa_lab.data.musdb import SPLITS, check_choice
 from tfswa_lab.data.tracks import find_tracks
-from tfswa_lab.durable import held
+from tfswa_lab.durable import locked
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.report import NAMES, Report
 from tfswa_lab.evaluation.score_folders import Folders, Job, unfinished
@@ -73,7 +73,7 @@ def evaluate(
     folders = Folders.of(output_dir, bounds_dir, split)
     tracks = find_tracks(data_root, split, scoring.sources)
     folders.output.mkdir(parents=True, exist_ok=True)
-    with held(folders.output, "evaluating"):
+    with locked(folders.output, "evaluating"):
         left = unfinished(scoring, tracks, folders, bounds, overwrite)
         folders.write_songs(track.name for track in tracks)
         _score_all(scoring, left, folders, jobs, progress)

@@ -1,9 +1,11 @@
 """A run on disk, whole or not at all, and proof of it.
 
     RUN/checkpoints/step_00000120.ckpt      and the one before it
+    RUN/best/                               the best average so far, for `load_separator`
 
-A file is a line `tfswa-lab checkpoint 1 <sha256> <bytes>` and as many bytes as it says, written by
-`torch.save` and read with `weights_only=True`: tensors and plain containers, nothing that runs.
+A checkpoint is a line `tfswa-lab checkpoint 1 <sha256> <bytes>` and as many bytes as it says,
+written by `torch.save` and read with `weights_only=True`: tensors and plain containers, nothing
+that runs.
 
 Notebook: 07_training
 """
@@ -12,17 +14,25 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
+import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 
-from tfswa_lab.durable import write_whole
+from tfswa_lab import __version__
+from tfswa_lab.durable import locked, write_whole
+from tfswa_lab.training.launch import gathered
 
 MAGIC = "tfswa-lab checkpoint 1"
 FOLDER = "checkpoints"
+BEST = "best"
 
 
 def save_checkpoint(run: str | Path, step: int, state: Mapping, before: Path | None = None) -> Path:
@@ -138,3 +148,155 @@ def _offer(path: Path) -> str:
             continue
         return f"{other} is whole, go on from there: --resume {other}"
     return f"no other checkpoint in {path.parent} is whole, start the run again"
+
+
+# The folder of a run ------------------------------------------------------------------------
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make the folder of a run, before hours are spent on what could not be written.
+
+    Raises:
+        OSError: it is a file, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink(missing_ok=True)  # several processes may try at once
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be the folder of a run ({error.strerror}); choose another output_dir"
+        ) from error
+
+
+def refuse_another_run(folder: Path, checkpoint: Path | None) -> None:
+    """Make sure that a run does not write over another.
+
+    Args:
+        folder: where it will write.
+        checkpoint: the one that it goes on from, None for a run from the start.
+
+    Raises:
+        FileExistsError: the folder holds checkpoints, and this is none of them, or the weights of
+            a run whose checkpoints are gone.
+    """
+    existing = [path.resolve() for path in list_checkpoints(folder)]
+    if existing and (checkpoint is None or checkpoint.resolve() not in existing):
+        raise FileExistsError(
+            f"{folder} holds a run already; go on with it (--resume {folder}) or choose another "
+            "folder"
+        )
+    if not existing and (folder / BEST).exists():
+        raise FileExistsError(
+            f"{folder / BEST} holds the weights of a run without checkpoints; choose another "
+            "folder or move them away"
+        )
+
+
+@contextmanager
+def exclusive(folder: Path | None, fabric: Fabric) -> Iterator[None]:
+    """Keep other runs out of the folder of a run; the lock ends however the process ends.
+
+    Args:
+        folder: of the run, None for nowhere.
+        fabric: its first process holds the lock, all processes hear of the refusal.
+
+    Raises:
+        FileExistsError: another run is writing there now.
+    """
+    if folder is None:
+        yield
+        return
+    with ExitStack() as stack:
+        refusal = ""
+        if fabric.is_global_zero:
+            try:
+                stack.enter_context(locked(folder, "training"))
+            except FileExistsError as error:
+                refusal = str(error)
+        refusal = gathered(fabric, refusal)[0]
+        if refusal:
+            raise FileExistsError(refusal)
+        yield
+
+
+# The same run -------------------------------------------------------------------------------
+
+PACKAGES = ("torch", "lightning-fabric", "numpy")
+
+# Settings that a resumed run may change; any other would make it another run.
+MAY_CHANGE = {
+    "max_epochs",
+    "max_steps",
+    "activation_checkpointing",
+    "log_every_n_steps",
+    "val_every_n_steps",
+    "patience",
+    "checkpoint_every_n_steps",
+    "checkpoint_every_n_minutes",
+    "num_workers",
+    "device",
+    "devices",
+    "data_root",
+}
+
+
+# Settings as earlier versions wrote them.
+RENAMED = {"stretches": "segments"}
+ADDED = {"training.model": "tfswa_unet"}
+
+
+def check_same_run(saved: dict, current: dict) -> None:
+    """Refuse to go on with a run under settings that would make it another one.
+
+    Args:
+        saved: nested settings out of a checkpoint.
+        current: those of the run that wants to resume.
+
+    Raises:
+        ValueError: names every setting that differs, with both values.
+    """
+    new = _flat(current)
+    old = {name: value for name, value in ADDED.items() if name in new}
+    old |= {RENAMED.get(name, name): value for name, value in _flat(saved).items()}
+    differing = [
+        f"{name} was {old.get(name)}, is {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint is of another run: {'; '.join(differing)}; resume with the same "
+            "settings, or start a new run"
+        )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings as `{"separator.sizes.dims": [8, 16, 24, 32]}`, in JSON's types."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = json.loads(json.dumps(value))
+    return flat
+
+
+def spelled(part: object) -> str:
+    """A part's own description, or its class where that would be an address in memory.
+
+    >>> from tfswa_lab.data.augment import Chain, Gain, Remix
+    >>> spelled(Chain([Remix(), Gain((0.5, 2))]))
+    'Chain(augmentations=[Remix(), Gain(factor=(0.5, 2), prob=1.0)])'
+    >>> spelled(object())
+    'object'
+    """
+    text = " ".join(repr(part).split())
+    return text if " at 0x" not in text else getattr(part, "__name__", type(part).__name__)
+
+
+def versions() -> dict[str, str]:
+    """Of all packages that decide about the last bit."""
+    ours = {"python": platform.python_version(), "tfswa-lab": __version__}
+    return ours | {name: version(name) for name in PACKAGES}

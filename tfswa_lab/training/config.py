@@ -1,11 +1,10 @@
-"""The numbers of a training run that are not the model's: one frozen dataclass, checked at once.
+"""How to train: all numbers that are not the network's, in one frozen dataclass that checks itself.
 
 Notebook: 07_training
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -16,13 +15,13 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 class TrainingConfig:
     """How to train: steps, optimiser, precision, and when to look and to save.
 
-    A step is one update of the weights. It sees `batch_size * accumulate` stretches, whatever the
-    number of devices: each takes its share, so a run means the same on one card as on eight.
+    A step is one update of the weights. It sees `batch_size * accumulate` segments, whatever the
+    number of devices: each takes its share, so a run means the same on one GPU as on eight.
 
     Args:
         max_epochs: passes over the training set, None where `max_steps` is the end.
         max_steps: an earlier end, None for none. The learning rate reaches zero at whichever end.
-        batch_size: stretches per forward pass, over all devices.
+        batch_size: segments per forward pass, over all devices.
         accumulate: forward passes whose gradients are averaged into one step.
         learning_rate: AdamW's, at its highest.
         weight_decay: AdamW's.
@@ -39,7 +38,7 @@ class TrainingConfig:
         num_workers: processes that read audio ahead, for each device.
         device: cpu, cuda, or auto.
         devices: how many of them in this machine; torchrun and `fabric run` decide themselves.
-        seed: of the order of the stretches and of the augmentation.
+        seed: of the order of the segments and of the augmentation.
 
     Raises:
         ValueError: a number is out of range, there is no end, or the precision is unknown.
@@ -91,6 +90,30 @@ class TrainingConfig:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: choose among {', '.join(PRECISIONS)}")
 
+    def steps_per_epoch(self, segments: int) -> int:
+        """Whole steps in a pass over so many segments.
+
+        Raises:
+            ValueError: there are fewer than a step takes.
+        """
+        in_a_step = self.batch_size * self.accumulate
+        if segments < in_a_step:
+            raise ValueError(
+                f"a step takes {in_a_step} segments (batch_size={self.batch_size}, "
+                f"accumulate={self.accumulate}), the training set has {segments}; lower the batch "
+                "size or draw more samples_per_track"
+            )
+        return segments // in_a_step
+
+    def total_steps(self, segments: int) -> int:
+        """Steps until the earlier of both ends, with so many segments in the training set.
+
+        >>> TrainingConfig(max_epochs=3, batch_size=4).total_steps(10)
+        6
+        """
+        epochs = self.max_epochs and self.max_epochs * self.steps_per_epoch(segments)
+        return min(end for end in (self.max_steps, epochs) if end)
+
 
 _MAY_BE_ZERO = ("warmup_steps", "num_workers", "seed")
 _COUNTS = (
@@ -105,53 +128,3 @@ _COUNTS = (
     "devices",
     *_MAY_BE_ZERO,
 )
-
-# What a resumed run may set anew; all else would make it another run.
-MAY_CHANGE = {
-    "max_epochs",
-    "max_steps",
-    "activation_checkpointing",
-    "log_every_n_steps",
-    "val_every_n_steps",
-    "patience",
-    "checkpoint_every_n_steps",
-    "checkpoint_every_n_minutes",
-    "num_workers",
-    "device",
-    "devices",
-    "data_root",
-}
-
-
-def check_same_run(saved: dict, current: dict) -> None:
-    """Refuse to go on with a run under settings that would make it another one.
-
-    Args:
-        saved: nested settings out of a checkpoint.
-        current: those of the run that wants to resume.
-
-    Raises:
-        ValueError: names every setting that differs, with both values.
-    """
-    old, new = _flat(saved), _flat(current)
-    differing = [
-        f"{name} was {old.get(name)}, is {new.get(name)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE
-    ]
-    if differing:
-        raise ValueError(
-            f"the checkpoint is of another run: {'; '.join(differing)}; resume with the same "
-            "settings, or start a new run"
-        )
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    """Nested settings as `{"separator.sizes.dims": [8, 16, 24, 32]}`, in JSON's types."""
-    flat = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = json.loads(json.dumps(value))
-    return flat

@@ -20,25 +20,25 @@ from tfswa_lab.device import pick_device
 
 
 class Autocast(MixedPrecision):
-    """Mixed precision inside the network; the waveforms that enter it stay whole.
+    """Mixed precision inside the network; the waveforms that enter it stay float32.
 
     Fabric would round them as well, which is right for images and wrong here: with its 8 bits,
     bfloat16 adds noise only 56 dB below the music before the first layer has seen it.
     """
 
     def convert_input(self, data: Any) -> Any:
-        """The batch as it is."""
+        """The batch, unchanged."""
         return data
 
 
 def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") -> Fabric:
-    """This process's part in a run: its device, its rank, and how it talks to the others.
+    """This process's part in a run: its device, its rank, and its link to the other processes.
 
     One process per device. More than one are started here, by running the same command again,
     unless torchrun or `fabric run` has done that; then their number counts, not `devices`.
 
     Raises:
-        ValueError: the device is unknown or absent, there are not so many, or a card lacks the
+        ValueError: the device is unknown or absent, there are not so many, or a GPU lacks the
             precision.
     """
     chosen = pick_device(device)
@@ -67,12 +67,12 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
 
 
 def leave_the_others() -> None:
-    """End the talk between processes, where there is one, while Python is whole.
+    """Close the process group, if there is one, before the interpreter ends.
 
-    gloo's threads let go of the last tensors a moment after they are exchanged, and a thread that
-    does so while the interpreter ends aborts the process (PyTorch issue 190489): 4 of 72 runs on a
-    busy machine. They are waited for when the last object that can talk goes, so let go of
-    trainers before the end.
+    Threads of gloo free the last exchanged tensors a moment later, and one that does so while the
+    interpreter ends aborts the process (PyTorch issue 190489): 4 of 72 runs on a busy machine.
+    They are joined when the last object that refers to the group is deleted, so delete trainers
+    before the end.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -80,21 +80,21 @@ def leave_the_others() -> None:
 
 
 def best_mixed_precision(device: str) -> str:
-    """Where bfloat16 exists, it: of float32's range, it needs no scaler.
+    """bfloat16 where the device has it: with the range of float32, it needs no scaler.
 
     >>> best_mixed_precision("cpu")
     'bf16-mixed'
     """
-    old_card = pick_device(device).type == "cuda" and not torch.cuda.is_bf16_supported(
+    old_gpu = pick_device(device).type == "cuda" and not torch.cuda.is_bf16_supported(
         including_emulation=False
     )
-    return "16-mixed" if old_card else "bf16-mixed"
+    return "16-mixed" if old_gpu else "bf16-mixed"
 
 
 def synchronised(separator: nn.Module, fabric: Fabric) -> nn.Module:
-    """Batch norms that see the whole batch where several cards share it.
+    """Batch norms that see the whole batch where several GPUs share it.
 
-    Otherwise each normalises by its own part, and a run changes with the number of cards. torch
+    Otherwise each normalises by its own part, and a run changes with the number of GPUs. torch
     has no such batch norm for CPUs.
     """
     if fabric.world_size > 1 and fabric.device.type == "cuda":
@@ -130,7 +130,7 @@ def share_buffers(fabric: Fabric, module: nn.Module) -> None:
 
 
 def any_process(fabric: Fabric, *flags: bool) -> list[bool]:
-    """For each flag, whether it is set in some process: all must take the same turn."""
+    """For each flag, whether it is set in some process: all must go on alike."""
     if fabric.world_size == 1:
         return list(flags)
     votes = fabric.all_reduce(torch.tensor(flags, dtype=torch.float32), reduce_op="max")

@@ -1,4 +1,4 @@
-"""The curves of a run, for plots in a notebook and for TensorBoard.
+"""How a run is watched: curves for notebooks and TensorBoard, a progress bar, speed and memory.
 
 Axis letters: `n` stems, `c` channels, `s` samples, `f` bins, `t` frames.
 
@@ -7,12 +7,17 @@ Notebook: 07_training
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from tfswa_lab.memory import gauges
+from tfswa_lab.memory.sizes import MIB
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.stft import STFTProcessor
 
@@ -54,7 +59,7 @@ class Logbook:
                 self.writer.add_scalar(name, value, step)
 
     def separation(self, step: int, separator: Separator, item: dict, estimates: Tensor) -> None:
-        """Mixture, targets and estimates `(n, c, s)` of a stretch, to be heard and seen."""
+        """Mixture, targets and estimates `(n, c, s)` of a segment, to be heard and seen."""
         stems = separator.stems
         waveforms = {f"{s}/estimate": x.cpu() for s, x in zip(stems, estimates, strict=True)}
         if not self.truth_shown:  # it stays the same
@@ -78,16 +83,6 @@ class Logbook:
             self.writer.close()
 
 
-def means(terms: list[dict]) -> dict[str, float]:
-    """The mean of each of some scalars over several dicts that have the same.
-
-    >>> means([{"loss": 1.0}, {"loss": torch.tensor(2.0)}])
-    {'loss': 1.5}
-    """
-    values = torch.stack([torch.stack([torch.as_tensor(x) for x in t.values()]) for t in terms])
-    return dict(zip(terms[0], values.double().mean(0).tolist(), strict=True))
-
-
 def spectrogram_image(waveform: Tensor, stft: STFTProcessor) -> Tensor:
     """Level in each bin as a grey value in [0, 1], low bins at the bottom.
 
@@ -100,3 +95,58 @@ def spectrogram_image(waveform: Tensor, stft: STFTProcessor) -> Tensor:
     full_scale = stft.n_fft / 4  # of a Hann window
     db = 20 * (stft(waveform).abs() / full_scale).clamp(min=1e-9).log10()
     return (1 - db / FLOOR_DB).clamp(0, 1).flip(0).to(torch.float32)
+
+
+def memory_mib(device: torch.device) -> dict[str, float]:
+    """Memory in MiB by kind: what torch allocated and reserved on a GPU, else the process's RSS.
+
+    >>> list(memory_mib(torch.device("cpu")))
+    ['process_rss']
+    """
+    if device.type != "cuda":
+        return {"process_rss": gauges.process_rss() / MIB}
+    return {
+        "allocated": gauges.allocated(device) / MIB,
+        "reserved": gauges.reserved(device) / MIB,
+    }
+
+
+def progress_bar(step: int, total: int, shown: bool) -> tqdm:
+    """A bar from `step` on; where it is not shown, it costs nothing."""
+    return tqdm(initial=step, total=total, unit="it", disable=not shown, dynamic_ncols=True)
+
+
+def advance(bar: tqdm, scalars: dict[str, float], device: torch.device) -> None:
+    """One step more, with loss, learning rate and memory beside the speed."""
+    if not bar.disable:
+        memory = " ".join(f"{name} {mib:.0f} MiB" for name, mib in memory_mib(device).items())
+        note = f"loss {scalars['loss']:.4g} lr {scalars['lr']:.2g} {memory}"
+        bar.set_postfix_str(note, refresh=False)
+    bar.update()
+
+
+class Pace:
+    """How fast steps are made, and how much of the time they wait for data."""
+
+    def __init__(self):
+        self._begin()
+
+    def _begin(self) -> None:
+        self.waited = 0.0
+        self.steps = 0
+        self.since = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what fetches the data of one step."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Steps per second and the share of waiting since the last reading."""
+        seconds = time.perf_counter() - self.since
+        scalars = {"steps_per_second": self.steps / seconds, "data_share": self.waited / seconds}
+        self._begin()
+        return scalars

@@ -1,4 +1,4 @@
-"""Whole recipes by name: sizes of the network, what it hears, its loss, and how it is trained.
+"""Whole recipes by name: sizes of the network, its songs, its loss, and how it is trained.
 
 `dataclasses.replace(TINY, batch_size=2)` is how a recipe is changed. This file needs no torch.
 
@@ -27,8 +27,8 @@ class Preset(TrainingConfig):
         bins: the network sees this many of the lowest bins, None for all.
         sample_rate: in Hz; songs are resampled to it.
         target_stems: what to separate; `other` is all that is not named.
-        segment_seconds: length of a stretch.
-        samples_per_track: stretches of each song in an epoch.
+        segment_seconds: length of a segment.
+        samples_per_track: segments of each song in an epoch.
         augment: "none", "light" or "full", see `training.run.augmentation_for`.
         l1_weight: of `L1SpectrogramLoss`.
         mrstft_weight: of `MultiResolutionSTFTLoss`.
@@ -77,7 +77,7 @@ TINY = Preset(
     ema_decay=0.97,
 )
 
-# Real songs at 44.1 kHz, all four stems, one card.
+# Real songs at 44.1 kHz, all four stems, one GPU.
 SMALL = Preset(
     dims=(16, 32, 64, 128),
     depths=(1, 1, 1, 1),
@@ -90,7 +90,7 @@ SMALL = Preset(
     device="auto",
 )
 
-# The published sizes, several cards.
+# The published sizes, several GPUs.
 DEFAULT = Preset(
     batch_size=8,
     max_epochs=500,

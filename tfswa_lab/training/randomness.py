@@ -1,7 +1,7 @@
-"""Every source of chance in a run: what can be derived is, what cannot is saved.
+"""Every source of chance in a run: generators derived from a step's numbers, or saved and restored.
 
-Order and augmentation come from generators derived from numbers that a step knows about itself.
-Only what draws from the global generators, dropout above all, needs these saved and restored.
+Order and augmentation use generators that are derived from seed, epoch, step and rank. Dropout, and
+whatever else draws from the global generators, needs these saved and restored.
 
 Notebook: 07_training
 """
@@ -33,7 +33,7 @@ def random_state(device: torch.device) -> dict:
     """States of the global generators of Python, numpy and torch, in plain containers.
 
     Args:
-        device: this process's device; a card has a generator of its own.
+        device: this process's device; a GPU has a generator of its own.
     """
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 (others may draw from it)
     state = {
@@ -49,7 +49,7 @@ def random_state(device: torch.device) -> dict:
 def set_random_state(state: dict, device: torch.device) -> None:
     """Put the global generators into the states of `random_state`.
 
-    A card's state is left out where the run went from a card to the CPU or back.
+    A GPU's state is left out where the run moved from a GPU to the CPU or back.
     """
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002

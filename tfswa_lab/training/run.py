@@ -94,8 +94,9 @@ def build_trainer(preset: Preset, output_dir: str | Path | None, progress: bool 
         progress=progress,
     )
     check_segment(preset, trainer.train_set)
-    trainer.augment = augmentation_for(preset, preset.batch_size // trainer.fabric.world_size)
-    trainer.masking = SpectrogramMasking() if preset.augment == "full" else None
+    learner, share = trainer.learner, preset.batch_size // trainer.fabric.world_size
+    learner.augment = augmentation_for(preset, share)
+    learner.masking = SpectrogramMasking() if preset.augment == "full" else None
     return trainer
 
 
@@ -132,7 +133,7 @@ def loss_of(preset: Preset) -> SourceSeparationLoss:
 
 
 def songs_of(preset: Preset, split: str) -> MUSDB18Dataset:
-    """Random stretches of the songs to train on, or all stretches of those to validate on."""
+    """Random segments of the songs to train on, or all segments of those to validate on."""
     return MUSDB18Dataset(
         preset.data_root or ensure_band(),
         split,
@@ -145,7 +146,7 @@ def songs_of(preset: Preset, split: str) -> MUSDB18Dataset:
 
 
 def check_segment(preset: Preset, songs: MUSDB18Dataset) -> None:
-    """Refuse stretches that are shorter than a window, or longer than every song.
+    """Refuse segments that are shorter than a window, or longer than every song.
 
     Raises:
         ValueError: names both lengths.
@@ -154,7 +155,7 @@ def check_segment(preset: Preset, songs: MUSDB18Dataset) -> None:
     longest = max(track.length(rate) for track in songs.tracks) / rate
     if not preset.n_fft / rate <= seconds <= longest:
         raise ValueError(
-            f"segment_seconds={seconds}: a stretch must hold a window of n_fft={preset.n_fft} "
+            f"segment_seconds={seconds}: a segment must hold a window of n_fft={preset.n_fft} "
             f"({preset.n_fft / rate:.2f} s), and the longest song has {longest:.2f} s"
         )
 
@@ -163,7 +164,7 @@ def augmentation_for(preset: Preset, items: int) -> Augmentation | None:
     """What `preset.augment` means: nothing, what costs next to nothing, or everything.
 
     "light" is gain, channel swap and polarity after stems of different songs were put together;
-    "full" adds time stretch and pitch shift here, and `SpectrogramMasking` in the trainer.
+    "full" adds time stretch and pitch shift here, and `SpectrogramMasking` in the learner.
 
     Args:
         preset: its `augment` and `sample_rate` count.

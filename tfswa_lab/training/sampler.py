@@ -1,4 +1,4 @@
-"""Which stretches make up which batch: an order that depends on seed and epoch alone.
+"""Which segments make up which batch: an order that depends on seed and epoch alone.
 
 Notebook: 07_training
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tfswa_lab.training.config import TrainingConfig
 from tfswa_lab.training.randomness import generator_for
 
 
@@ -22,44 +23,27 @@ class ShuffledBatches(Sampler[list[int]]):
 
     Args:
         length: size of the data set.
-        batch_size: indices per batch, over all processes.
-        accumulate: batches per step.
-        seed: of the order.
+        config: its `batch_size`, `accumulate` and `seed` count.
         rank: which process this is.
         processes: how many there are.
 
     Raises:
         ValueError: the data set is smaller than a step, or processes cannot share a batch evenly.
 
-    >>> [len(batch) for batch in ShuffledBatches(10, 4)]
+    >>> [len(batch) for batch in ShuffledBatches(10, TrainingConfig(batch_size=4))]
     [4, 4]
-    >>> [len(batch) for batch in ShuffledBatches(10, 4, rank=1, processes=2)]
+    >>> [len(batch) for batch in ShuffledBatches(10, TrainingConfig(batch_size=4), 1, processes=2)]
     [2, 2]
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        accumulate: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-    ):
-        if length < batch_size * accumulate:
+    def __init__(self, length: int, config: TrainingConfig, rank: int = 0, processes: int = 1):
+        self.batches = config.steps_per_epoch(length) * config.accumulate
+        if config.batch_size % processes:
             raise ValueError(
-                f"a step takes {batch_size * accumulate} stretches (batch_size={batch_size}, "
-                f"accumulate={accumulate}), the training set has {length}; lower the batch size "
-                "or draw more samples_per_track"
+                f"batch_size={config.batch_size} cannot be shared by {processes} devices"
             )
-        if batch_size % processes:
-            raise ValueError(f"batch_size={batch_size} cannot be shared by {processes} devices")
-        self.batch_size = batch_size
-        self.batches = length // (batch_size * accumulate) * accumulate
-        self.length = length
-        self.seed = seed
-        self.rank = rank
-        self.processes = processes
+        self.length, self.config = length, config
+        self.rank, self.processes = rank, processes
         self.start_at(0, 0)
 
     def start_at(self, epoch: int, batch: int) -> None:
@@ -72,10 +56,10 @@ class ShuffledBatches(Sampler[list[int]]):
         return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.length, generator=generator_for(self.seed, self.epoch))
-        for batch in range(self.first, self.batches):
-            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield indices[self.rank :: self.processes].tolist()
+        generator = generator_for(self.config.seed, self.epoch)
+        batches = torch.randperm(self.length, generator=generator).split(self.config.batch_size)
+        for batch in batches[self.first : self.batches]:
+            yield batch[self.rank :: self.processes].tolist()
 
 
 class TrainingLoader:
@@ -90,7 +74,7 @@ class TrainingLoader:
         dataset: maps indices to items.
         batches: which items go together.
         num_workers: processes that read ahead, 0 to read when asked.
-        pin_memory: prepare batches for a fast copy to a card.
+        pin_memory: prepare batches for a fast copy to a GPU.
     """
 
     def __init__(
@@ -105,7 +89,7 @@ class TrainingLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            # Of its own: each pass draws from it, and torch's would lead a resumed run astray.
+            # Its own: each pass draws from it, and draws from torch's would change a resumed run.
             generator=torch.Generator(),
         )
 

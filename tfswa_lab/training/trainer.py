@@ -1,60 +1,41 @@
-"""The loop from a batch to a trained separator; `Trainer.train_step` is the heart of it.
-
-Axis letters: `b` batch, `n` stems, `c` channels, `s` samples.
+"""The loop around `Learner.step`: batches, validation, curves, checkpoints, and when to stop.
 
 Notebook: 07_training
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from itertools import chain, islice
+import warnings
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Generator, nn
-from torch.optim import AdamW
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from tfswa_lab.data.augment import SpectrogramMasking
 from tfswa_lab.models.separator import Separator
-from tfswa_lab.models.storage import check_savable, save_separator
-from tfswa_lab.training.checkpoint import (
-    checkpoint_path,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from tfswa_lab.models.storage import check_savable, describe, save_separator
+from tfswa_lab.training import checkpoint
+from tfswa_lab.training.checkpoint import BEST, check_same_run, exclusive, spelled
 from tfswa_lab.training.config import TrainingConfig
-from tfswa_lab.training.ema import averaged
-from tfswa_lab.training.interrupt import Termination
-from tfswa_lab.training.launch import (
-    any_process,
-    checkpoint_activations,
-    gathered,
-    launch,
-    share_buffers,
-    synchronised,
-)
-from tfswa_lab.training.logbook import Logbook, means
-from tfswa_lab.training.non_finite import NonFiniteError, describe_batch, write_batches
-from tfswa_lab.training.progress import Pace, advance, memory_mib, progress_bar
-from tfswa_lab.training.randomness import generator_for
-from tfswa_lab.training.run_folder import (
-    BEST,
-    make_run_folder,
-    only_writer,
-    refuse_another_run,
-)
+from tfswa_lab.training.launch import any_process, gathered, share_buffers
+from tfswa_lab.training.learner import Augment, Learner, means
+from tfswa_lab.training.logbook import Logbook, Pace, advance, memory_mib, progress_bar
+from tfswa_lab.training.randomness import random_state
 from tfswa_lab.training.sampler import ShuffledBatches, TrainingLoader
-from tfswa_lab.training.schedule import make_schedule
-from tfswa_lab.training.state import restore, run_state
 from tfswa_lab.training.validation import validate, validation_loader
 
-Augment = Callable[[dict, Generator], dict]
+PROGRESS = ("best_sdr", "best_step", "stale")
 
 
 class Trainer:
@@ -90,47 +71,32 @@ class Trainer:
         masking: SpectrogramMasking | None = None,
         progress: bool = False,
     ):
-        self.config = config or TrainingConfig()
+        self.config = config = config or TrainingConfig()
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.train_set, self.valid_set = train_set, valid_set
-        self.augment, self.masking = augment, masking
         self.progress = progress
         self.logbook = Logbook()
-        self.step = 0  # updates done
         self.best_sdr, self.best_step = -math.inf, 0
         self.stale = 0  # validations since the best one
         self._last_checkpoint = None  # read or written
         if self.output_dir:
             check_savable(separator)  # better refused now than after hours
-            make_run_folder(self.output_dir)
-        self._set_up(separator, loss)
+            checkpoint.make_run_folder(self.output_dir)
+        self.steps_per_epoch = config.steps_per_epoch(len(train_set))
+        self.total_steps = config.total_steps(len(train_set))
+        self.learner = Learner(
+            separator, loss, config, self.total_steps, augment, masking, self.output_dir
+        )
+        self.fabric = fabric = self.learner.fabric
+        self.separator, self.ema = self.learner.separator, self.learner.ema
+        batches = ShuffledBatches(len(train_set), config, fabric.global_rank, fabric.world_size)
+        on_gpu = fabric.device.type == "cuda"
+        self.loader = TrainingLoader(train_set, batches, config.num_workers, on_gpu)
 
-    def _set_up(self, separator: Separator, loss: nn.Module) -> None:
-        config = self.config
-        self.fabric = fabric = launch(config.device, config.devices, config.precision)
-        if config.activation_checkpointing:
-            checkpoint_activations(separator.model)
-        self.separator = synchronised(separator, fabric).train()
-        optimizer = AdamW(
-            separator.parameters(), config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.model, self.optimizer = fabric.setup(self.separator, optimizer)
-        self.ema = averaged(self.separator, config.ema_decay)
-        self.loss = fabric.to_device(loss)
-        batches = ShuffledBatches(
-            len(self.train_set),
-            config.batch_size,
-            config.accumulate,
-            config.seed,
-            fabric.global_rank,
-            fabric.world_size,
-        )
-        on_card = fabric.device.type == "cuda"
-        self.loader = TrainingLoader(self.train_set, batches, config.num_workers, on_card)
-        self.steps_per_epoch = len(batches) // config.accumulate
-        epochs = config.max_epochs and config.max_epochs * self.steps_per_epoch
-        self.total_steps = min(end for end in (config.max_steps, epochs) if end)
-        self.scheduler = make_schedule(optimizer, config.warmup_steps, self.total_steps)
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.learner.steps
 
     @property
     def finished(self) -> bool:
@@ -142,88 +108,6 @@ class Trainer:
     def history(self) -> dict[str, tuple[list[int], list[float]]]:
         """Steps and values of each curve: `plt.plot(*trainer.history["train/loss"])`."""
         return self.logbook.history
-
-    # One step -------------------------------------------------------------------------------
-
-    def train_step(self, *batches: dict) -> dict[str, float]:
-        """One update of the weights.
-
-        Args:
-            batches: this process's share of a batch, or of several to accumulate; `mixture`
-                `(b, c, s)`, `stems` `(b, n, c, s)`, `track`, `start_seconds`.
-
-        Returns:
-            `loss`, its terms, `grad_norm` before clipping, and `lr`.
-
-        Raises:
-            NonFiniteError: loss or gradient is infinite or NaN.
-        """
-        terms = []
-        self.optimizer.zero_grad()
-        for part in range(len(batches)):
-            batch, generator = self._prepared(batches, part)
-            incomplete = part + 1 < len(batches)
-            with self.fabric.no_backward_sync(self.model, enabled=incomplete):
-                with self._masked(generator):
-                    estimates = self.model(batch["mixture"])  # autocast inside
-                loss, parts = self.loss(estimates, batch["stems"])
-                self.fabric.backward(loss / len(batches))
-            terms.append({"loss": loss.detach(), **parts})
-
-        largest = self.config.gradient_clip_val or math.inf
-        norm = self.fabric.clip_gradients(
-            self.model, self.optimizer, max_norm=largest, error_if_nonfinite=False
-        )
-        scalars = means(terms) | {"grad_norm": norm.item()}  # a step's one wait for a card
-        self._refuse_non_finite(scalars, terms, batches)
-        scalars["lr"] = self.optimizer.param_groups[0]["lr"]
-
-        self.optimizer.step()  # but not where 16-mixed overflowed: its scaler adapts instead
-        if math.isfinite(scalars["grad_norm"]):
-            self.scheduler.step()
-            self.ema.update_parameters(self.separator)
-        self.step += 1
-        return scalars
-
-    def _prepared(self, batches: Sequence[dict], part: int) -> tuple[dict, Generator]:
-        """One of a step's batches, augmented on the device; the same whenever it is asked for."""
-        generator = generator_for(self.config.seed, self.fabric.global_rank, self.step, part)
-        batch = self.fabric.to_device(batches[part])
-        return (self.augment(batch, generator) if self.augment else batch), generator
-
-    def _masked(self, generator: Generator) -> AbstractContextManager:
-        if self.masking is None:
-            return nullcontext()
-        return self.masking.applied(self.separator.model, generator)
-
-    def _refuse_non_finite(
-        self, scalars: dict[str, float], terms: list[dict], batches: Sequence[dict]
-    ) -> None:
-        """Stop all processes, with the same words, where one has a loss that is no number."""
-        loss, norm = scalars["loss"], scalars["grad_norm"]
-        (broken,) = any_process(self.fabric, not (math.isfinite(loss) and math.isfinite(norm)))
-        if not broken:
-            return
-        culprits = [part for part, term in enumerate(terms) if not term["loss"].isfinite()]
-        losses = [loss for loss in gathered(self.fabric, loss) if not math.isfinite(loss)]
-        if losses:
-            what = f"the loss is {losses[0]}"
-        elif self._scaler_can_adapt():
-            return
-        else:
-            what, culprits = f"the norm of the gradients is {norm}", range(len(batches))
-        shown = [self._prepared(batches, part)[0] for part in culprits]
-        files = write_batches(self.output_dir, self.step, self.fabric.global_rank, shown)
-        songs = [describe_batch(batch) for batch in shown]
-        songs, files = (chain.from_iterable(gathered(self.fabric, own)) for own in (songs, files))
-        raise NonFiniteError(f"{what} in step {self.step + 1}", list(songs), list(files))
-
-    def _scaler_can_adapt(self) -> bool:
-        """Overflow is how 16-mixed finds its scale; at a scale of 1, scale is not the cause."""
-        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        return scaler is not None and scaler.get_scale() > 1
-
-    # The loop -------------------------------------------------------------------------------
 
     def fit(self, resume: str | Path | None = None) -> dict[str, tuple[list[int], list[float]]]:
         """Train to the end; returns `history`.
@@ -240,7 +124,7 @@ class Trainer:
             NonFiniteError: loss or gradient is infinite or NaN, and then the batch is on disk; or
                 the loss in validation is.
         """
-        with only_writer(self.output_dir, self.fabric):
+        with exclusive(self.output_dir, self.fabric):
             self._begin(resume)
             self._loop()
         return self.history
@@ -250,7 +134,7 @@ class Trainer:
         bar = progress_bar(self.step, self.total_steps, show)
         with Termination() as termination, closing(self.logbook), bar:
             for batches in self._remaining_steps():
-                scalars = self.train_step(*batches)
+                scalars = self.learner.step(batches)
                 advance(bar, scalars, self.fabric.device)
                 self._after_step(scalars, termination)
                 if termination.requested:
@@ -258,10 +142,10 @@ class Trainer:
 
     def _begin(self, resume: str | Path | None) -> None:
         if resume is not None:
-            self._last_checkpoint = find_checkpoint(resume)
-            restore(self, load_checkpoint(self._last_checkpoint))
+            self._last_checkpoint = checkpoint.find_checkpoint(resume)
+            self._restore(checkpoint.load_checkpoint(self._last_checkpoint))
         if self.output_dir:
-            refuse_another_run(self.output_dir, self._last_checkpoint)
+            checkpoint.refuse_another_run(self.output_dir, self._last_checkpoint)
             if not (self.output_dir / BEST).exists():  # resumed into another folder
                 self.best_sdr, self.stale = -math.inf, 0
         if self.output_dir and self.fabric.is_global_zero:
@@ -317,7 +201,7 @@ class Trainer:
                 self._keep()
             return
         share_buffers(self.fabric, self.ema.module)
-        scores = validate(self.ema.module, self.loss, self._valid_loader(), self.fabric)
+        scores = validate(self.ema.module, self.learner.loss, self._valid_loader(), self.fabric)
         self.logbook.scalars(self.step, {f"valid/{name}": x for name, x in scores.items()})
         self.stale += 1
         if not scores["sdr"] <= self.best_sdr:  # NaN, where all stems are silent: the last is kept
@@ -336,18 +220,104 @@ class Trainer:
 
     @torch.no_grad()
     def _log_excerpt(self, item: dict) -> None:
-        """What the average makes of always the same stretch, to be heard beside the truth."""
+        """What the average makes of always the same segment, to be heard beside the truth."""
         with self.fabric.autocast():
             estimates = self.ema.module(item["mixture"][None].to(self.fabric.device))[0].float()
         self.logbook.separation(self.step, self.separator, item, estimates)
+
+    # There and back -------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint now; with several processes, all must call it."""
         if self.output_dir is None:
             return
-        state = run_state(self)
+        random = gathered(self.fabric, random_state(self.fabric.device))
         if self.fabric.is_global_zero:
             self.logbook.flush()
-            save_checkpoint(self.output_dir, self.step, state, self._last_checkpoint)
-        self._last_checkpoint = checkpoint_path(self.output_dir, self.step)
+            state = self._state() | {"random": random}
+            checkpoint.save_checkpoint(self.output_dir, self.step, state, self._last_checkpoint)
+        self._last_checkpoint = checkpoint.checkpoint_path(self.output_dir, self.step)
         self._saved_at = time.monotonic()
+
+    def _state(self) -> dict:
+        """The run in plain containers.
+
+        The place in the training set is not among it: it follows from the step.
+        """
+        return {
+            **self.learner.state_dict(),
+            **{name: getattr(self, name) for name in PROGRESS},
+            "history": self.history,
+            "settings": self._settings(),
+            "versions": checkpoint.versions(),
+        }
+
+    def _restore(self, state: dict) -> None:
+        """Go to where a checkpoint was written.
+
+        Processes that the saved run did not have keep their own random state. Other versions of
+        the packages only cause a warning: the run goes on, but perhaps not bit for bit.
+
+        Raises:
+            ValueError: the state is of a run with other settings.
+        """
+        check_same_run(state["settings"], self._settings())
+        if state["versions"] != (present := checkpoint.versions()):
+            warnings.warn(f"saved with {state['versions']}, this is {present}", stacklevel=2)
+        random = dict(enumerate(state["random"])).get(self.fabric.global_rank)
+        self.learner.load_state_dict(state | {"random": random})
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        self.logbook.history = state["history"]
+
+    def _settings(self) -> dict:
+        """Numbers, network, loss, songs, and how they are changed: another of them, another run."""
+        parts = ("loss", "augment", "masking")
+        return {
+            "training": asdict(self.config),
+            "separator": describe(self.separator),
+            **{part: spelled(getattr(self.learner, part)) for part in parts},
+            "segments": len(self.train_set),
+            "songs": names_of(self.train_set),
+        }
+
+
+def names_of(songs: Dataset) -> str:
+    """How many songs, and a digest of their names, of a data set that has `track_names`."""
+    names = getattr(songs, "track_names", None)
+    if names is None:
+        return "without names"
+    return f"{len(names)}, of names {hashlib.sha256(repr(sorted(names)).encode()).hexdigest()[:8]}"
+
+
+class Termination:
+    """Puts off a SIGTERM or Ctrl-C until its block ends: the step, and a checkpoint, come first.
+
+    A second one is not put off, since a step may take minutes. Handlers belong to the main thread;
+    in any other, signals keep their meaning.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._signal = signal.SIGTERM
+        self._before = {}
+
+    def __enter__(self) -> Termination:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, _frame: object) -> None:
+        self.requested = True
+        self._signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+        if self.requested and self._before:
+            os.kill(os.getpid(), self._signal)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tfswa_lab.training.launch import gathered
-from tfswa_lab.training.non_finite import NonFiniteError, describe_batch
+from tfswa_lab.training.learner import NonFiniteError, describe_batch
 
 
 def validation_loader(

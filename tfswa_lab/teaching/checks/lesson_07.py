@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from tfswa_lab.teaching.checks.verdict import mismatch, verdict
-from tfswa_lab.training.schedule import warmup_cosine
+from tfswa_lab.training.learner import warmup_cosine
 
 
 def check_factor(factor: Callable[[int, int, int], object]) -> bool:
