@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tfswa_lab.cli import app
 from tfswa_lab.cli import main as cli
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from tfswa_lab.training.losses import SourceSeparationLoss
 from tfswa_lab.training.presets import PRESETS, TINY
 
 RATE = 8000
@@ -174,6 +176,66 @@ def test_full_augmentation_is_a_word_away(songs, tmp_path):
     assert settings["augment"].startswith("Chain(augmentations=[Remix(")
     assert "PitchShift(semitones=(-2.0, 2.0), prob=0.2, n_fft=512)" in settings["augment"]
     assert settings["masking"].startswith("SpectrogramMasking(max_bins=80, max_frames=40,")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has …"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: not enough memory"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cublas", "cpu", "python"],
+)
+def test_where_memory_runs_out_while_building_one_line_says_what_to_lower(tmp_path, error):
+    with mock.patch("tfswa_lab.training.run.build_trainer", side_effect=error):
+        result = run("--output-dir", tmp_path)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), "no traceback"
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: out of memory")
+    for word in ("batch-size", "segment-seconds", "precision", "activation-checkpointing"):
+        assert f"--{word}" in line
+    assert ("tried to allocate 9.00 GiB" in line) == isinstance(error, torch.OutOfMemoryError)
+    assert f"--resume {tmp_path}" in line
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    with mock.patch("tfswa_lab.training.run.build_trainer", side_effect=RuntimeError("a bug")):
+        assert isinstance(run("--output-dir", tmp_path).exception, RuntimeError)
+
+
+def test_where_memory_runs_out_in_a_step_the_run_goes_on_from_its_checkpoint_bit_for_bit(
+    songs, tmp_path, monkeypatch
+):
+    usual = ["--data-root", songs, *QUICK, "--max-steps", 4, "--checkpoint-every-n-steps", 2]
+    assert run(*usual, "--output-dir", tmp_path / "whole").exit_code == 0
+
+    forward, calls = SourceSeparationLoss.forward, []
+
+    def forward_once_too_often(self, estimates, targets):
+        if self.training and torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return forward(self, estimates, targets)
+
+    monkeypatch.setattr(SourceSeparationLoss, "forward", forward_once_too_often)
+    folder = tmp_path / "short"
+    result = run(*usual, "--output-dir", folder)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.splitlines()[-1].startswith("Error: out of memory (tried to allocate 9.0")
+    assert [path.stem for path in list_checkpoints(folder)] == ["step_00000002"]
+    assert "4 of 4 steps" in words(run("--resume", folder))
+    first, second = (
+        load_checkpoint(find_checkpoint(tmp_path / name)) for name in ("whole", "short")
+    )
+    for part in ("separator", "ema"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), name
+    assert first["history"]["train/loss"] == second["history"]["train/loss"]
 
 
 PYTHON = [sys.executable, "-m"]

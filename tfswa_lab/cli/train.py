@@ -13,10 +13,17 @@ from typing import Annotated
 
 import typer
 
+from tfswa_lab.cli.errors import one_line_errors
 from tfswa_lab.cli.options import given, list_of, panel, takes
 
 RUN, DATA, NETWORK, LOSS, STEPS, WATCH, MACHINE = map(
     panel, ("Run", "Data", "Network", "Loss", "Steps", "Watching", "Machine")
+)
+
+LESS_MEMORY = (
+    "lower --batch-size (and raise --accumulate) or --segment-seconds, or use --precision "
+    "bf16-mixed or --activation-checkpointing; a checkpoint in {folder} is kept: --resume {folder} "
+    "--activation-checkpointing goes on"
 )
 
 
@@ -84,15 +91,12 @@ def train(options: TrainOptions) -> None:
     fields = given(options)
     name, resume = fields.pop("preset", None), fields.pop("resume", None)
     folder = fields.pop("output_dir", None) or run_folder(name or "tiny", resume)
-    try:
+    with one_line_errors(LESS_MEMORY.format(folder=folder)):
         preset = choose_preset(name, resume, fields)
         torch.manual_seed(preset.seed)  # of the first weights, alike in all processes
         trainer = build_trainer(preset, folder, progress=True)
         torch.manual_seed(preset.seed + trainer.fabric.global_rank)  # of dropout, unlike
         trainer.fit(resume)
-    except (OSError, ValueError, FloatingPointError) as error:
-        typer.echo(f"Error: {error}", err=True)  # unframed: commands in it can be copied
-        raise typer.Exit(1) from error
     if trainer.fabric.is_global_zero:
         typer.echo(
             f"{trainer.step} of {trainer.total_steps} steps; best in validation: "
