@@ -14,10 +14,10 @@ from scipy.signal import butter, sosfilt
 
 from tfswa_lab.data.band import band_root as default_root
 from tfswa_lab.data.band import ensure_band, make_band, render_song, write
-from tfswa_lab.data.band.names import song_name
+from tfswa_lab.data.band.instruments import draw_bass, draw_guitar, pluck
 from tfswa_lab.data.band.score import Note
-from tfswa_lab.data.band.strings import draw_bass, draw_guitar, pluck
-from tfswa_lab.data.band.timeline import frequency, shape
+from tfswa_lab.data.band.song import song_name
+from tfswa_lab.data.band.sound import frequency, shape
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RATE = 44_100
@@ -314,11 +314,11 @@ def test_a_current_band_is_left_alone_and_another_versions_is_remade(tmp_path, t
     inode = root.stat().st_ino
     assert ensure_band(root) == root
     assert root.stat().st_ino == inode
-    card = json.loads((root / "band.json").read_text())
-    (root / "band.json").write_text(json.dumps(card | {"generator": "older"}))
+    recipe = json.loads((root / "band.json").read_text())
+    (root / "band.json").write_text(json.dumps(recipe | {"generator": "older"}))
     (root / "train" / "left over").mkdir()
     ensure_band(root)
-    assert json.loads((root / "band.json").read_text()) == card
+    assert json.loads((root / "band.json").read_text()) == recipe
     assert not (root / "train" / "left over").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["band"]
 

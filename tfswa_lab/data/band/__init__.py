@@ -1,11 +1,10 @@
-"""The embedded band: a synthetic four-piece with truth, so that the lab works offline for ever.
+"""The embedded band: synthetic songs that say what was played, so the lessons need no network.
 
 Every song comes from one integer seed: key, tempo, chords, drum pattern, bass line, comping and a
-sung melody, played by instruments whose timbre, place and room differ from song to song. Needs
-nothing but numpy, scipy and soundfile.
+sung melody, played by instruments whose timbre, position and room differ from song to song.
 
-`song.py` shows how a song is made, top to bottom; one file per instrument; `write.py` puts the
-tree on disk.
+`song.py` shows how a song is made, from top to bottom, out of `score.py` (the notes),
+`instruments.py`, `singer.py` and `sound.py` (noise, room, mix); `write.py` puts the songs on disk.
 
 Notebook: 00_start_here
 """

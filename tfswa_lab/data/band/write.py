@@ -1,4 +1,4 @@
-"""The band on disk: a MUSDB18-shaped tree that is whole and current, or not there at all."""
+"""The band on disk: a MUSDB18-shaped tree, complete and of this version, or no tree at all."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 import soundfile
 
 from .song import render_song
-from .timeline import RATE
+from .sound import RATE
 
 # Both subsets visit all four registers of singers (`seed % 4`).
 TRAIN_SEEDS = tuple(range(12))
 TEST_SEEDS = tuple(range(100, 106))
 SECONDS = 12.0
-_CARD = "band.json"
+_RECIPE = "band.json"
 
 
 def _fingerprint() -> str:
@@ -29,12 +29,12 @@ def _fingerprint() -> str:
     return digest.hexdigest()
 
 
-# Taken on import: what runs is what was loaded, even if the files change while it runs.
+# Computed at import, because the files may change while the loaded code runs.
 _FINGERPRINT = _fingerprint()
 
 
 def band_root() -> Path:
-    """Where the band lies unless told otherwise.
+    """The default folder of the band.
 
     `$TFSWA_LAB_DATA/band` if that is set, `data/band` in a checkout, else the user's cache.
     """
@@ -49,13 +49,13 @@ def band_root() -> Path:
 
 
 def ensure_band(root: str | Path | None = None, workers: int = -1) -> Path:
-    """The folder of the full band, made now if it is absent or by another version.
+    """The folder of the full band, made now if it is absent or of another version.
 
-    Several processes may call this at once: each builds in a folder of its own, and whoever
-    finishes second keeps the other's.
+    Several processes may call this at once: each builds in a folder of its own, and the second to
+    finish keeps the band of the first.
 
     Args:
-        root: where it is or shall be, `band_root()` if None.
+        root: its folder, `band_root()` if None.
         workers: processes that render side by side; -1 for one on each core.
 
     Raises:
@@ -63,12 +63,12 @@ def ensure_band(root: str | Path | None = None, workers: int = -1) -> Path:
 
     Notebook: 00_start_here
     """
-    root, card = _check(root), _card(SECONDS, TRAIN_SEEDS, TEST_SEEDS)
-    if _is(root, card):
+    root, recipe = _check(root), _recipe(SECONDS, TRAIN_SEEDS, TEST_SEEDS)
+    if _was_made_by(root, recipe):
         return root
     with _scratch(root) as scratch:
         fresh = _render(Path(scratch), SECONDS, TRAIN_SEEDS, TEST_SEEDS, workers)
-        if not _is(root, card):
+        if not _was_made_by(root, recipe):
             _replace(root, fresh)
     return root
 
@@ -83,7 +83,7 @@ def make_band(
     """Render songs into a MUSDB18-shaped folder, all of them or none.
 
     Args:
-        root: folder to make, `band_root()` if None; a band that lies there is replaced.
+        root: folder to make, `band_root()` if None; a band in it is replaced.
         seconds: length of every song.
         train_seeds: one song for each, see `render_song`.
         test_seeds: likewise.
@@ -101,26 +101,26 @@ def make_band(
 
 
 def _check(root: str | Path | None) -> Path:
-    """The folder as an absolute path, if it is ours to replace."""
+    """The absolute path, if the folder is a band, empty or absent, so that it may be replaced."""
     root = (band_root() if root is None else Path(root)).expanduser().resolve()
-    if root.exists() and not (root / _CARD).is_file() and (root.is_file() or any(root.iterdir())):
-        raise FileExistsError(f"{root} is not a band (no {_CARD} in it); name a new folder")
+    if root.exists() and not (root / _RECIPE).is_file() and (root.is_file() or any(root.iterdir())):
+        raise FileExistsError(f"{root} is not a band (no {_RECIPE} in it); name a new folder")
     return root
 
 
-def _card(seconds: float, train_seeds: Sequence[int], test_seeds: Sequence[int]) -> str:
-    """What was made by which generator: equal cards mean equal bands."""
-    card = {
+def _recipe(seconds: float, train_seeds: Sequence[int], test_seeds: Sequence[int]) -> str:
+    """The songs and the version of the generator: equal recipes mean equal bands."""
+    recipe = {
         "generator": _FINGERPRINT,
         "seconds": seconds,
         "train_seeds": list(train_seeds),
         "test_seeds": list(test_seeds),
     }
-    return json.dumps(card, indent=1)
+    return json.dumps(recipe, indent=1)
 
 
-def _is(root: Path, card: str) -> bool:
-    return (root / _CARD).is_file() and (root / _CARD).read_text("utf-8") == card
+def _was_made_by(root: Path, recipe: str) -> bool:
+    return (root / _RECIPE).is_file() and (root / _RECIPE).read_text("utf-8") == recipe
 
 
 def _scratch(root: Path) -> TemporaryDirectory:
@@ -145,7 +145,7 @@ def _render(
     jobs = [(fresh / "train", seed) for seed in train_seeds]
     jobs += [(fresh / "test", seed) for seed in test_seeds]
     Parallel(workers)(delayed(_write_song)(subset, seed, seconds) for subset, seed in jobs)
-    (fresh / _CARD).write_text(_card(seconds, train_seeds, test_seeds), "utf-8")
+    (fresh / _RECIPE).write_text(_recipe(seconds, train_seeds, test_seeds), "utf-8")
     return fresh
 
 
@@ -166,6 +166,6 @@ def _replace(root: Path, fresh: Path) -> None:
     try:
         fresh.rename(root)
     except OSError:
-        # Another process put its band there in this very moment: it is as good as ours.
-        if not _is(root, (fresh / _CARD).read_text("utf-8")):
+        # Another process has just put its band there, which is equal to ours.
+        if not _was_made_by(root, (fresh / _RECIPE).read_text("utf-8")):
             raise
