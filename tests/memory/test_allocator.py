@@ -190,7 +190,7 @@ def test_an_out_of_memory_says_what_was_tried_and_what_fits():
     allocator.malloc(4 * MIB)
     allocator.free(first)
     with pytest.raises(
-        OutOfMemory, match=r"30\.00 MiB asked for.*would have fitted is 20\.00"
+        OutOfMemory, match=r"30\.00 MiB requested.*would have fitted is 20\.00"
     ) as e:
         allocator.malloc(30 * MIB)
     assert (e.value.requested, e.value.segment, e.value.fits) == (30 * MIB, 30 * MIB, 20 * MIB)

@@ -227,7 +227,7 @@ def use(snapshot):
     for device in snapshot.devices:
         snapshot.over_time(device)
         snapshot.fragmentation(device)
-        snapshot.holders(device=device)
+        snapshot.allocation_sites(device=device)
         snapshot.timeline(device)
         str(snapshot.oom_report(device))
 

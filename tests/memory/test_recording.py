@@ -121,7 +121,7 @@ def test_a_real_recording_agrees_with_torchs_counters(tmp_path):
     curves = there.over_time()
     assert curves.allocated[-1] == there.fragmentation().allocated == allocated
     assert curves.reserved[-1] == there.fragmentation().reserved == reserved
-    assert any("test_recording.py" in holder.line for holder in there.holders())
+    assert any("test_recording.py" in site.line for site in there.allocation_sites())
 
 
 @pytest.mark.gpu

@@ -50,7 +50,7 @@ def forgotten(raw, count):
 
 def at_events(snapshot, values):
     """What a curve says after the last entry of each event of the trace."""
-    times = snapshot.trace().time_us
+    times = snapshot.history().time_us
     return [values[np.searchsorted(times, event, "right")] for event in range(times[-1] + 1)]
 
 
@@ -61,7 +61,7 @@ def test_curves_are_those_of_the_allocator():
     assert at_events(snapshot, curves.allocated) == story.allocated.tolist()
     assert at_events(snapshot, curves.active) == story.allocated.tolist()
     assert at_events(snapshot, curves.reserved) == story.reserved.tolist()
-    assert len(curves.time_us) == len(curves.allocated) == len(snapshot.trace()) + 1
+    assert len(curves.time_us) == len(curves.allocated) == len(snapshot.history()) + 1
 
 
 def test_large_blocks_are_known_at_the_end_and_to_a_mebibyte_before():
@@ -80,14 +80,14 @@ def test_a_ring_that_wrapped_tells_the_same_of_what_it_kept(lost):
     for name in ("allocated", "active", "reserved"):
         expected = getattr(whole.over_time(), name)[lost:]
         assert getattr(rest.over_time(), name).tolist() == expected.tolist()
-    assert rest.lives().alive(0).sum() == whole.lives().alive(lost).sum()
+    assert rest.allocations().alive(0).sum() == whole.allocations().alive(lost).sum()
 
 
 def test_sampling_the_end_is_the_same_and_says_so(tmp_path):
     path = write_snapshot(tmp_path / "long.pickle", small_blocks())
     whole, rest = read(path), read(path, last=200)
     assert rest.over_time().allocated.tolist() == whole.over_time().allocated[-201:].tolist()
-    assert rest.notes == [f"device 0: the last 200 of {len(whole.trace())} entries"]
+    assert rest.notes == [f"device 0: the last 200 of {len(whole.history())} entries"]
     assert whole.notes == []
     with pytest.raises(ValueError, match="last=0"):
         read(path, last=0)
@@ -117,11 +117,11 @@ def expected_holders(timeline, event):
 def test_holders_are_named_by_their_own_line():
     timeline = small_blocks(seed=2)
     snapshot = read(as_snapshot(timeline))
-    found = [(h.line, h.size, h.blocks) for h in snapshot.holders()]
+    found = [(h.line, h.size, h.blocks) for h in snapshot.allocation_sites()]
     assert found == expected_holders(timeline, timeline.events)
     middle = 150
-    entry = int(np.searchsorted(snapshot.trace().time_us, middle, "right"))
-    found = [(h.line, h.size, h.blocks) for h in snapshot.holders(entry)]
+    entry = int(np.searchsorted(snapshot.history().time_us, middle, "right"))
+    found = [(h.line, h.size, h.blocks) for h in snapshot.allocation_sites(entry)]
     assert found == expected_holders(timeline, middle)
     held = timeline.held_by(timeline.events, lambda b: f"{b.category} | {b.module}")
     assert snapshot.metadata() == held
@@ -171,8 +171,8 @@ def test_short_of_memory():
     assert report.fits == failed.value.fits == 14 * MIB
     assert not report.is_fragmentation
     assert report.largest_batch == 40 / 46
-    assert "short of 6.00 MiB" in str(report)
-    assert "at best 87%" in str(report)
+    assert "lacked 6.00 MiB" in str(report)
+    assert "at most 87%" in str(report)
     assert "model.py:12 (forward)" in str(report)
 
 
@@ -222,8 +222,9 @@ def test_an_oom_in_the_middle_is_seen_as_it_was_then():
         then.requested,
         then.reserved,
     )
-    assert abs(later.allocated - then.allocated) < MIB * sum(h.blocks for h in then.holders)
-    assert {h.line for h in later.holders} == {h.line for h in then.holders}
+    blocks = sum(site.blocks for site in then.allocation_sites)
+    assert abs(later.allocated - then.allocated) < MIB * blocks
+    assert {h.line for h in later.allocation_sites} == {h.line for h in then.allocation_sites}
 
 
 def test_no_oom_is_said_so():
@@ -256,11 +257,11 @@ def older(raw, state="active_awaiting_free"):
 def test_old_schemas_say_the_same():
     raw = as_snapshot(small_blocks())
     new, old = read(raw), read(older(raw))
-    assert old.holders() == new.holders()
+    assert old.allocation_sites() == new.allocation_sites()
     assert old.fragmentation() == new.fragmentation()
     assert old.over_time().reserved.tolist() == new.over_time().reserved.tolist()
     segments_only = read(older(raw)["segments"])
-    assert segments_only.holders() == new.holders()
+    assert segments_only.allocation_sites() == new.allocation_sites()
     assert segments_only.over_time().allocated.tolist() == [new.fragmentation().allocated]
 
 
@@ -282,7 +283,7 @@ def test_memory_that_another_stream_still_uses_is_active(state):
     assert (curves.active // MIB).tolist() == [0, 2, 2, 0, 2, 2]
     assert snapshot.fragmentation().pending == 2 * MIB
     assert snapshot.fragmentation().inactive_split == 18 * MIB
-    assert snapshot.holders() == []
+    assert snapshot.allocation_sites() == []
 
 
 @pytest.mark.parametrize("kind", ["free_requested", "free_completed"])
@@ -348,9 +349,9 @@ def test_several_devices_are_kept_apart():
     snapshot = read(both)
     assert snapshot.devices == [0, 1]
     with pytest.raises(ValueError, match=r"devices \[0, 1\]"):
-        snapshot.holders()
-    assert snapshot.holders(device=0) == read(first).holders()
-    assert snapshot.holders(device=1) == read(second).holders(device=1)
+        snapshot.allocation_sites()
+    assert snapshot.allocation_sites(device=0) == read(first).allocation_sites()
+    assert snapshot.allocation_sites(device=1) == read(second).allocation_sites(device=1)
     assert snapshot.over_time(1).reserved.tolist() == read(second).over_time(1).reserved.tolist()
 
 
@@ -358,7 +359,7 @@ def test_lines_of_the_forward_pass_are_found_for_gradients():
     raw = as_snapshot(Timeline([Block(512, 512, 1, frames=STACKS[2])], 1))
     entry = raw["device_traces"][0][1]
     entry["forward_frames"] = [frame._asdict() for frame in STACKS[0]]
-    assert [h.line for h in read(raw).holders()] == ["model.py:12 (forward)"]
+    assert [h.line for h in read(raw).allocation_sites()] == ["model.py:12 (forward)"]
 
 
 def test_what_is_not_understood_is_noted():
@@ -366,7 +367,7 @@ def test_what_is_not_understood_is_noted():
     raw["device_traces"][0] += [{"action": "teleport"}, {"size": 1}]
     raw["segments"][0]["blocks"][0]["state"] = "asleep"
     assert sorted(read(raw).notes) == [
-        "1 blocks in an unknown state, taken for inactive",
+        "1 blocks in an unknown state, counted as inactive",
         "2 entries with an unknown action, ignored",
     ]
     notes = read({"device_traces": raw["device_traces"]}).notes
@@ -380,14 +381,17 @@ def test_what_is_not_understood_is_noted():
         ({"segments": 3}, "segments is a int"),
         ({"segments": [3]}, "segments holds a int"),
         ({"segments": [{"blocks": {}, "address": 1}, {"blocks": {1: 2}}]}, "blocks is a dict"),
-        ({"segments": [{"total_size": "many"}]}, "total_size is no number"),
-        ({"segments": [{"total_size": -1}]}, "total_size is no number"),
-        ({"segments": [{"address": 2**63}]}, "address is no number"),
-        ({"segments": [{"total_size": 2**50}]}, "total_size is no number"),
-        ({"segments": [{"total_size": 2**49} for _ in range(8_200)]}, "more memory than there is"),
+        ({"segments": [{"total_size": "many"}]}, "total_size is not a number"),
+        ({"segments": [{"total_size": -1}]}, "total_size is not a number"),
+        ({"segments": [{"address": 2**63}]}, "address is not a number"),
+        ({"segments": [{"total_size": 2**50}]}, "total_size is not a number"),
+        (
+            {"segments": [{"total_size": 2**49} for _ in range(8_200)]},
+            "more memory than any machine",
+        ),
         ({"device_traces": [[7]]}, "trace holds a int"),
-        ({"device_traces": [{"action": "alloc"}]}, "trace of device 0 is no list"),
-        ({"device_traces": [[{"action": "alloc", "size": 1.5}]]}, "size is no number"),
+        ({"device_traces": [{"action": "alloc"}]}, "trace of device 0 is not a list"),
+        ({"device_traces": [[{"action": "alloc", "size": 1.5}]]}, "size is not a number"),
     ],
 )
 def test_what_cannot_be_a_snapshot_is_named(tmp_path, raw, message):
@@ -402,13 +406,13 @@ def test_what_cannot_be_a_snapshot_is_named(tmp_path, raw, message):
 def test_odd_frames_do_no_harm():
     frames = [[1], {"name": 5}, {"filename": "a.py", "line": None, "name": "f"}, "x", None]
     raw = {"device_traces": [[{"action": "alloc", "addr": 1, "size": 1, "frames": frames}]]}
-    assert [h.line for h in read(raw).holders()] == ["a.py:0 (f)"]
+    assert [h.line for h in read(raw).allocation_sites()] == ["a.py:0 (f)"]
 
 
 def test_nothing_is_nothing():
     snapshot = read({"segments": [], "device_traces": [[]]})
     assert snapshot.devices == []
-    assert snapshot.holders() == []
+    assert snapshot.allocation_sites() == []
     assert snapshot.over_time().allocated.tolist() == [0]
     assert snapshot.timeline().blocks == []
     assert snapshot.fragmentation().reserved == 0

@@ -1,4 +1,4 @@
-"""Snapshots of CUDA's allocator: recorded, written, read safely, and explained.
+"""Snapshots of CUDA's allocator: recorded, written, read safely and explained.
 
 Notebook: 06_leak_diagnosis
 """

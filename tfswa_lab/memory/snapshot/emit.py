@@ -1,60 +1,54 @@
-"""A trace as a CUDA memory snapshot: for pytorch.org/memory_viz, and all that reads such files.
+"""A trace as a CUDA memory snapshot, for pytorch.org/memory_viz and other readers of such files.
 
-The allocator's simulator decides on segments and addresses; lines, categories and modules are those
-of the trace. A trace has no clock: times are the numbers of its events.
+The simulated allocator chooses segments and addresses; lines, categories and modules come from the
+trace. A trace has no clock, so times are the numbers of its events.
 
 Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
-from tfswa_lab.durable import parts_of
-from tfswa_lab.memory.predict.allocator import CachingAllocator, OutOfMemory, Piece, by_event
+from tfswa_lab.memory.predict.allocator import CachingAllocator, OutOfMemory, SegmentPart, by_event
+from tfswa_lab.memory.snapshot.pickles import write_plain
 from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
 
 SEPARATOR = " | "  # of category and module in `user_metadata`
 
 
 def write_snapshot(path: str | Path, timeline: Timeline, limit: int | None = None) -> Path:
-    """Write `as_snapshot` as a pickle, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    snapshot = as_snapshot(timeline, limit)
-    with parts_of([path]) as (part,), part.open("wb") as file:
-        pickle.dump(snapshot, file, protocol=4)
-    return path
+    """Write `as_snapshot` as a pickle; an error leaves no part of a file."""
+    return write_plain(path, as_snapshot(timeline, limit))
 
 
 def as_snapshot(timeline: Timeline, limit: int | None = None) -> dict:
-    """What `torch.cuda.memory._snapshot()` would have held at the end of a trace.
+    """What `torch.cuda.memory._snapshot()` would have returned at the end of a trace.
 
-    Blocks that were there when the trace began are allocated by the first entries.
+    The first entries allocate the blocks that are older than the trace.
 
     Args:
         timeline: of any device.
-        limit: bytes of segments that the device has. A trace that does not fit ends with the `oom`
-            entry: an out-of-memory to look at, without a GPU.
+        limit: bytes that the device has for segments. A trace that does not fit ends with an `oom`
+            entry: an out-of-memory error to study without a GPU.
 
     Returns:
         Segments with their blocks and one device's trace, in the schema of torch 2.13. An entry's
         `user_metadata` is `category | module`, its `category` what the viewer colours by.
     """
-    story = _Story(limit)
+    recorded = _RecordedAllocator(limit)
     births, deaths = by_event(timeline)
-    for story.time in range(timeline.events + 1):
-        for block in deaths[story.time]:
-            story.free(block)
+    for recorded.time in range(timeline.events + 1):
+        for block in deaths[recorded.time]:
+            recorded.free(block)
         try:
-            for block in births[story.time]:
-                story.malloc(block)
+            for block in births[recorded.time]:
+                recorded.malloc(block)
         except OutOfMemory:
             break
     return {
-        "segments": [story.segment(pieces) for pieces in story.allocator.segments()],
-        "device_traces": [story.entries],
+        "segments": [recorded.segment(parts) for parts in recorded.allocator.segments()],
+        "device_traces": [recorded.entries],
         "allocator_settings": {"expandable_segments": False, "max_split_size": -1},
         "external_annotations": [
             {"name": f"step {number}", "stage": "START", "device": 0, "time_us": began}
@@ -63,17 +57,17 @@ def as_snapshot(timeline: Timeline, limit: int | None = None) -> dict:
     }
 
 
-class _Story:
-    """The allocator at work, and the entries of its history."""
+class _RecordedAllocator:
+    """The allocator at work, and the history that it records."""
 
     def __init__(self, limit: int | None):
         self.allocator = CachingAllocator(limit, watch=self.note)
         self.entries: list[dict] = []
         self.time = 0
-        self._block: Block | None = None  # that is being served
+        self._block: Block | None = None  # being allocated or released
         self._addresses: dict[Block, int] = {}
         self._served: dict[int, Block] = {}  # by address
-        self._grown: dict[int, Block] = {}  # by the address of the segment that it needed
+        self._grown: dict[int, Block] = {}  # by the address of the segment that was made for it
         self._stacks: dict[tuple[Frame, ...], list[dict]] = {}
         self._lines: dict[Frame, dict] = {}
 
@@ -90,7 +84,7 @@ class _Story:
         del self._served[address]
 
     def note(self, action: str, address: int, size: int) -> None:
-        """One entry, as the allocator's history words it."""
+        """Record one action as an entry of a history."""
         entry = {
             "action": action,
             "device_free" if action == "oom" else "addr": address,
@@ -107,37 +101,37 @@ class _Story:
             self._grown[address] = self._block
         self.entries.append(entry)
 
-    def segment(self, pieces: list[Piece]) -> dict:
-        """A segment with its blocks, as they are now."""
-        first, used = pieces[0], [piece for piece in pieces if piece.requested]
-        allocated = sum(piece.size for piece in used)
+    def segment(self, parts: list[SegmentPart]) -> dict:
+        """A segment with its blocks in their present state."""
+        first, used = parts[0], [part for part in parts if part.requested]
+        allocated = sum(part.size for part in used)
         return {
             "device": 0,
             "address": first.address,
-            "total_size": sum(piece.size for piece in pieces),
+            "total_size": sum(part.size for part in parts),
             "allocated_size": allocated,
             "active_size": allocated,
-            "requested_size": sum(piece.requested for piece in used),
+            "requested_size": sum(part.requested for part in used),
             "stream": 0,
             "segment_type": "small" if first.small else "large",
             "segment_pool_id": (0, 0),
             "is_expandable": False,
             "frames": self._frames(self._grown[first.address].frames),
-            "blocks": [self._piece(piece) for piece in pieces],
+            "blocks": [self._part(part) for part in parts],
         }
 
-    def _piece(self, piece: Piece) -> dict:
-        frames = self._served[piece.address].frames if piece.requested else ()
+    def _part(self, part: SegmentPart) -> dict:
+        frames = self._served[part.address].frames if part.requested else ()
         return {
-            "address": piece.address,
-            "size": piece.size,
-            "requested_size": piece.requested,
-            "state": "active_allocated" if piece.requested else "inactive",
+            "address": part.address,
+            "size": part.size,
+            "requested_size": part.requested,
+            "state": "active_allocated" if part.requested else "inactive",
             "frames": self._frames(frames),
         }
 
     def _frames(self, frames: tuple[Frame, ...]) -> list[dict]:
-        """One list for equal stacks and one dictionary for equal lines: pickle keeps them once."""
+        """Equal stacks share one list, equal lines one dictionary, so pickle stores them once."""
         if frames not in self._stacks:
             self._stacks[frames] = [
                 self._lines.setdefault(frame, frame._asdict()) for frame in frames

@@ -1,10 +1,10 @@
-"""Pickles of plain data from strangers, read without giving them a chance to do anything.
+"""Pickles of plain data: written in one piece, and read safely even from a stranger.
 
-A pickle is a program. Refusing to look up names (`find_class`) keeps it from executing code, yet
-Python's reader can still be made to eat all memory with five bytes, or to hash a tuple for years.
-So the program is looked at first: only the few opcodes that numbers, strings, lists and
-dictionaries are written with may occur, with no length or index that the file is too short for.
-What is left takes time and memory in proportion to the file.
+A pickle is a program. Refusing to look up names (`find_class`) keeps it from executing code, but
+five bytes can still make Python's reader take all memory, or hash a tuple for years. So the program
+is checked first: it may contain only the few opcodes that write numbers, strings, lists and
+dictionaries, and no length or index that is too large for the file. Such a program takes time and
+memory in proportion to the file.
 
 Notebook: 06_leak_diagnosis
 """
@@ -21,26 +21,40 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+from tfswa_lab.durable import parts_of
 from tfswa_lab.memory.sizes import GIB
 
 LARGEST = 2 * GIB  # bytes of a file
-SHORT = 64  # strings up to this length are passed over by the regular expression itself
+SHORT = 64  # the regular expression itself skips shorter strings
 
 
 class SnapshotError(ValueError):
-    """A file that is no memory snapshot, is damaged, or is hostile."""
+    """The file is not a memory snapshot, is damaged, or is hostile."""
+
+
+def write_plain(path: str | Path, data: object) -> Path:
+    """Write plain data as a pickle; an error leaves no part of a file.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with parts_of([path]) as (part,), part.open("wb") as file:
+        pickle.dump(data, file, protocol=4)
+    return path
 
 
 def read_plain(path: str | Path, largest: int = LARGEST) -> object:
-    """Read a pickle that holds only numbers, strings, lists, dictionaries and pairs of integers.
+    """Read a pickle that contains only numbers, strings, lists, dictionaries and pairs of integers.
 
     Args:
         path: the file.
-        largest: bytes that it may have.
+        largest: the most bytes that the file may have.
 
     Raises:
         FileNotFoundError: there is no such file.
-        SnapshotError: it is too large, not a pickle, damaged, or asks for anything else.
+        SnapshotError: it is too large, not a pickle, damaged, or contains anything else.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,13 +73,13 @@ def read_plain(path: str | Path, largest: int = LARGEST) -> object:
                 return _Reader(file).load()
         except SnapshotError as error:
             raise SnapshotError(f"{path}: {error}") from None
-        except Exception as error:  # whatever a damaged program runs into
+        except Exception as error:  # a damaged program can raise anything
             raise SnapshotError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Millions of new containers are no garbage: looking for some doubles the time."""
+    """Reading makes millions of containers and no garbage; collections would double the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -76,14 +90,14 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 class _Reader(pickle.Unpickler):
-    """Looks nothing up, whatever the check let pass."""
+    """Refuses to look up names, even if the check missed one."""
 
     def find_class(self, module: str, name: str) -> object:
         raise SnapshotError(f"it asks for {module}.{name}, and plain data need no code")
 
 
 def check(program: bytes | mmap.mmap) -> None:
-    """Raise SnapshotError unless this is a pickle of plain data, without executing it.
+    """Raise SnapshotError unless this is a pickle of plain data; nothing is executed.
 
     >>> check(pickle.dumps({"size": 512}))
     >>> check(pickle.dumps(print))  # doctest: +ELLIPSIS
@@ -119,12 +133,12 @@ def _refusal(opcode: bytes, at: int) -> str:
 
 @lru_cache(maxsize=8)
 def _harmless(bits: int) -> re.Pattern[bytes]:
-    """Runs of opcodes that build plain data; strings from `SHORT` bytes on are left to `check`.
+    """Matches runs of opcodes that build plain data; `check` skips strings from `SHORT` bytes on.
 
     Args:
         bits: of the largest length of a frame and of the largest index into the reader's memory,
-            which makes room for twice the index. Frames have at most 64 KiB and one object, and
-            every index takes 6 bytes of the file, so the bits of a quarter of its size will do.
+            which allocates twice that index. A frame has at most 64 KiB and one object, and every
+            index takes 6 bytes of the file, so the bits of a quarter of its size are enough.
     """
     frame = rb"\x95...%b\x00{4}" % _below(2 ** max(bits - 24, 0))
     remembered = rb"\x94|q.|r..%b%b" % (
@@ -132,7 +146,7 @@ def _harmless(bits: int) -> re.Pattern[bytes]:
         _below(2 ** max(bits - 24, 0)),
     )
     integer = rb"(?:K.|M..|J....|\x8a(?:%b))(?:%b)?+" % (_counted(10), frame)
-    # Tuples are of two integers: hashing tuples of tuples can take for ever.
+    # Tuples may only hold two integers: hashing nested tuples can take for ever.
     pair = rb"%b(?:%b\x86?+)?+" % (integer, integer)
     string = rb"\x8c(?:%b)|X(?:%b)" % (_counted(SHORT), _counted(SHORT, rb"\x00\x00\x00"))
     recalled = rb"h.|j...."
@@ -142,7 +156,7 @@ def _harmless(bits: int) -> re.Pattern[bytes]:
 
 
 def _below(count: int) -> bytes:
-    """One byte, less than a count."""
+    """One byte below a count."""
     return rb"[\x00-%b]" % re.escape(bytes([min(count, 256) - 1]))
 
 

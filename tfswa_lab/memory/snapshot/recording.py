@@ -1,4 +1,4 @@
-"""Have CUDA's allocator write down what it does, and keep what it wrote.
+"""Record the history of CUDA's allocator and write it to a file.
 
 Notebook: 06_leak_diagnosis
 """
@@ -6,7 +6,6 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 import math
-import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tfswa_lab.durable import parts_of
+from tfswa_lab.memory.snapshot.pickles import write_plain
 
 QUIET_SECONDS = 1.0
 
@@ -23,15 +22,15 @@ QUIET_SECONDS = 1.0
 def record(
     max_entries: int = 100_000, stacks: str = "python", context: str = "all"
 ) -> Iterator[None]:
-    """Record the allocator's history while the body runs. Dump inside: leaving forgets it.
+    """Record the allocator's history in a `with` block; dump inside, because its end clears it.
 
     Args:
         max_entries: of the history, of several hundred bytes each; the oldest are dropped.
         stacks: `python`, or `all` for lines of C++ too.
-        context: `all`, `alloc` (no stacks of releases) or `state` (only of what is there).
+        context: `all`, `alloc` (no stacks of releases) or `state` (stacks of living blocks only).
 
     Raises:
-        RuntimeError: there is no CUDA.
+        RuntimeError: CUDA is not available.
     """
     _need_cuda()
     history = torch.cuda.memory._record_memory_history
@@ -43,43 +42,38 @@ def record(
 
 
 def dump(path: str | Path) -> Path:
-    """Write a snapshot of all devices, whole or not at all.
+    """Write a snapshot of all devices; an error leaves no part of a file.
 
     Raises:
-        RuntimeError: there is no CUDA.
+        RuntimeError: CUDA is not available.
         OSError: the folder cannot be written to.
     """
     _need_cuda()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    snapshot = torch.cuda.memory._snapshot()
-    with parts_of([path]) as (part,), part.open("wb") as file:
-        pickle.dump(snapshot, file, protocol=4)
-    return path
+    return write_plain(path, torch.cuda.memory._snapshot())
 
 
 def dump_on_oom(path: str | Path, most: int = 3) -> OomDump:
-    """From now on, dump a snapshot whenever CUDA runs out of memory; the error is raised as ever.
+    """From now on, dump a snapshot whenever CUDA runs out of memory; the error is still raised.
 
-    One failure makes one file, although cuDNN may try several algorithms, and fail several times,
-    before it gives up: what follows within a second belongs to it. Further failures are numbered:
-    `oom.pickle`, `oom-2.pickle`, … Use it inside of `record`, whose stacks it keeps.
+    cuDNN may try several algorithms and fail several times before it gives up, so all failures
+    within a second make one file. Later ones are numbered: `oom.pickle`, `oom-2.pickle`, … Use it
+    inside of `record`, which records the stacks.
 
     Args:
-        path: of the file.
-        most: files to write.
+        path: of the first file.
+        most: how many files to write.
 
     Returns:
-        A context manager that says what was written, and stops it when left or closed.
+        A context manager that lists the files it has written; its end or `close` stops it.
 
     Raises:
-        RuntimeError: there is no CUDA, or this torch has no hook for it.
+        RuntimeError: CUDA is not available, or this torch has no hook for out-of-memory.
     """
     _need_cuda()
     attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
     if attach is None:
-        raise RuntimeError("this torch cannot tell of an out-of-memory; use 2.0 or later")
-    torch.cuda.init()  # the allocator forgets observers that came before it
+        raise RuntimeError("this torch cannot report an out-of-memory; use 2.0 or later")
+    torch.cuda.init()  # initialisation discards observers attached before it
     observer = OomDump(Path(path), most)
     attach(observer.observe)
     return observer
@@ -89,18 +83,18 @@ class OomDump:
     """Writes snapshots of failures until it is closed.
 
     Args:
-        path: of the first.
-        most: files to write.
+        path: of the first file.
+        most: how many files to write.
     """
 
     def __init__(self, path: Path, most: int):
         self.path, self.most = path, most
         self.written: list[Path] = []
-        self.failures: list[str] = []  # of writing, in words: an error would keep its frames alive
+        self.failures: list[str] = []  # texts, because a stored error keeps its frames alive
         self._active, self._last = True, -math.inf
 
     def close(self) -> None:
-        """Write no more. torch has no way to detach an observer, so it stays, and does nothing."""
+        """Write no more. torch cannot detach an observer, so it stays attached and does nothing."""
         self._active = False
 
     def __enter__(self) -> OomDump:
@@ -110,7 +104,7 @@ class OomDump:
         self.close()
 
     def observe(self, _device: int, _asked: int, _total: int, _free: int) -> None:
-        """Called from within the allocator, where nothing may be raised."""
+        """Called by the allocator, so it must not raise."""
         again = time.monotonic() - self._last < QUIET_SECONDS
         if self._active and not again and len(self.written) < self.most:
             try:
@@ -128,6 +122,6 @@ class OomDump:
 def _need_cuda() -> None:
     if not torch.cuda.is_available():
         raise RuntimeError(
-            "no CUDA: torch finds no card here, so there is no allocator to record; "
+            "no CUDA: torch finds no GPU here, so there is no allocator to record; "
             "trace on the CPU with memory.trace, and write it with memory.snapshot.write_snapshot"
         )

@@ -1,4 +1,4 @@
-"""What a snapshot comes to: who holds the memory, what is fragmented, and why it ran out.
+"""Findings in a snapshot: which lines allocated the memory, what is fragmented, why it ran out.
 
 Notebook: 06_leak_diagnosis
 """
@@ -6,7 +6,7 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,18 +19,18 @@ from tfswa_lab.memory.sizes import (
     rounded,
     segment_size,
 )
-from tfswa_lab.memory.snapshot.history import Lives, parts
+from tfswa_lab.memory.snapshot.history import Allocations, parts_in_state
 from tfswa_lab.memory.snapshot.schema import Segment
 
 
 @dataclass(frozen=True)
-class Holder:
-    """A line and what it allocated.
+class AllocationSite:
+    """A line and the memory that it allocated.
 
     Args:
-        line: innermost line that is not torch's.
+        line: innermost line of the user's code.
         size: bytes.
-        blocks: how many.
+        blocks: number of blocks.
     """
 
     line: str
@@ -41,35 +41,37 @@ class Holder:
         return f"{format_bytes(self.size):>12}  {self.blocks:>6} blocks  {self.line}"
 
 
-def holders(lives: Lives, event: int, lines: Sequence[str]) -> list[Holder]:
-    """What is alive right after an event, by line, largest first.
+def allocation_sites(
+    allocations: Allocations, event: int, lines: Sequence[str]
+) -> list[AllocationSite]:
+    """The lines that allocated the memory alive right after an event, largest first.
 
     Args:
-        lives: of one device.
+        allocations: of one device.
         event: when.
-        lines: the user's line of each stack, by its number.
+        lines: the user's line of each stack, by the stack's number.
     """
-    alive = lives.alive(event)
+    alive = allocations.alive(event)
     by_stack = np.zeros(len(lines), np.int64)
-    np.add.at(by_stack, lives.stack[alive], lives.size[alive])
-    counts = np.bincount(lives.stack[alive], minlength=len(lines))
+    np.add.at(by_stack, allocations.stack[alive], allocations.size[alive])
+    counts = np.bincount(allocations.stack[alive], minlength=len(lines))
     size, blocks = Counter(), Counter()
     for stack in np.flatnonzero(counts):
         size[lines[stack]] += int(by_stack[stack])
         blocks[lines[stack]] += int(counts[stack])
-    return [Holder(line, held, blocks[line]) for line, held in size.most_common()]
+    return [AllocationSite(line, held, blocks[line]) for line, held in size.most_common()]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A line, and what it held in two snapshots.
+    """A line, and the memory that it had allocated in two snapshots.
 
     Args:
-        line: innermost line that is not torch's.
+        line: innermost line of the user's code.
         before: bytes in the first.
         after: bytes in the second.
-        blocks_before: how many blocks in the first.
-        blocks_after: in the second.
+        blocks_before: number of blocks in the first.
+        blocks_after: number of blocks in the second.
     """
 
     line: str
@@ -88,13 +90,12 @@ class Change:
         return f"{format_bytes(self.growth):>12}  {blocks:>+6} blocks  {self.line}"
 
 
-def changes(before: Sequence[Holder], after: Sequence[Holder]) -> list[Change]:
-    """Lines that hold more or less than before, the largest change first."""
-    old: Mapping[str, Holder] = {holder.line: holder for holder in before}
-    new: Mapping[str, Holder] = {holder.line: holder for holder in after}
+def changes(before: Sequence[AllocationSite], after: Sequence[AllocationSite]) -> list[Change]:
+    """Lines whose memory grew or shrank, the largest change first."""
+    old, new = ({site.line: site for site in side} for side in (before, after))
     found = []
-    for line in dict.fromkeys([*old, *new]):
-        a, b = (side.get(line, Holder(line, 0, 0)) for side in (old, new))
+    for line in old | new:
+        a, b = (side.get(line, AllocationSite(line, 0, 0)) for side in (old, new))
         if (a.size, a.blocks) != (b.size, b.blocks):
             found.append(Change(line, a.size, b.size, a.blocks, b.blocks))
     return sorted(found, key=lambda change: -abs(change.growth))
@@ -102,16 +103,16 @@ def changes(before: Sequence[Holder], after: Sequence[Holder]) -> list[Change]:
 
 @dataclass(frozen=True)
 class Fragmentation:
-    """How the reserved memory is used at the end of a snapshot; all in bytes.
+    """The use of the reserved memory at the end of a snapshot; all in bytes.
 
     Args:
-        reserved: of all segments.
+        reserved: in all segments.
         allocated: in blocks in use.
         pending: in blocks that were freed while another stream still used them.
-        rounding: of the allocated, what nobody asked for.
-        releasable: in segments with nothing in use; `empty_cache` would give them back.
-        inactive_split: free, but in segments that are in use.
-        largest_free: the largest request that a cached block would serve.
+        rounding: part of the allocated memory that was not requested.
+        releasable: in segments with no block in use; `empty_cache` would release them.
+        inactive_split: free, but in segments with a block in use.
+        largest_free: the largest request that would fit in a cached block.
     """
 
     reserved: int
@@ -133,15 +134,15 @@ class Fragmentation:
 
 
 def fragmentation(segments: Sequence[Segment]) -> Fragmentation:
-    """The state of one device's segments."""
-    active, free = parts(segments, "active"), parts(segments, "inactive")
+    """How one device's segments are used."""
+    active, free = parts_in_state(segments, "active"), parts_in_state(segments, "inactive")
     idle = [one for one in segments if all(part.state == "inactive" for part in one.parts)]
-    releasable = sum(part.size for part in parts(idle, "inactive"))
+    releasable = sum(part.size for part in parts_in_state(idle, "inactive"))
     allocated = sum(part.size for part in active)
     return Fragmentation(
         reserved=sum(segment.size for segment in segments),
         allocated=allocated,
-        pending=sum(part.size for part in parts(segments, "pending")),
+        pending=sum(part.size for part in parts_in_state(segments, "pending")),
         rounding=allocated - sum(part.requested for part in active),
         releasable=releasable,
         inactive_split=sum(part.size for part in free) - releasable,
@@ -151,16 +152,16 @@ def fragmentation(segments: Sequence[Segment]) -> Fragmentation:
 
 @dataclass(frozen=True)
 class OutOfMemoryReport:
-    """A request that failed, and what there was; all in bytes.
+    """A request that failed, and the memory at that time; all in bytes.
 
     Args:
-        event: of the trace; right after the failure.
-        requested: what was asked for.
+        event: of the history, right after the failure.
+        requested: size of the request.
         allocated: in blocks in use.
-        reserved: of segments.
-        largest_free: the largest free stretch within one segment.
-        device_free: what the device had left outside of segments.
-        holders: by line, largest first.
+        reserved: in segments.
+        largest_free: the largest free range within one segment.
+        device_free: left on the device, outside of segments.
+        allocation_sites: of the memory in use, largest first.
     """
 
     event: int
@@ -169,53 +170,53 @@ class OutOfMemoryReport:
     reserved: int
     largest_free: int
     device_free: int
-    holders: list[Holder]
+    allocation_sites: list[AllocationSite]
 
     @property
     def free(self) -> int:
-        """All that was not in use, in however many pieces."""
+        """All memory that was not in use, in one part or many."""
         return self.reserved - self.allocated + self.device_free
 
     @property
     def fits(self) -> int:
-        """The largest request that would have been served."""
+        """The largest request that would have fitted."""
         new = self.device_free // SEGMENT_QUANTUM * SEGMENT_QUANTUM
-        if new < OWN_SEGMENT:  # room for segments of the small pool at most
+        if new < OWN_SEGMENT:  # there is room for a segment of the small pool at most
             new = min(new, SMALL) if self.requested <= SMALL else 0
         return max(self.largest_free, new)
 
     @property
     def is_fragmentation(self) -> bool:
-        """Whether the free memory would have held it in one piece."""
+        """Whether the free memory, in one part, would have been large enough."""
         return rounded(self.requested) <= self.free
 
     @property
     def largest_batch(self) -> float:
-        """The share of the batch that can fit at best: as if all that is held grew with it.
+        """The largest share of the batch that can fit, if all held memory grows with the batch.
 
-        Parameters do not, and the step may have wanted more later: the truth lies below.
+        It is an upper bound: parameters do not grow, and the step may need more memory later.
         """
         return (self.allocated + self.free) / (self.allocated + self.requested)
 
     def __str__(self) -> str:
         cause = (
-            "The free memory would have held it, had it been in one piece: fragmentation. Clips of "
-            "one length, or PYTORCH_ALLOC_CONF=expandable_segments:True, help."
+            "The free memory was large enough, but not in one part: fragmentation. Segments of one "
+            "length, or PYTORCH_ALLOC_CONF=expandable_segments:True, help."
             if self.is_fragmentation
-            else f"It was short of {format_bytes(self.requested - self.free)}, and at best "
+            else f"It lacked {format_bytes(self.requested - self.free)}, and at most "
             f"{self.largest_batch:.0%} of this batch fits: less if parameters are a large part of "
-            "what is held, or if the step was not at its peak yet."
+            "the memory in use, or if the step had not reached its peak."
         )
         return "\n".join(
             [
-                f"{format_bytes(self.requested)} asked for, a segment of "
-                f"{format_bytes(segment_size(rounded(self.requested)))} if not from the cache.",
+                f"{format_bytes(self.requested)} requested, which needs a segment of "
+                f"{format_bytes(segment_size(rounded(self.requested)))} if the cache has no room.",
                 f"{format_bytes(self.allocated)} were allocated, "
                 f"{format_bytes(self.reserved)} reserved; "
                 f"{format_bytes(self.device_free)} were left on the device, and the largest free "
-                f"stretch of the cache was {format_bytes(self.largest_free)}.",
+                f"range of the cache was {format_bytes(self.largest_free)}.",
                 f"A request of {format_bytes(self.fits)} would have fitted. {cause}",
-                "Held then, by line:",
-                *(str(holder) for holder in self.holders[:10]),
+                "In use then, by line:",
+                *(str(site) for site in self.allocation_sites[:10]),
             ]
         )

@@ -1,8 +1,8 @@
-"""What a memory snapshot says, whichever torch wrote it.
+"""The contents of a memory snapshot, whichever version of torch wrote it.
 
-Snapshots differ: `active_awaiting_free` became `active_pending_free`; blocks had a `history` before
-they had `frames`; `oom` entries have no address; keys come and go. Nothing of it is fatal. What a
-reader should know about is noted.
+Versions differ: `active_awaiting_free` became `active_pending_free`; blocks had a `history` before
+they had `frames`; `oom` entries have no address; keys come and go. None of this is an error;
+`Contents.notes` lists what a user should know.
 
 Notebook: 06_leak_diagnosis
 """
@@ -35,43 +35,43 @@ ACTIONS = (
 CODES = {action: code for code, action in enumerate(ACTIONS)}
 STATES = {
     "active_allocated": "active",
-    "active_pending_free": "pending",  # as the binary writes it
-    "active_awaiting_free": "pending",  # as its documentation does
+    "active_pending_free": "pending",  # in files
+    "active_awaiting_free": "pending",  # in torch's documentation
     "inactive": "inactive",
 }
-LARGEST_SIZE = 2**50  # bytes of a block or a segment
+LARGEST_SIZE = 2**50  # bytes of a block or a segment; more is refused
 
 
-class Part(NamedTuple):
+class RecordedPart(NamedTuple):
     """A part of a segment; torch calls it a block."""
 
     address: int
     size: int  # bytes of the segment
-    requested: int  # bytes that were asked for
-    state: str  # active, pending (freed, still in use by another stream) or inactive
-    stack: int  # number of the stack that asked for it
+    requested: int  # bytes that were requested
+    state: str  # active, pending (freed, but still used by another stream) or inactive
+    stack: int  # number of the stack that allocated it
 
 
 class Segment(NamedTuple):
-    """Memory that the allocator has from the device."""
+    """Memory that the allocator has taken from the device."""
 
     device: int
     address: int
     size: int
     stream: int
     expandable: bool
-    parts: tuple[Part, ...]
+    parts: tuple[RecordedPart, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Trace:
+class History:
     """The entries of one device's history, oldest first, as columns of the same length.
 
     Args:
         action: indices into `ACTIONS`.
         address: 0 where there is none.
-        size: bytes as recorded: for blocks those that were asked for.
-        device_free: bytes that the device had left, of `oom` entries; else 0.
+        size: bytes as recorded, for blocks the request.
+        device_free: bytes that the device had left, in `oom` entries; else 0.
         time_us: microseconds, 0 if not recorded.
         stack: number of the stack.
         text: number of the `user_metadata`.
@@ -95,42 +95,42 @@ class Trace:
 
 @dataclass
 class Contents:
-    """All that was understood of a snapshot.
+    """What a snapshot contains.
 
     Args:
         segments: of all devices.
-        traces: by device.
-        stacks: by number; innermost line first. Number 0 is the empty one.
-        texts: the distinct `user_metadata`, by number; 0 is none.
+        histories: by device.
+        stacks: by number, innermost line first; number 0 is the empty stack.
+        texts: the distinct `user_metadata` by number; number 0 is empty.
         settings: of the allocator, as written.
-        notes: what a reader should know about.
+        notes: entries that were left out, values that were not understood.
     """
 
     segments: list[Segment] = field(default_factory=list)
-    traces: dict[int, Trace] = field(default_factory=dict)
+    histories: dict[int, History] = field(default_factory=dict)
     stacks: list[tuple[Frame, ...]] = field(default_factory=lambda: [()])
     texts: list[str] = field(default_factory=lambda: [""])
     settings: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def understand(raw: object, last: int | None = None, most: int | None = None) -> Contents:
-    """Make sense of an unpickled snapshot.
+def parse(raw: object, last: int | None = None, most: int | None = None) -> Contents:
+    """Check and convert an unpickled snapshot.
 
     Args:
         raw: of `torch.cuda.memory._snapshot()`, or the list of `torch.cuda.memory_snapshot()`.
-        last: keep only so many of the newest entries of each device.
-        most: segments, blocks and entries that it may have; a small file can repeat one list a
-            million times over.
+        last: how many of the newest entries of each device to keep; None for all.
+        most: the most segments, blocks and entries that it may have, because a small file can
+            repeat one list a million times.
 
     Raises:
-        SnapshotError: it is no snapshot.
+        SnapshotError: it is not a snapshot.
     """
-    return _Understanding(most).snapshot(raw, last)
+    return _Parser(most).snapshot(raw, last)
 
 
-class _Understanding:
-    """Goes through a snapshot once; knows equal stacks and texts again."""
+class _Parser:
+    """Goes through a snapshot once; equal stacks and equal texts get one number."""
 
     def __init__(self, most: int | None):
         self.contents = Contents()
@@ -145,21 +145,19 @@ class _Understanding:
         if isinstance(raw, list):
             raw = {"segments": raw}
         if not isinstance(raw, dict) or not {"segments", "device_traces"} & raw.keys():
-            raise SnapshotError("no memory snapshot: it has neither segments nor device_traces")
+            raise SnapshotError("not a memory snapshot: it has neither segments nor device_traces")
         contents = self.contents
         contents.segments = [self.segment(one) for one in self.items(raw, "segments")]
-        if (
-            sum(one.size + sum(part.size for part in one.parts) for one in contents.segments)
-            > 2**62
-        ):
-            raise SnapshotError("its segments hold more memory than there is")
+        sizes = (one.size + sum(part.size for part in one.parts) for one in contents.segments)
+        if sum(sizes) > 2**62:
+            raise SnapshotError("its segments hold more memory than any machine has")
         if "segments" not in raw:
             contents.notes.append("no segments: what was allocated before the trace is unknown")
         for device, entries in enumerate(_listed(raw, "device_traces")):
             if not isinstance(entries, list):
-                raise SnapshotError(f"the trace of device {device} is no list")
+                raise SnapshotError(f"the trace of device {device} is not a list")
             if entries:
-                contents.traces[device] = self.trace(device, entries, last)
+                contents.histories[device] = self.history(device, entries, last)
         settings = raw.get("allocator_settings")
         contents.settings = settings if isinstance(settings, dict) else {}
         contents.texts = list(self._texts)
@@ -167,7 +165,7 @@ class _Understanding:
         return contents
 
     def items(self, mapping: Mapping, key: str) -> Iterable[dict]:
-        """The dictionaries of a list, counted."""
+        """The dictionaries of a list; they count towards `most`."""
         for item in self.counted(_listed(mapping, key)):
             if not isinstance(item, dict):
                 raise SnapshotError(f"{key} holds a {type(item).__name__}, not a dictionary")
@@ -195,27 +193,27 @@ class _Understanding:
             tuple(parts),
         )
 
-    def part(self, raw: dict, address: int) -> Part:
-        """A block; old ones have no address, and what was asked for in their history."""
+    def part(self, raw: dict, address: int) -> RecordedPart:
+        """A block; old ones have no address, and keep the request in their history."""
         size = _size(raw, "size")
-        told = raw
+        source = raw
         history = raw.get("history")
         if isinstance(history, list) and history and isinstance(history[0], dict):
-            told = {"frames": history[0].get("frames")}
-            told["requested_size"] = history[0].get("real_size", size)
+            source = {"frames": history[0].get("frames")}
+            source["requested_size"] = history[0].get("real_size", size)
         state = raw.get("state")
         if not isinstance(state, str) or state not in STATES:
-            self._odd["blocks in an unknown state, taken for inactive"] += 1
+            self._odd["blocks in an unknown state, counted as inactive"] += 1
             state = "inactive"
-        return Part(
+        return RecordedPart(
             _number(raw, "address", address),
             size,
-            _size(told, "requested_size", size),
+            _size(source, "requested_size", size),
             STATES[state],
-            self.stack(told),
+            self.stack(source),
         )
 
-    def trace(self, device: int, entries: list, last: int | None) -> Trace:
+    def history(self, device: int, entries: list, last: int | None) -> History:
         kept = entries if last is None else entries[max(len(entries) - last, 0) :]
         if len(kept) < len(entries):
             self.contents.notes.append(
@@ -224,10 +222,10 @@ class _Understanding:
         rows = array("q")
         for entry in self.counted(kept):
             rows.extend(self.entry(entry))
-        return Trace(*np.array(rows, np.int64).reshape(len(kept), -1).T.copy())
+        return History(*np.array(rows, np.int64).reshape(len(kept), -1).T.copy())
 
     def entry(self, raw: object) -> tuple[int, ...]:
-        """One row of a trace."""
+        """One row of a history."""
         if not isinstance(raw, dict):
             raise SnapshotError(f"a trace holds a {type(raw).__name__}, not a dictionary")
         action = raw.get("action")
@@ -248,7 +246,7 @@ class _Understanding:
         )
 
     def stack(self, raw: dict) -> int:
-        """The number of a stack; lines of the forward pass follow those of the backward pass."""
+        """The number of a stack: lines of the backward pass, then lines of the forward pass."""
         number, forward = self.lines(raw.get("frames")), self.lines(raw.get("forward_frames"))
         if not forward:
             return number
@@ -302,5 +300,5 @@ def _number(mapping: Mapping, key: str, default: int = 0, low: int = 0, high: in
     value = mapping.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or not low <= value < high:
-        raise SnapshotError(f"{key} is no number that it could be: {type(value).__name__}")
+        raise SnapshotError(f"{key} is not a number in the allowed range: {type(value).__name__}")
     return value
