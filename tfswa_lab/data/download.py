@@ -1,8 +1,11 @@
-"""Bring a large file over an unreliable network, and unpack it, whole or not at all.
+"""Download a large file over an unreliable network, and unpack it, completely or not at all.
 
-While a file is on its way, `NAME.part` holds the bytes that have arrived and `NAME.part.json`
-says which version of the remote file they belong to, so that a second run continues where the
-first one stopped, and never glues two versions together.
+During a download, `NAME.part` holds the bytes that have arrived and `NAME.part.json` says which
+version of the remote file they belong to, so that a second run continues where the first one
+stopped, and never joins two versions.
+
+No library that we tried does that: pooch starts again from the first byte when a connection drops,
+and pypdl continues without checking that the remote file is still the same.
 
 Notebook: 00_start_here
 """
@@ -15,17 +18,18 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import pooch  # Hashing only: pooch's own downloaders cannot resume.
+import pooch  # for its hashes
 import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
 
-BLOCK_BYTES = 1 << 14  # as much may be lost of a dropped connection
+BLOCK_BYTES = 1 << 14  # at most so many bytes are lost when a connection drops
 
 
 def fetch(
@@ -39,10 +43,10 @@ def fetch(
     timeout_seconds: float = 30.0,
     progress: bool = False,
 ) -> Path:
-    """Download a file, resuming what an earlier attempt or an earlier run left.
+    """Download a file, from where an earlier attempt or an earlier run stopped.
 
-    An existing `dest` with the right size and checksum is not fetched again; without either,
-    an existing `dest` is trusted, because nothing incomplete ever gets that name.
+    An existing `dest` with the right size and checksum is not fetched again. Without either, an
+    existing `dest` is trusted, because an incomplete file never gets that name.
 
     Args:
         url: address; redirects are followed.
@@ -72,7 +76,8 @@ def fetch(
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = _Part(dest, size)
     with _session(retries, wait_seconds) as session:
-        _gather(session, url, part, retries, wait_seconds, timeout_seconds, progress)
+        request = partial(session.get, stream=True, timeout=timeout_seconds)
+        _complete(part, partial(_transfer, request, url, part, progress), retries, wait_seconds)
     if difference := _difference(part.data, part.version["size"], checksum):
         part.discard()
         raise ValueError(
@@ -153,7 +158,7 @@ def whole_folder(dest: str | Path) -> Iterator[Path]:
 
 
 class _Dropped(Exception):
-    """The connection ended early, or the server would not go on: worth another attempt."""
+    """The connection ended early, or the server refused to continue: worth another attempt."""
 
 
 class _Part:
@@ -190,16 +195,14 @@ class _Part:
 
 
 def _check_form(checksum: str | None) -> None:
-    if checksum is None:
-        return
-    name, _, digest = checksum.lower().partition(":")
-    lengths = {"md5": 32, "sha1": 40, "sha256": 64, "sha512": 128}
-    if lengths.get(name) != len(digest) or not re.fullmatch("[0-9a-f]+", digest):
+    name, _, digest = (checksum or "").lower().partition(":")
+    digits = {"md5": 32, "sha1": 40, "sha256": 64, "sha512": 128}.get(name)
+    if checksum is not None and not (digits and re.fullmatch(f"[0-9a-f]{{{digits}}}", digest)):
         raise ValueError(f"checksum {checksum!r} is not 'md5:' and 32 or 'sha256:' and 64 digits")
 
 
 def _difference(path: Path, size: int | None, checksum: str | None) -> str:
-    """What keeps a file from being the published one; empty if nothing does."""
+    """How a file differs from the published one; empty if it does not."""
     if size is not None and path.stat().st_size != size:
         return f"expected {size} bytes, got {path.stat().st_size}"
     if checksum is not None:
@@ -211,8 +214,8 @@ def _difference(path: Path, size: int | None, checksum: str | None) -> str:
 
 
 def _session(retries: int, wait_seconds: float) -> requests.Session:
-    # urllib3 retries until a response begins (and honours Retry-After); once the body flows,
-    # only the loop in `fetch` can go on from the bytes that are there.
+    # urllib3 retries until a response begins, and honours Retry-After. Once the body has begun,
+    # only `_complete` can continue after the bytes that have arrived.
     retry = Retry(
         retries,
         backoff_factor=wait_seconds,
@@ -220,67 +223,56 @@ def _session(retries: int, wait_seconds: float) -> requests.Session:
         raise_on_status=False,
     )
     session = requests.Session()
-    session.mount("http://", HTTPAdapter(max_retries=retry))
-    session.mount("https://", HTTPAdapter(max_retries=retry))
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry))
     return session
 
 
-def _gather(
-    session: requests.Session,
-    url: str,
-    part: _Part,
-    retries: int,
-    wait_seconds: float,
-    timeout_seconds: float,
-    progress: bool,
-) -> None:
+def _complete(part: _Part, transfer: Callable[[], None], retries: int, wait_seconds: float) -> None:
     """Transfer until the part is complete; only attempts that bring nothing new are counted."""
     furthest, fruitless = part.bytes(), 0
     while not part.complete():
         try:
-            _transfer(session, url, part, timeout_seconds, progress)
+            transfer()
         except _Dropped as drop:
             fruitless = 0 if part.bytes() > furthest else fruitless + 1
             furthest = max(furthest, part.bytes())
             if fruitless > retries:
                 raise ConnectionError(
-                    f"{url} does not arrive completely: {part.bytes()} of "
-                    f"{part.version.get('size') or '?'} bytes, and {fruitless} attempts in a row "
-                    f"brought nothing new ({drop}); run it again later to go on from "
-                    f"{part.data}, or use another address"
+                    f"{part.bytes()} of {part.version.get('size') or '?'} bytes have arrived, and "
+                    f"{fruitless} attempts in a row brought nothing new ({drop}); run it again "
+                    f"later to go on from {part.data}, or use another address"
                 ) from drop
             time.sleep(wait_seconds * 2**fruitless)
 
 
-def _transfer(
-    session: requests.Session, url: str, part: _Part, timeout_seconds: float, progress: bool
-) -> None:
+def _transfer(request: Callable, url: str, part: _Part, progress: bool) -> None:
     """One request, whose body is appended to the part as it comes."""
     headers = {"Accept-Encoding": "identity"}  # a compressed body would have another length
     if part.bytes() and part.version.get("validator"):
         headers |= {"Range": f"bytes={part.bytes()}-", "If-Range": part.version["validator"]}
     try:
-        response = session.get(url, headers=headers, stream=True, timeout=timeout_seconds)
+        response = request(url, headers=headers)
     except requests.RequestException as error:
         reason = f"{url} cannot be reached ({error}); check the network and the address"
         raise ConnectionError(reason) from error
     with response:
         _place(response, part)
         _append(response, part, progress)
-    if part.version["size"] is None:  # the server did not say, and ended the body properly
+    if part.version["size"] is None:  # the server announced no length, and the body ended properly
         part.version["size"] = part.bytes()
     if not part.complete():
-        raise _Dropped("the body ended early")
+        raise _Dropped(f"{url}: the body ended early")
 
 
 def _place(response: requests.Response, part: _Part) -> None:
-    """Decide where the body goes: after the part, or in place of it."""
+    """Decide whether the body continues the part or replaces it."""
     status = response.status_code
     if status == 206 and _continues(response, part):
         return
     if status in (206, 416):
         part.discard()
-        raise _Dropped(f"the server cannot go on from the part: HTTP {status}")
+        raise _Dropped(f"{response.url} cannot continue the part: HTTP {status}")
     if status in (404, 410):
         raise FileNotFoundError(f"{response.url}: HTTP {status}, no such file; check the address")
     if status != 200:
@@ -297,33 +289,26 @@ def _place(response: requests.Response, part: _Part) -> None:
 
 def _continues(response: requests.Response, part: _Part) -> bool:
     """Whether a partial answer is the rest of the same version: some servers ignore If-Range."""
-    answer = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-    return (
-        answer is not None
-        and [int(number) for number in answer.groups()] == [part.bytes(), part.version.get("size")]
-        and _validator(response) in (None, part.version.get("validator"))
-    )
+    rest = f"bytes {part.bytes()}-\\d+/{part.version.get('size')}"
+    return re.fullmatch(rest, response.headers.get("Content-Range", "")) is not None and _validator(
+        response
+    ) in (None, part.version.get("validator"))
 
 
 def _validator(response: requests.Response) -> str | None:
-    """What If-Range may hold: a strong ETag, else the date; None means no safe resume."""
+    """A value for If-Range: a strong ETag, else the date; None if no resumption is safe."""
     etag = response.headers.get("ETag", "W/")
     return response.headers.get("Last-Modified") if etag.startswith("W/") else etag
 
 
 def _append(response: requests.Response, part: _Part, progress: bool) -> None:
-    bar = tqdm(
-        desc=part.data.stem,
-        total=part.version["size"],
-        initial=part.bytes(),
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-    )
-    with bar, part.data.open("ab") as file:
+    bar = {"desc": part.data.stem, "total": part.version["size"], "initial": part.bytes()}
+    with (
+        part.data.open("ab") as file,
+        tqdm.wrapattr(file, "write", **bar, disable=not progress) as counted,
+    ):
         try:
             for block in response.iter_content(BLOCK_BYTES):
-                file.write(block)
-                bar.update(len(block))
+                counted.write(block)
         except requests.RequestException as error:
-            raise _Dropped("the connection broke") from error
+            raise _Dropped(f"{response.url}: the connection broke") from error
