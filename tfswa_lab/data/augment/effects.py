@@ -1,14 +1,15 @@
 """The same music faster, higher, louder, mirrored: effects on the sources of each item.
 
-Time and pitch change for all sources of an item together, or the music would fall apart. Level,
-channels and polarity change for each source alone, as on a mixing desk.
+Time and pitch change for all sources of an item together, because the music would lose its rhythm
+and harmony otherwise. Level, channels and polarity change for each source alone, as on a mixing
+desk.
 
-The number of samples stays. What an effect makes longer loses its end; what it makes shorter
-starts again from its beginning, because silence where there was music would be an easy target and
-a waste. One seam, the same in all sources, is the price.
+The number of samples stays. An item that gets longer loses its end; one that gets shorter starts
+again from its beginning, because silence would be an easy target. This leaves one seam, at the
+same sample in all sources.
 
-Axis letters: `b` batch, `m` sources (the stems, and what they leave of the mixture), `c` channels,
-`s` samples.
+Axis letters: `b` batch, `m` sources (the stems, and the rest of the mixture), `c` channels, `s`
+samples.
 
 Notebook: 07_training
 """
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from tfswa_lab.data.augment.sources import Augmentation, Chain, check_prob, toss
+from tfswa_lab.data.augment.mixing import Augmentation, Chain, check_prob, toss
 from tfswa_lab.data.augment.stretch import (
     change_speed,
     looped,
@@ -84,9 +85,9 @@ class PitchShift(Augmentation):
 
 
 class SpeedPerturbation(Augmentation):
-    """Tempo, pitch and formants together, as a tape played too fast: another, smaller singer.
+    """Tempo, pitch and formants together, as a tape played too fast.
 
-    Cheap, and free of a vocoder's artefacts.
+    It is cheap and has no artefacts of a vocoder.
 
     Args:
         factors: one of these is drawn for each item; above 1 is faster and higher.
@@ -126,7 +127,7 @@ class Gain(Augmentation):
         self.prob = check_prob("Gain prob", prob)
 
     def change(self, sources: Tensor, generator: Generator) -> Tensor:
-        """Sources `(b, m, c, s)`; the sum may exceed 1, which no float minds."""
+        """Sources `(b, m, c, s)`; the sum may exceed 1, which float32 represents."""
         shape = (*sources.shape[:2], 1, 1)
         chosen = toss(shape, self.prob, generator)
         factors = _uniform(shape, self.factor, generator)
@@ -134,7 +135,7 @@ class Gain(Augmentation):
 
 
 class ChannelSwap(Augmentation):
-    """Left and right exchanged, in each source of its own accord; mono stays as it is.
+    """Left and right exchanged, in each source independently; mono stays as it is.
 
     Args:
         prob: probability for each source.
@@ -150,7 +151,7 @@ class ChannelSwap(Augmentation):
 
 
 class Polarity(Augmentation):
-    """The sign of a source turned: inaudible alone, another mixture together.
+    """The sign of a source changed: inaudible in the source alone, but it changes the mixture.
 
     Args:
         prob: probability for each source.
@@ -168,8 +169,7 @@ class Polarity(Augmentation):
 class AudioAugmentation(Chain):
     """Time stretch, pitch shift, gain, channel swap and polarity, each with its own probability.
 
-    The masks on the spectrogram that belong to the same recipe are `SpectrogramMasking`: they act
-    on what the network sees, not on audio.
+    `SpectrogramMasking` belongs to the same recipe, but acts on the network's input, not on audio.
 
     Args:
         time_stretch: range of the factor of the duration.

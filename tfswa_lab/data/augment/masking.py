@@ -1,4 +1,4 @@
-"""Bands and moments that the network does not see while it trains.
+"""Hide bands and times from the network while it trains.
 
 Axis letters: `b` batch, `c` channels of the network's input, `t` frames, `f` bins.
 
@@ -13,21 +13,22 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor, nn
 
-from tfswa_lab.data.augment.sources import check_prob, described, toss
+from tfswa_lab.data.augment.mixing import check_prob, settings_of, toss
 
 
 class SpectrogramMasking:
-    """Hide a random band of bins and a random stretch of frames from the network.
+    """Hide a random band of bins and a random run of frames from the network.
 
-    Only the network's input is masked. The masks that it puts out still act on the whole
-    mixture, and mixture and targets stay as they are: what is hidden has to be inferred from
-    its surroundings. Zero is what hidden values become, the mean of normalised features.
+    Only the network's input is masked. The network's outputs still act on the whole mixture, and
+    mixture and targets stay as they are, so the network has to infer the hidden part from its
+    surroundings. Hidden values become 0, the mean of normalised features.
 
     Args:
         max_bins: a band is narrower than this.
-        max_frames: a stretch is shorter than this.
-        max_share: and never more than this share of its axis, so that no small map is hidden whole.
-        apply_prob: probability that anything of an item is hidden.
+        max_frames: a run is shorter than this.
+        max_share: both are at most this share of their axis, so that a small map is never hidden
+            completely.
+        apply_prob: probability that a part of an item is hidden.
 
     Raises:
         ValueError: an argument makes no sense.
@@ -58,14 +59,14 @@ class SpectrogramMasking:
         """Features `(b, c, t, f)` with a part set to 0, the same in all channels of an item."""
         items, _, frames, bins = features.shape
         band = self._span(items, bins, self.max_bins, generator)
-        stretch = self._span(items, frames, self.max_frames, generator)
-        hidden = band[:, None, :] | stretch[:, :, None]  # (b, t, f)
+        run = self._span(items, frames, self.max_frames, generator)
+        hidden = band[:, None, :] | run[:, :, None]  # (b, t, f)
         hidden &= toss((items, 1, 1), self.apply_prob, generator)
         return features.masked_fill(hidden[:, None].to(features.device), 0.0)
 
     def __repr__(self) -> str:
-        """Class and settings: part of what a checkpoint knows of its run."""
-        return described(self)
+        """Class and settings, which a checkpoint stores."""
+        return settings_of(self)
 
     def _span(self, items: int, size: int, widest: int, generator: Generator) -> Tensor:
         """A random interval of an axis per item: `(b, size)`, true inside."""

@@ -1,7 +1,7 @@
 """Time, pitch and both at once: a phase vocoder and a resampler.
 
 Axis letters: `c` channels, `s` samples, `f` bins, `t` frames, `j` jumps. A shape `(…, c, s)` may
-hold several stems of one stretch of music; channels are those of one stem.
+hold several stems of one segment; channels are those of one stem.
 
 Notebook: 07_training
 """
@@ -91,12 +91,12 @@ def time_stretch(waveform: Tensor, factor: float, n_fft: int = 2048) -> Tensor:
         raise ValueError(f"factor={factor}: stretch by 0.25 to 4, further needs another method")
     stft = STFTProcessor(n_fft, n_fft // 4)
     samples = round(waveform.shape[-1] * factor)
-    frames = stft(waveform).mT  # (…, c, t, f): the view in which a frame lies in one piece
+    frames = stft(waveform).mT  # (…, c, t, f): a view in which each frame is contiguous
     return stft.istft(_stretched(frames, factor, 1 + samples // stft.hop_length).mT, samples)
 
 
 def _stretched(frames: Tensor, factor: float, count: int) -> Tensor:
-    """Frames `(…, c, t, f)` of a spectrogram to `count` frames that go by `factor` times as slow.
+    """Frames `(…, c, t, f)` of a spectrogram to `count` frames, `factor` times as slow.
 
     Frames are copied in runs. Where one is repeated or left out, all that follow are turned in
     phase, so as to go on from the frame that was due: the next one of the original.
