@@ -35,17 +35,39 @@ def in_a_circle() -> RuntimeError:
     return error
 
 
+def of_onnxruntime(words: str) -> Exception:
+    """Its errors derive from `Exception`, as pybind11 registers them."""
+    module = "onnxruntime.capi.onnxruntime_pybind11_state"
+    return type("RuntimeException", (Exception,), {"__module__": module})(
+        f"[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running "
+        f"Conv node. Name:'Conv_3' Status Message: /core/framework/bfc_arena.cc:376 {words}"
+    )
+
+
+HINTS = """
+{0} kernel errors might be asynchronously reported at some other API call, so the stacktrace below \
+might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_{0}_DSA` to enable device-side assertions.
+"""
 CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: "
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
     RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"),  # of torch before 2.5
-    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be …"),
+    torch.AcceleratorError("CUDA error: out of memory" + HINTS.format("CUDA")),
+    torch.AcceleratorError("HIP error: out of memory" + HINTS.format("HIP")),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("[2] Call to cuMemAlloc results in CUDA_ERROR_OUT_OF_MEMORY"),
+    RuntimeError("hipErrorOutOfMemory"),
+    RuntimeError("cudaErrorMemoryAllocation"),
     RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("HIP error: out of memory"),
     RuntimeError("XPU out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError(
         "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
     ),
+    RuntimeError("level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)"),
+    RuntimeError("Invalid buffer size: 19.45 GB"),  # on MPS
     RuntimeError("MPS backend out of memory (MPS allocated: 9.06 GB, other allocations: 1 MB)"),
     RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -56,8 +78,19 @@ OUT_OF_MEMORY = [
     RuntimeError(CPU + "not enough memory: you tried to allocate 9 bytes."),
     RuntimeError("unable to mmap 9 bytes from file <weights>: Cannot allocate memory (12)"),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("bad allocation"),  # on Windows
+    RuntimeError("miopenStatusAllocFailed"),
+    RuntimeError("Intel oneMKL DFTI ERROR: Not enough memory to allocate"),
+    RuntimeError("Could not allocate memory for Tensor SizesAndStrides!"),
+    RuntimeError(
+        "Caught RuntimeError in DataLoader worker process 0.\n… " + CPU + "not enough memory"
+    ),
+    of_onnxruntime("Failed to allocate memory for requested buffer of size 643840"),
+    of_onnxruntime("Available memory of 0 is smaller than requested bytes of 2048"),
     MemoryError(),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
+    OSError("Memory mapping file failed: Cannot allocate memory"),
+    OSError(errno.EINVAL, "The paging file is too small for this operation to complete"),
     simulated(),
     chained(MemoryError()),
     chained(chained(RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"))),
@@ -65,6 +98,14 @@ OUT_OF_MEMORY = [
 OTHERS = [
     RuntimeError("NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'"),
     RuntimeError("CUDA error: device-side assert triggered"),
+    torch.AcceleratorError("CUDA error: device-side assert triggered" + HINTS.format("CUDA")),
+    torch.AcceleratorError("CUDA error: an illegal memory access" + HINTS.format("CUDA")),
+    RuntimeError("ProcessGroupNCCL.cpp:1331, unhandled cuda error. Cuda failure 'out of memory'"),
+    RuntimeError("A worker process was unexpectedly terminated … by an excessive memory usage"),
+    RuntimeError("out of resource: shared memory, Required: 114688, Hardware limit: 101376"),
+    RuntimeError("unable to write to file </torch_9_8>: No space left on device (28)"),
+    RuntimeError("Storage size calculation overflowed with sizes=[1099511627776, 1099511627776]"),
+    of_onnxruntime("Expected shape from model of {2} does not match actual shape of {3}"),
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed."),
     RuntimeError("DataLoader worker (pid 9) exited unexpectedly; the host may be out of memory"),

@@ -11,26 +11,31 @@ from collections.abc import Iterator
 
 import torch
 
-# CUDA, HIP, XPU and MPS write "out of memory"; drivers' codes have underscores. cuBLAS, cuDNN,
-# cuFFT and their AMD twins end in ALLOC_FAILED or ALLOCATION_FAILED. The rest is the CPU's.
+# CUDA, HIP, XPU, MPS and their drivers; cuBLAS, cuDNN, cuFFT and their AMD twins; the CPU and
+# Windows; the arena of onnxruntime. XPU and MPS also have names of their own: out of resources, and
+# a buffer that is larger than the device allows.
 _NO_MEMORY = re.compile(
-    r"\bout of memory\b|OUT_OF_((DEVICE|HOST)_)?MEMORY|ALLOC(ATION)?_FAILED|status_memory_error"
-    r"|can't allocate memory|cannot allocate memory|not enough memory|failed to allocate memory"
-    r"|std::bad_alloc",
+    r"\bout of memory\b|OutOfMemory\b|ErrorMemoryAllocation|OUT_OF_((DEVICE|HOST)_)?MEMORY"
+    r"|(UR_RESULT|PI)_ERROR_OUT_OF_RESOURCES|\binvalid buffer size: \d"
+    r"|ALLOC(ATION)?_FAILED|StatusAllocFailed|status_memory_error"
+    r"|(can't|cannot|could not|failed to) allocate memory|not enough memory|\bbad[_ ]alloc"
+    r"|paging file is too small|available memory of \d+ is smaller than requested",
     re.IGNORECASE,
 )
-# These can quote the words above, but fewer or shorter examples do not help: the process group, the
-# CUDA context or the worker is lost.
+# These can quote the words above, but a smaller batch does not help: the process group, the CUDA
+# context or the worker is lost. "To enable device-side assertions" is a hint in every CUDA error.
 _BROKEN = re.compile(
-    r"NCCL|device-side assert|worker.*\b(killed|exited|died|terminated)\b", re.IGNORECASE
+    r"(?-i:NCCL)|device-side assert triggered|worker.*\b(killed|exited|died|terminated)\b",
+    re.IGNORECASE,
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that memory ran out.
+    """Whether an error, or one of its causes, says that memory ran out.
 
-    On a GPU (CUDA, ROCm, XPU, MPS), in one of its libraries, or on the host. Errors of NCCL,
-    device-side asserts and workers that died are none, whatever they quote.
+    The memory may be a GPU's (CUDA, ROCm, XPU, MPS), or the host's; the error may come from a
+    library such as cuFFT. An NCCL error, a device-side assert and a worker that died do not count,
+    even if their text mentions memory.
 
     >>> is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))
     True
@@ -51,9 +56,13 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
 def _says_so(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    if not isinstance(error, RuntimeError):
-        return False
-    words = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    words = str(error) if _is_of_a_runtime(error) else ""
     return bool(_NO_MEMORY.search(words)) and not _BROKEN.search(words)
+
+
+def _is_of_a_runtime(error: BaseException) -> bool:
+    """Whether torch, the system or onnxruntime may have raised it, so that its text counts."""
+    of_onnx = type(error).__module__.startswith("onnxruntime")  # not RuntimeErrors
+    return of_onnx or isinstance(error, RuntimeError | OSError)
