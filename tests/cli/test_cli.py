@@ -118,13 +118,24 @@ def test_the_gain_against_clipping_is_told(model, tmp_path, monkeypatch):
     assert "scaled" not in result.output
 
 
-def test_no_memory_for_a_single_segment_is_told(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has …"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …"),
+        MemoryError(),
+    ],
+)
+def test_no_memory_for_a_single_segment_is_told_in_one_line(model, tmp_path, monkeypatch, error):
     def fail(mixture):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     answer(monkeypatch, fail)
     song = audio.write(tmp_path / "song.wav", torch.zeros(2, 1000))
     result = run(song, "--model", model, "--out", tmp_path / "out", "--batch-size", 4)
-    assert result.exit_code == 2
-    assert "--segment-seconds" in result.output
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
+    assert line.startswith("Error: out of memory")
+    assert "--segment-seconds" in line
+    assert "Traceback" not in result.output
     assert list((tmp_path / "out").iterdir()) == []

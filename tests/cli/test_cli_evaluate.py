@@ -6,9 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
+import torch
 from typer.testing import CliRunner
 
 from tfswa_lab.cli import app
+from tfswa_lab.evaluation.estimates import ModelEstimates
 from tfswa_lab.weights import BAND
 
 
@@ -101,3 +103,24 @@ def test_errors_are_short_and_say_what_to_do(data, tmp_path):
     result = run("--data-root", data, "--output-dir", tmp_path / "o")
     assert result.exit_code == 1
     assert "48000 Hz" in result.output
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has …"),
+        RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+        MemoryError(),
+    ],
+)
+def test_no_memory_is_told_in_one_line(data, tmp_path, monkeypatch, error):
+    def fail(estimates, track, mixture):
+        raise error
+
+    monkeypatch.setattr(ModelEstimates, "estimate", fail)
+    result = run("--data-root", data, "--output-dir", tmp_path / "o", "--jobs", 1)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: out of memory")
+    assert "--segment-seconds" in result.stderr
+    assert "--jobs" in result.stderr
+    assert "Traceback" not in result.output

@@ -1,4 +1,4 @@
-"""A user's mistakes and a lack of memory as one line on stderr and exit status 1, no traceback.
+"""A user's mistakes and a lack of memory as one line on stderr and an exit status, no traceback.
 
 Notebook: 03_tfswa_unet
 """
@@ -13,11 +13,12 @@ import typer
 
 
 @contextmanager
-def one_line_errors(advice: str) -> Iterator[None]:
+def one_line_errors(advice: str, bad_input: int = 1) -> Iterator[None]:
     """End the command with one line where its block raises an error that the user can act on.
 
     Args:
         advice: how the command needs less memory, to follow "out of memory: …; ".
+        bad_input: exit status for missing files and wrong values; out of memory is always 1.
 
     Raises:
         typer.Exit: after the line; other errors pass with their traceback.
@@ -29,13 +30,13 @@ def one_line_errors(advice: str) -> Iterator[None]:
         from tfswa_lab.memory.out_of_memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            message = f"out of memory{_in_short(error)}; {advice}"
+            status, message = 1, f"out of memory{_in_short(error)}; {advice}"
         elif isinstance(error, OSError | ValueError | FloatingPointError):
-            message = str(error)
+            status, message = bad_input, str(error)
         else:
             raise
         typer.echo(f"Error: {message}", err=True)  # unframed: commands in it can be copied
-        raise typer.Exit(1) from error
+        raise typer.Exit(status) from error
 
 
 def _in_short(error: Exception) -> str:

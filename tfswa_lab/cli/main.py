@@ -11,8 +11,11 @@ from typing import Annotated
 
 import typer
 
+from tfswa_lab.cli.errors import one_line_errors
 from tfswa_lab.cli.options import list_of
 from tfswa_lab.cli.train import train
+
+SHORTER = "shorten the segments (--segment-seconds), or close what else uses the memory"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -44,20 +47,17 @@ def separate(
 ) -> None:
     """Separate a song of any length and sample rate into one file per stem."""
     # Imported here: `tfswa-lab --help` should not wait for torch.
-    import torch
     from tqdm import tqdm
 
     from tfswa_lab.device import pick_device
     from tfswa_lab.inference.files import separate_file
     from tfswa_lab.models.storage import load_separator
 
-    try:
+    with one_line_errors(SHORTER, bad_input=2):
         separator = load_separator(model).to(pick_device(device))
         files, gain = separate_file(
             separator, song, out, segment_seconds, overlap, tqdm, batch_size, shifts, as_float
         )
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        raise typer.BadParameter(str(error)) from error
     if gain < 1:
         typer.echo(f"an estimate would clip: all stems are scaled by {gain:.3f}", err=True)
     for file in files:
@@ -105,8 +105,6 @@ def evaluate(
 
 def run_evaluate(options: dict) -> None:
     """Score, with `evaluate`'s own defaults for what was not given, and draw the scores."""
-    import torch
-
     from tfswa_lab.cli.evaluate import OF_MODEL, Source, run_evaluation
     from tfswa_lab.evaluation.oracles import BOUNDS
     from tfswa_lab.teaching.score_plot import write_picture
@@ -114,13 +112,10 @@ def run_evaluate(options: dict) -> None:
     options["bounds"] = tuple(BOUNDS) if options["bounds"] else ()
     of_model = {name: options.pop(name) for name in OF_MODEL if name in options}
     files = {name: options.pop(name, None) for name in ("model", "estimates", "stems")}
-    try:
+    with one_line_errors(f"{SHORTER}, or score fewer songs at once (--jobs)"):
         report, text = run_evaluation(Source(**files, of_model=of_model), **options)
         picture = text.with_suffix(".png")
         write_picture(report, picture)
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
     typer.echo(f"the tables: {text}\na picture:  {picture}")
 
 
