@@ -21,20 +21,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import apart
 import torch
 from events import REHEARSAL, attempt
-from record import record
+from record import record, table
+from subprocess_benchmark import peak_gib, run, start
 from torch import Tensor
 
 from tfswa_lab.device import pick_device
 from tfswa_lab.evaluation.ratios import usdr
 from tfswa_lab.inference.separate import separate_track
+from tfswa_lab.memory import gauges
 from tfswa_lab.models.separator import Separator
-from tfswa_lab.training.presets import PRESETS, TINY, Preset
+from tfswa_lab.training.presets import PRESETS, Preset
 from tfswa_lab.training.run import build_trainer, songs_of
 from tfswa_lab.training.trainer import Trainer
 
+TINY = PRESETS["tiny"]
 WARM_UP = 6  # steps that empty what the two workers read ahead while torch set itself up
 STEPS = 24  # timed, on the CPU
 GPU_STEPS = 2 if REHEARSAL else 8  # on a GPU, after half as many
@@ -112,9 +114,9 @@ def throughput(preset: str, steps: int = STEPS, warm_up: int = WARM_UP, **change
     device, batches = trainer.fabric.device, iter(trainer.loader.epoch(0, 0))
     spent_of_step(trainer, lambda: next(batches), warm_up)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        gauges.reset_peak()
     undisturbed = spent_of_step(trainer, lambda: next(batches), steps)
-    peak = peak_gib(device)
+    peak = peak_gib(device.type)
     spent = watched(trainer)
     fetch = timed(next, spent, "data", device)
     watched_seconds = spent_of_step(trainer, lambda: fetch(batches), steps) * steps
@@ -150,13 +152,6 @@ def watched(trainer: Trainer) -> dict[str, float]:
     ):
         setattr(owner, method, timed(getattr(owner, method), spent, name, device))
     return spent
-
-
-def peak_gib(device: torch.device) -> float:
-    """Most that tensors took on a GPU, or that the process took of the memory."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return apart.peak_gib()
 
 
 def configurations(device: str) -> dict[str, dict]:
@@ -204,19 +199,17 @@ def main() -> None:
         return on_gpu()
     tiny = train_tiny(device)
     jobs = configurations(device)
-    speeds = {name: apart.run(__file__, **job) for name, job in jobs.items()}
-    record(
-        "training",
-        {"tiny": tiny, "throughput": speeds, "threads": torch.get_num_threads()},
-    )
-    print(f"tiny preset on the band, {tiny['minutes']} min\n\n| vocals | SDR in dB |\n|---|---|")
-    for name, db in tiny["vocals_sdr_db"].items():
-        print(f"| {name} | {db} |")
-    print("\n| run | audio s/s | peak GiB | shares |\n|---|---|---|---|")
+    speeds = {name: run(__file__, **job) for name, job in jobs.items()}
+    threads = torch.get_num_threads()
+    record("training", device, {"tiny": tiny, "throughput": speeds, "threads": threads})
+    print(f"tiny preset on the band, {tiny['minutes']} min\n")
+    print(table(["vocals", "SDR in dB"], tiny["vocals_sdr_db"].items()))
+    rows = []
     for name, row in speeds.items():
         shares = ", ".join(f"{part} {share:.0%}" for part, share in row["share"].items())
-        print(f"| {name} | {row['audio_seconds_per_second']} | {row['peak_gib']} | {shares} |")
+        rows.append((name, row["audio_seconds_per_second"], row["peak_gib"], shares))
+    print("\n" + table(["run", "audio s/s", "peak GiB", "shares"], rows))
 
 
 if __name__ == "__main__":
-    apart.start(main, throughput)
+    start(main, throughput)

@@ -1,9 +1,11 @@
 """`tfswa-lab train` as a user types it."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from unittest import mock
 
 import pytest
@@ -13,10 +15,14 @@ from typer.testing import CliRunner
 from tfswa_lab import audio
 from tfswa_lab.cli import app
 from tfswa_lab.cli import main as cli
+from tfswa_lab.cli.train import TrainOptions
+from tfswa_lab.models import tfswa_resunet
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from tfswa_lab.training.launch import checkpoint_activations
 from tfswa_lab.training.losses import SourceSeparationLoss
-from tfswa_lab.training.presets import PRESETS, TINY
+from tfswa_lab.training.presets import PRESETS, Preset
+from tfswa_lab.training.run import NETWORKS, loss_of, named_preset, separator_of
 
 RATE = 8000
 QUICK = [
@@ -93,8 +99,8 @@ def test_options_override_the_preset_and_nothing_else(finished):
     training = load_checkpoint(find_checkpoint(finished))["settings"]["training"]
     assert training["dims"] == (8, 8, 8, 8)
     assert training["segment_seconds"] == 0.1
-    assert training["learning_rate"] == TINY.learning_rate
-    assert training["target_stems"] == TINY.target_stems
+    assert training["learning_rate"] == PRESETS["tiny"].learning_rate
+    assert training["target_stems"] == PRESETS["tiny"].target_stems
 
 
 def test_resuming_needs_no_option_again(finished):
@@ -123,6 +129,9 @@ def test_mistakes_are_named(finished, songs, tmp_path):
         (["--output-dir", finished], "holds a run already"),
         (["--resume", tmp_path], "nothing to resume"),
         (["--preset", "huge"], "choose among tiny, small, default"),
+        (["--model", "locoformers"], "did you mean 'locoformer'?"),
+        (["--model", "locoformer"], "model='locoformer' has no dims, depths, window_size"),
+        (["--mask", "mapping"], "mask='mapping' does not suit the outputs of TFSWAUNet"),
         (["--target-stems", "vocals,voice"], "unknown stem 'voice'"),
         (["--dims", "8,8"], "four entries"),
         (["--dims", "8,x"], "'--dims'"),
@@ -159,14 +168,73 @@ def test_stems_are_listed_with_commas_and_amp_picks_what_fits(songs, tmp_path):
     assert training["precision"] == "bf16-mixed"
 
 
+@pytest.mark.parametrize("model", NETWORKS)
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_networks_that_exist(name):
-    from tfswa_lab.training.run import loss_of, separator_of
-
-    preset = PRESETS[name]
+def test_presets_are_networks_that_exist(name, model):
+    preset = named_preset(name, model)
     with torch.device("meta"):
         separator, loss = separator_of(preset), loss_of(preset)
     assert separator.stems == loss.stems == preset.target_stems
+    assert type(separator.model) is NETWORKS[model][0]
+    if preset.activation_checkpointing:
+        checkpoint_activations(separator.model)
+
+
+def test_the_options_are_the_fields_of_a_preset():
+    own = {"preset", "output_dir", "resume", "use_amp"}
+    options = {field.name for field in fields(TrainOptions)}
+    # The size of a network comes with the preset; the TFSWA-UNet's can be changed one by one.
+    assert options - own == {field.name for field in fields(Preset)} - {"size"}
+    assert own < options
+
+
+SMALLEST = {
+    "tfswa_unet": ["--dims", "8,8,8,8", "--depths", "1,1,1,1", "--num-heads", 1],
+    "resunet": [],
+    "locoformer": [],
+    "mask_resunet": [],
+}
+HEADS = {
+    "tfswa_unet": "magnitude",
+    "resunet": "magnitude mapping",
+    "locoformer": "mapping",
+    "mask_resunet": "complex",
+}
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_every_network_trains_separates_and_is_scored_from_the_command_line(
+    songs, tmp_path, model, monkeypatch
+):
+    # The TFSWA-ResUNet has one size, of 44 million weights.
+    monkeypatch.setattr(tfswa_resunet, "CHANNELS", (4, 4, 4, 8, 8))
+    quick = ["--segment-seconds", 0.1, "--samples-per-track", 2, "--sample-rate", RATE]
+    quick += ["--n-fft", 64, "--hop-length", 16, "--mrstft-weight", 0, "--max-steps", 2]
+    arguments = ["--model", model, *quick, *SMALLEST[model], "--data-root", songs]
+    result = run(*arguments, "--output-dir", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 steps" in words(result)
+    separator = load_separator(tmp_path / "run" / "best")
+    assert type(separator.model) is NETWORKS[model][0]
+    assert separator.mask == HEADS[model]
+    result = run("--resume", tmp_path / "run", "--max-steps", 3)
+    assert "3 of 3 steps" in words(result), result.output
+
+    song = songs / "train" / "Band - Song 0" / "mixture.wav"
+    command = ["separate", song, "--model", tmp_path / "run" / "best", "--out", tmp_path / "stems"]
+    result = CliRunner().invoke(app, [*map(str, command)])
+    assert result.exit_code == 0, result.output
+    stems = [audio.read(tmp_path / "stems" / f"mixture_{stem}.wav")[0] for stem in separator.stems]
+    torch.testing.assert_close(sum(stems), audio.read(song)[0], atol=3 / 32_768, rtol=0)
+
+    command = ["evaluate", "--model", tmp_path / "run" / "best", "--data-root", songs]
+    command += ["--split", "valid", "--no-bounds", "--window", 0.25, "--hop", 0.25]
+    command += ["--device", "cpu", "--output-dir", tmp_path / "scores"]
+    result = CliRunner().invoke(app, [*map(str, command)])
+    assert result.exit_code == 0, result.output
+    (scores,) = (tmp_path / "scores").rglob("Band*.json")
+    targets = {target["name"] for target in json.loads(scores.read_text())["targets"]}
+    assert targets >= set(separator.stems)
 
 
 def test_full_augmentation_is_a_word_away(songs, tmp_path):

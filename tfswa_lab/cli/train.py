@@ -19,7 +19,7 @@ from tfswa_lab.cli.options import given, list_of, panel, takes
 RUN, DATA, NETWORK, LOSS, STEPS, WATCH, MACHINE = map(
     panel, ("Run", "Data", "Network", "Loss", "Steps", "Watching", "Machine")
 )
-
+MODELS = "tfswa_unet, resunet, locoformer or mask_resunet; tfswa_unet if absent."
 LESS_MEMORY = (
     "lower --batch-size (and raise --accumulate) or --segment-seconds, or use --precision "
     "bf16-mixed or --activation-checkpointing; a checkpoint in {folder} is kept: --resume {folder} "
@@ -41,11 +41,12 @@ class TrainOptions:
     samples_per_track: Annotated[int | None, DATA(help="Stretches per song and epoch.")] = None
     sample_rate: Annotated[int | None, DATA(help="Resample songs to this, in Hz.")] = None
     augment: Annotated[str | None, DATA(help="none, light or full.")] = None
+    model: Annotated[str | None, NETWORK(help=MODELS)] = None
     dims: Annotated[tuple | None, NETWORK(help="Channels per level.", **list_of(int))] = None
     depths: Annotated[tuple | None, NETWORK(help="Blocks per level.", **list_of(int))] = None
     window_size: Annotated[int | None, NETWORK(help="Side of an attention window.")] = None
     num_heads: Annotated[int | None, NETWORK(help="Attention heads.")] = None
-    mask: Annotated[str | None, NETWORK(help="magnitude or complex.")] = None
+    mask: Annotated[str | None, NETWORK(help="magnitude or complex, for networks of masks.")] = None
     n_fft: Annotated[int | None, NETWORK(help="Window of the transform, in samples.")] = None
     hop_length: Annotated[int | None, NETWORK(help="From frame to frame, in samples.")] = None
     bins: Annotated[int | None, NETWORK(help="The network sees so many of the lowest.")] = None

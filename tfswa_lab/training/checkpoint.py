@@ -244,7 +244,7 @@ MAY_CHANGE = {
 
 # Settings as earlier versions wrote them.
 RENAMED = {"stretches": "segments"}
-ADDED = {"training.model": "tfswa_unet"}
+ADDED = {"training.model": "tfswa_unet", "training.size": "default"}
 
 
 def check_same_run(saved: dict, current: dict) -> None:

@@ -1,6 +1,6 @@
 """Whole recipes by name: sizes of the network, its songs, its loss, and how it is trained.
 
-`dataclasses.replace(TINY, batch_size=2)` is how a recipe is changed. This file needs no torch.
+`dataclasses.replace(PRESETS["tiny"], batch_size=2)` changes a recipe. This file needs no torch.
 
 Notebook: 07_training
 """
@@ -17,11 +17,13 @@ class Preset(TrainingConfig):
     """Everything that `training.run.build_trainer` builds a run from, beyond how to train.
 
     Args:
-        dims: channels of the three encoder stages and the bottleneck of `TFSWAUNet`.
+        model: "tfswa_unet", "resunet", "locoformer" or "mask_resunet".
+        size: "tiny", "small" or "default", of each network but the TFSWA-UNet.
+        dims: channels of the three encoder stages and the bottleneck of the TFSWA-UNet.
         depths: blocks of these.
-        window_size: cells per side of an attention window.
-        num_heads: attention heads.
-        mask: "magnitude" or "complex".
+        window_size: cells per side of its attention windows.
+        num_heads: its attention heads.
+        mask: a head of `Separator` that suits the network.
         n_fft: window of the transform in samples.
         hop_length: distance of two frames in samples.
         bins: the network sees this many of the lowest bins, None for all.
@@ -39,6 +41,8 @@ class Preset(TrainingConfig):
     All others are those of `TrainingConfig`.
     """
 
+    model: str = "tfswa_unet"
+    size: str = "default"
     dims: tuple[int, ...] = (32, 64, 128, 256)
     depths: tuple[int, ...] = (2, 2, 6, 2)
     window_size: int = 8
@@ -59,47 +63,59 @@ class Preset(TrainingConfig):
     data_root: str = ""
 
 
-# Minutes on two CPU cores: the voice of the embedded band.
-TINY = Preset(
-    dims=(8, 16, 24, 32),
-    depths=(1, 1, 1, 1),
-    num_heads=1,
-    n_fft=512,
-    hop_length=170,
-    sample_rate=11_025,
-    target_stems=("vocals", "other"),
-    segment_seconds=3.0,
-    samples_per_track=6,
-    batch_size=1,
-    max_epochs=8,
-    learning_rate=7e-3,
-    warmup_steps=20,
-    ema_decay=0.97,
-)
+PRESETS = {
+    # Minutes on two CPU cores: the voice of the embedded band.
+    "tiny": Preset(
+        size="tiny",
+        dims=(8, 16, 24, 32),
+        depths=(1, 1, 1, 1),
+        num_heads=1,
+        n_fft=512,
+        hop_length=170,
+        sample_rate=11_025,
+        target_stems=("vocals", "other"),
+        segment_seconds=3.0,
+        samples_per_track=6,
+        batch_size=1,
+        max_epochs=8,
+        learning_rate=7e-3,
+        warmup_steps=20,
+        ema_decay=0.97,
+    ),
+    # Real songs at 44.1 kHz, all four stems, one GPU.
+    "small": Preset(
+        size="small",
+        dims=(16, 32, 64, 128),
+        depths=(1, 1, 1, 1),
+        num_heads=2,
+        batch_size=8,
+        max_epochs=200,
+        warmup_steps=500,
+        precision="bf16-mixed",
+        num_workers=4,
+        device="auto",
+    ),
+    # The published sizes, several GPUs.
+    "default": Preset(
+        batch_size=8,
+        max_epochs=500,
+        learning_rate=5e-4,
+        warmup_steps=1000,
+        precision="bf16-mixed",
+        activation_checkpointing=True,
+        num_workers=8,
+        device="auto",
+    ),
+}
 
-# Real songs at 44.1 kHz, all four stems, one GPU.
-SMALL = Preset(
-    dims=(16, 32, 64, 128),
-    depths=(1, 1, 1, 1),
-    num_heads=2,
-    batch_size=8,
-    max_epochs=200,
-    warmup_steps=500,
-    precision="bf16-mixed",
-    num_workers=4,
-    device="auto",
-)
-
-# The published sizes, several GPUs.
-DEFAULT = Preset(
-    batch_size=8,
-    max_epochs=500,
-    learning_rate=5e-4,
-    warmup_steps=1000,
-    precision="bf16-mixed",
-    activation_checkpointing=True,
-    num_workers=8,
-    device="auto",
-)
-
-PRESETS = {"tiny": TINY, "small": SMALL, "default": DEFAULT}
+# The fields that differ where another network is trained.
+OF_MODEL = {
+    "tfswa_unet": {},
+    "resunet": {
+        "mask": "magnitude mapping",
+        "learning_rate": 1e-3,
+        "activation_checkpointing": False,
+    },
+    "locoformer": {"mask": "mapping", "learning_rate": 1e-3, "activation_checkpointing": True},
+    "mask_resunet": {"mask": "complex", "learning_rate": 2e-3, "activation_checkpointing": False},
+}

@@ -21,16 +21,29 @@ from tfswa_lab.data.augment import (
 )
 from tfswa_lab.data.band import ensure_band
 from tfswa_lab.data.musdb import MUSDB18Dataset, check_choice
-from tfswa_lab.models.separator import Separator, build_separator
+from tfswa_lab.models.mask_resunet import MaskResUNet
+from tfswa_lab.models.separator import Separator, build_separator, output_channels
+from tfswa_lab.models.tf_locoformer import SIZES, TFLocoformer
+from tfswa_lab.models.tfswa_resunet import TFSWAResUNet
+from tfswa_lab.models.tfswa_unet import TFSWAUNet
 from tfswa_lab.training.checkpoint import find_checkpoint, load_checkpoint
 from tfswa_lab.training.launch import best_mixed_precision
 from tfswa_lab.training.losses import SourceSeparationLoss
-from tfswa_lab.training.presets import PRESETS, Preset
+from tfswa_lab.training.presets import OF_MODEL, PRESETS, Preset
 from tfswa_lab.training.trainer import Trainer
+
+# The networks that can be trained, and their sizes by name; the class has the missing sizes.
+NETWORKS = {
+    "tfswa_unet": (TFSWAUNet, {}),
+    "resunet": (TFSWAResUNet, {}),
+    "locoformer": (TFLocoformer, {"tiny": SIZES["tiny"], "small": SIZES["S"]}),
+    "mask_resunet": (MaskResUNet, {"tiny": {"channels": (12, 16, 24), "bottleneck": 32}}),
+}
+UNET_SIZES = ("dims", "depths", "window_size", "num_heads")
 
 
 def choose_preset(name: str | None, resume: str | Path | None, options: dict) -> Preset:
-    """A preset by name, or that of a checkpoint, with some fields set anew.
+    """A preset by name, or that of a checkpoint, with some fields changed.
 
     Args:
         name: of a preset, None for "tiny", or for the checkpoint's own.
@@ -42,9 +55,7 @@ def choose_preset(name: str | None, resume: str | Path | None, options: dict) ->
         ValueError: there is no such preset or no choice of it, or an option makes no sense.
     """
     if resume is None:
-        name = name or "tiny"
-        check_choice("preset", name, tuple(PRESETS))
-        preset = PRESETS[name]
+        preset = named_preset(name or "tiny", options.get("model", "tfswa_unet"))
     elif name is None:
         preset = preset_of(find_checkpoint(resume))
     else:
@@ -55,22 +66,36 @@ def choose_preset(name: str | None, resume: str | Path | None, options: dict) ->
         mixed = best_mixed_precision(device) if options.pop("use_amp") else "32-true"
         if options.setdefault("precision", mixed) != mixed:
             raise ValueError(f"precision={options['precision']} already says which; drop use_amp")
-    return replace(preset, **options)
+    preset = replace(preset, **options)
+    foreign = ", ".join(name for name in UNET_SIZES if name in options)
+    if foreign and preset.model != "tfswa_unet":
+        raise ValueError(f"model={preset.model!r} has no {foreign}: these are of tfswa_unet")
+    return preset
+
+
+def named_preset(name: str, model: str) -> Preset:
+    """A preset for one of the networks.
+
+    Raises:
+        ValueError: there is no such preset or network.
+    """
+    check_choice("preset", name, tuple(PRESETS))
+    check_choice("model", model, tuple(NETWORKS))
+    return replace(PRESETS[name], model=model, **OF_MODEL[model])
 
 
 def preset_of(checkpoint: Path) -> Preset:
-    """What a run was started with.
+    """The preset that a run was started with.
 
     Raises:
         ValueError: the checkpoint is broken, or was not written by `tfswa-lab train`.
     """
     saved = load_checkpoint(checkpoint)["settings"]["training"]
-    known = {field.name for field in fields(Preset)}
-    if saved.keys() != known:
-        odd = ", ".join(sorted(saved.keys() ^ known))
+    odd = saved.keys() ^ {field.name for field in fields(Preset)}
+    if not odd <= {"model", "size"}:  # earlier versions had one network
         raise ValueError(
-            f"{checkpoint} is not of a run of tfswa-lab train, or of another version ({odd}); "
-            "resume it with the script that started it"
+            f"{checkpoint} is not of a run of tfswa-lab train, or of another version "
+            f"({', '.join(sorted(odd))}); resume it with the script that started it"
         )
     return Preset(**saved)
 
@@ -101,21 +126,26 @@ def build_trainer(preset: Preset, output_dir: str | Path | None, progress: bool 
 
 
 def separator_of(preset: Preset) -> Separator:
-    """A fresh separator; its estimates sum to the mixture if `other` is among the stems."""
+    """A fresh separator; its estimates sum to the mixture if `other` is among the stems.
+
+    Raises:
+        ValueError: the mask does not suit the network, or a size makes no sense.
+    """
     stems = preset.target_stems
+    architecture, sizes = NETWORKS[preset.model]
+    if preset.model == "tfswa_unet":
+        sizes = {preset.size: {name: getattr(preset, name) for name in UNET_SIZES}}
     return build_separator(
         stems,
         preset.mask,
-        2 if preset.mask == "magnitude" else 4,
+        output_channels(("one",), preset.mask),  # magnitudes for magnitudes, parts for parts
         preset.n_fft,
         preset.hop_length,
         mixture_consistency="other" in stems and len(stems) > 1,
         sample_rate=preset.sample_rate,
         bins=preset.bins,
-        dims=preset.dims,
-        depths=preset.depths,
-        window_size=preset.window_size,
-        num_heads=preset.num_heads,
+        architecture=architecture,
+        **sizes.get(preset.size, {}),
     )
 
 
