@@ -49,6 +49,72 @@ SNIPPETS = {
             else:
                 raise AssertionError(data_set)
     """,
+    "a training": """
+        import tempfile, torch
+        from tfswa_lab.models import MaskResUNet, Separator, load_separator
+        from tfswa_lab.stft import STFTProcessor
+        from tfswa_lab.training import (
+            L1WaveformLoss, Learner, NonFiniteError, SourceSeparationLoss, Trainer, TrainingConfig,
+        )
+        stems = ("vocals", "other")
+        network = MaskResUNet(2, 4, channels=(4,), bottleneck=4, num_tfswa=0, sub_bands=1)
+        separator = Separator(network, STFTProcessor(64, 16), stems)
+        loss = SourceSeparationLoss(stems, l1_weight=0, mrstft_weight=0, waveform_weight=1)
+        waves = torch.randn(2, 2, 400)
+        song = {"mixture": waves.sum(0), "stems": waves, "track": "song", "start_seconds": 0.0}
+        config = TrainingConfig(max_epochs=2, batch_size=1)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(separator, loss, [song] * 2, config=config, output_dir=folder)
+            trainer.fit()
+            load_separator(f"{folder}/best")
+        assert isinstance(trainer.learner, Learner)
+        assert trainer.step == trainer.learner.steps == 4
+        assert issubclass(NonFiniteError, FloatingPointError)
+        assert L1WaveformLoss()(waves[None], waves[None]).eq(0).all()
+    """,
+    "presets": """
+        from dataclasses import replace
+        import tfswa_lab.training.run
+        from tfswa_lab.training import PRESETS, Preset, build_trainer
+        assert isinstance(PRESETS["tiny"], Preset)
+        trainer = build_trainer(replace(PRESETS["tiny"], segment_seconds=1.0, max_steps=1), None)
+        assert trainer.total_steps == 1
+    """,
+    "memory": """
+        import importlib, sys, torch
+        def call():
+            from tfswa_lab.memory import diagnose, max_batch_size, predict, snapshot, status, trace
+            with trace() as seen:
+                kept = torch.zeros(256)
+            assert seen.peak().allocated == 1024
+            assert predict(lambda: lambda: torch.zeros(256)).peak == 1024
+            assert max_batch_size(lambda batch: lambda: torch.zeros(batch, 256), 2**20, 0.0) == 1024
+            try:
+                diagnose(lambda: None, steps=1)  # the next snippet lets it finish
+            except ValueError as error:
+                assert "steps=1" in str(error)
+            assert status().host_rss > 0
+            written = snapshot.read(snapshot.as_snapshot(seen.timeline()))
+            assert written.fragmentation().allocated == 1024
+        for inner in ("", ".trace", ".trace.trace", ".predict.predict", ".leaks.diagnose"):
+            for module in [name for name in sys.modules if name.startswith("tfswa_lab")]:
+                del sys.modules[module]  # ours are imported anew; torch takes two seconds
+            for _ in range(2):
+                importlib.import_module("tfswa_lab.memory" + inner)
+                call()
+    """,
+    "the verbs of memory": """
+        import tfswa_lab.memory.leaks.diagnose, tfswa_lab.memory.predict.predict
+        from tfswa_lab.memory.leaks import diagnose
+        from tfswa_lab.memory.predict import compare, predict
+        from tfswa_lab.memory.trace import trace
+        make_step = lambda **choices: lambda: None
+        assert predict(make_step).peak == 0
+        assert len(list(compare(make_step, {"batch": (1, 2)}))) == 2
+        assert diagnose(make_step(), 8).verdict == "healthy"
+        with trace():
+            pass
+    """,
 }
 
 
