@@ -1,4 +1,4 @@
-"""Read, write, resample and measure sound: the one door between files and tensors.
+"""Read, write, resample and measure sound: all reading and writing of audio files is here.
 
 Axis letters: `c` channels, `s` samples.
 
@@ -29,7 +29,7 @@ LARGEST_RATIO = 2_000  # of two rates, reduced; 48 000 : 44 100 is 160 : 147
 
 
 def read(path: str | Path, start: int = 0, frames: int = -1) -> tuple[Tensor, int]:
-    """Read a stretch of an audio file by seeking, without decoding what lies before it.
+    """Read a part of an audio file by seeking, without decoding the samples before it.
 
     Args:
         path: any file that libsndfile reads (WAV, FLAC, Ogg, MP3).
@@ -60,28 +60,27 @@ def read(path: str | Path, start: int = 0, frames: int = -1) -> tuple[Tensor, in
 
 
 def _decode(path: Path, start: int, frames: int) -> tuple[np.ndarray, int]:
-    """Samples `(c, s)`, float32. All in numpy, whose plain loops beat torch's on a transpose."""
+    """Samples `(c, s)`, float32. In numpy, which transposes faster than torch."""
     with soundfile.SoundFile(path) as file:
         file.seek(min(start, file.frames))
         if file.subtype != "PCM_16":
             samples = file.read(frames, dtype="float32", always_2d=True)
             return np.ascontiguousarray(samples.T), file.samplerate
-        # The same numbers, but libsndfile takes several times as long to make floats of integers.
+        # The same numbers: libsndfile takes several times as long to convert integers to floats.
         samples = file.read(frames, dtype="int16", always_2d=True)
         scale = np.float32(1 / 32_768)
         return np.multiply(samples.T, scale, dtype=np.float32, order="C"), file.samplerate
 
 
 def write(path: str | Path, waveform: Tensor, rate: int = SAMPLE_RATE) -> Path:
-    """Write a waveform `(c, s)` as 16-bit audio, whole or not at all.
+    """Write a waveform `(c, s)` as 16-bit audio, completely or not at all.
 
-    The file is written beside its target and renamed, so an interrupted run never leaves half
-    a file. 16-bit audio clips above 1.0, and clipping is damage that nobody sees in a file
-    listing, so louder samples are an error.
+    The file is written under another name and renamed, so an interrupted run leaves no half
+    file. Samples beyond ±1 are an error, because 16-bit audio would clip them.
 
     Raises:
         ValueError: the waveform is not `(c, s)`, not finite, or exceeds [-1, 1]; or libsndfile
-            knows no such file type or cannot write it with this rate.
+            does not know the file type or cannot write it at this rate.
     """
     path = Path(path)
     if waveform.ndim != 2:
@@ -106,8 +105,8 @@ def write(path: str | Path, waveform: Tensor, rate: int = SAMPLE_RATE) -> Path:
 def to_int16(waveform: Tensor) -> Tensor:
     """Samples in [-1, 1] as the nearest 16-bit integers, on the CPU.
 
-    What `read` took from a 16-bit file becomes the same integers again. libsndfile, given floats,
-    would take the integer below.
+    The floats that `read` gives for a 16-bit file become the same integers again. libsndfile would
+    round floats down.
 
     >>> to_int16(torch.tensor([-1.0, 0.0, 2.6 / 32_768, 1.0])).tolist()
     [-32768, 0, 3, 32767]
@@ -119,10 +118,10 @@ def to_int16(waveform: Tensor) -> Tensor:
 def _resampler(
     rate_in: int, rate_out: int, dtype: torch.dtype, device: torch.device
 ) -> torch.nn.Module:
-    # Imported here: a broken torchaudio must not close the rooms that never resample.
+    # Imported here, so that a broken torchaudio breaks only resampling.
     from torchaudio.transforms import Resample
 
-    # The filter is computed in the precision that it is given, and should be better than float32.
+    # The filter is computed in this precision, which should be better than float32.
     return Resample(rate_in, rate_out, dtype=torch.float64).to(device, dtype)
 
 
@@ -149,15 +148,15 @@ def resample(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
         return waveform
     if max(rate_in, rate_out) // math.gcd(rate_in, rate_out) > LARGEST_RATIO:
         return _resample_odd(waveform, rate_in, rate_out)
-    # torchaudio counts in float32: from 2²⁴ samples (six minutes) on, some may miss at the end.
+    # torchaudio counts in float32: from 2²⁴ samples (six minutes) on, the last may be missing.
     length = -(-waveform.shape[-1] * rate_out // rate_in)
-    some_more = F.pad(waveform, (0, 100 * rate_in // rate_out + 1))
+    padded = F.pad(waveform, (0, 100 * rate_in // rate_out + 1))
     resampler = _resampler(rate_in, rate_out, waveform.dtype, waveform.device)
-    return resampler(some_more)[..., :length]
+    return resampler(padded)[..., :length]
 
 
 def _resample_odd(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
-    """For rates without a small ratio, such as 44 099 Hz: torchaudio's filter takes gigabytes."""
+    """For rates without a small ratio, such as 44 099 Hz: torchaudio's filter would take GiB."""
     divisor = math.gcd(rate_in, rate_out)
     samples = scipy.signal.resample_poly(
         waveform.detach().cpu().double().numpy(), rate_out // divisor, rate_in // divisor, axis=-1
@@ -177,7 +176,7 @@ def to_stereo(waveform: Tensor) -> Tensor:
 
 
 def to_channels(waveform: Tensor, channels: int) -> Tensor:
-    """What a separator for mono (1) or stereo (2) hears: stereo is averaged, mono is doubled.
+    """Convert to mono (1) by averaging, or to stereo (2) by doubling a single channel.
 
     >>> to_channels(torch.tensor([[1.0], [0.0]]), 1)
     tensor([[0.5000]])

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders that one process at a time writes to."""
+"""Files that are complete or absent, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from filelock import FileLock, Timeout
 
 
 def write_whole(files: Mapping[Path, Iterable[bytes | memoryview]]) -> None:
-    """Write files, given in pieces: all under other names, forced to the disk, and then renamed.
+    """Write files, each given as byte strings: under other names, flushed to disk, then renamed.
 
-    A process that dies leaves the old files, and at most parts (`.NAME.part`) that nobody reads.
+    A process that dies leaves the old files, and at most parts (`.NAME.part`) that are never read.
 
     Raises:
         OSError: the disk is full or the folder cannot be written to; no part is left.
     """
     try:
-        for path, pieces in files.items():
+        for path, blocks in files.items():
             with _part(path).open("wb") as file:
-                file.writelines(pieces)
+                file.writelines(blocks)
                 file.flush()
                 os.fsync(file.fileno())
     except OSError:
         for path in files:
-            _part(path).unlink(missing_ok=True)  # a full disk needs the room
+            _part(path).unlink(missing_ok=True)  # a full disk needs the space
         raise
     for path in files:
         _part(path).replace(path)
@@ -49,10 +49,7 @@ def _part(path: Path) -> Path:
 
 @contextmanager
 def parts_of(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Hidden names to write to; they get their own at the end, or are gone after an error.
-
-    Ctrl-C is such an error too.
-    """
+    """Hidden files to write to: renamed to `paths` at the end, deleted after an error or Ctrl-C."""
     parts = [path.with_name(f".{path.stem}.part{path.suffix}") for path in paths]
     try:
         yield parts
@@ -65,11 +62,11 @@ def parts_of(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 @contextmanager
 def locked(folder: Path, doing: str) -> Iterator[None]:
-    """Be the only process that writes to a folder; the system lets go however the process ends.
+    """Be the only process that writes to a folder; the lock ends with the process, however it ends.
 
     Args:
         folder: one that exists.
-        doing: what for, as in "another process is training in".
+        doing: the purpose, for the error: "another process is training in …".
 
     Raises:
         FileExistsError: another process holds it.

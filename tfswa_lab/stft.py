@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class STFTProcessor(nn.Module):
-    """Short-time Fourier transform with an exact way back, over any leading dimensions.
+    """Short-time Fourier transform with an exact inverse, over any leading dimensions.
 
     Frames are centred and the ends padded with zeros (not mirrored: mirroring needs more than
     `n_fft // 2` samples), so a signal of `s` samples has `1 + s // hop_length` frames for any
@@ -25,10 +25,10 @@ class STFTProcessor(nn.Module):
 
     Args:
         n_fft: window length in samples; `n_fft // 2 + 1` frequency bins.
-        hop_length: distance of two frames in samples, at most `n_fft // 3`.
+        hop_length: distance between two frames in samples, at most `n_fft // 3`.
 
     Raises:
-        ValueError: `n_fft` is odd, or the hop leaves samples that hardly any window sees.
+        ValueError: `n_fft` is odd, or the hop is so large that windows hardly cover some samples.
 
     Source: Griffin & Lim, "Signal estimation from modified short-time Fourier transform",
     IEEE TASSP 1984, eq. 6 (the inverse).
@@ -41,19 +41,17 @@ class STFTProcessor(nn.Module):
     def __init__(self, n_fft: int = 2048, hop_length: int = 512):
         super().__init__()
         if n_fft % 2:
-            raise ValueError(
-                f"n_fft={n_fft} must be even: the way back assumes n_fft // 2 + 1 bins"
-            )
+            raise ValueError(f"n_fft={n_fft} must be even: the inverse assumes n_fft // 2 + 1 bins")
         if not 0 < hop_length <= n_fft // 3:
             raise ValueError(
                 f"hop_length={hop_length} must lie between 1 and n_fft // 3 = {n_fft // 3}: "
-                "farther apart, only the vanishing edge of a window sees a signal's last samples"
+                "with a longer hop, only the faded edge of a window covers the last samples"
             )
         self.n_fft = n_fft
         self.hop_length = hop_length
 
     def extra_repr(self) -> str:
-        """Its sizes, as torch's layers show theirs."""
+        """Its sizes, as torch's layers show them."""
         return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
 
     def forward(self, waveform: Tensor) -> Tensor:
@@ -117,10 +115,10 @@ class STFTProcessor(nn.Module):
         return torch.view_as_complex(pairs.contiguous())
 
     def reconstruction_error(self, waveform: Tensor) -> float:
-        """Relative error `‖istft(stft(x)) − x‖ / ‖x‖`: rounding, and best printed as `1.3e-07`.
+        """Relative error `‖istft(stft(x)) − x‖ / ‖x‖`: rounding, so print it as `1.3e-07`.
 
         Raises:
-            ValueError: the waveform is silent, so there is nothing to be relative to.
+            ValueError: the waveform is silent, so the relative error is undefined.
 
         >>> x = torch.sin(torch.arange(10_000.0))
         >>> 0 < STFTProcessor().reconstruction_error(x) < 1e-6
@@ -142,7 +140,7 @@ class Statistics(NamedTuple):
 class SpectrogramNormalizer(nn.Module):
     """Give every frequency bin zero mean and unit variance over each example's own frames.
 
-    Music falls by tens of dB from bass to treble; a convolution that sees raw bins learns the bass.
+    Music falls by tens of dB from bass to treble, so a convolution on raw bins learns mostly bass.
 
     Args:
         eps: added to the standard deviation, so that silence stays silent.
@@ -163,7 +161,7 @@ class SpectrogramNormalizer(nn.Module):
         return Statistics(x.mean(2, keepdim=True), x.std(2, keepdim=True, correction=0))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Statistics]:
-        """Normalised `x` `(b, c, t, f)` and the statistics that undo it."""
+        """Normalised `x` `(b, c, t, f)` and the statistics for undoing it."""
         statistics = self.statistics(x)
         return (x - statistics.mean) / self.scale(statistics), statistics
 
@@ -177,10 +175,10 @@ class SpectrogramNormalizer(nn.Module):
 
 
 class LevelNormalizer(SpectrogramNormalizer):
-    """The same with one mean and one deviation for all of an example: only its level is gone.
+    """Give each example zero mean and unit variance over all its bins and frames.
 
-    Bins keep their proportions, so silent ones stay silent, where `SpectrogramNormalizer` raises
-    their noise to the level of the music.
+    Only the level changes. Bins keep their proportions, so silent ones stay silent, whereas
+    `SpectrogramNormalizer` raises their noise to the level of the music.
 
     Args:
         eps: added to the standard deviation, so that silence stays silent.
@@ -219,7 +217,7 @@ class RMSNormalizer(SpectrogramNormalizer):
 
 
 class RunningSpectrogramNormalizer(SpectrogramNormalizer):
-    """The same per bin, over batch and frames, with running statistics for evaluation.
+    """Normalise every bin over batch and frames, with running statistics for evaluation.
 
     In training mode the batch is normalised by its own statistics, which also move the running
     ones (exponential average, as in batch normalisation); in evaluation mode the running ones
@@ -233,7 +231,7 @@ class RunningSpectrogramNormalizer(SpectrogramNormalizer):
 
     Raises:
         ValueError: when called with other channels or bins, or with values that are not finite
-            (these would stay in the running statistics for ever).
+            (which would stay in the running statistics).
     """
 
     def __init__(self, channels: int, bins: int, momentum: float = 0.1, eps: float = 1e-5):

@@ -1,4 +1,4 @@
-"""MIR-1K: a thousand clips of karaoke singing, the voice apart, with pitch and voice labels.
+"""MIR-1K: a thousand clips of karaoke singing, with the voice on its own, and its pitch labels.
 
 Each clip has the accompaniment on the left channel and the voice on the right, 16 kHz. Labels lie
 on a 20 ms grid: label `i` describes the 40 ms around `(i + 1) * 0.02` s, so a clip of `s` samples
@@ -27,7 +27,7 @@ from tfswa_lab.data.tracks import read_header
 
 RATE = 16_000
 HOP = 320  # samples from one label to the next
-TRAIN_SINGERS = ("abjones", "amy")  # the split that papers report on; the other 17 are the test
+TRAIN_SINGERS = ("abjones", "amy")  # the split of the papers; the other 17 singers are the test set
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MIR1K(Dataset):
 
     Two layouts are recognised: the original (`Wavfile/*.wav`, `PitchLabel/*.pv`,
     `vocal-nonvocalLabel/*.vocal`) and FLAC clips with `*.f0.txt` and `*.vocal.txt` beside them in
-    `train/` and `test/`. The singer decides about the split in both.
+    `train/` and `test/`. In both, the split follows from the singer.
 
     Args:
         root: the folder of either layout.
@@ -124,7 +124,7 @@ def find_clips(root: Path) -> list[Clip]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; pass the folder of MIR-1K")
     if (root / "Wavfile").is_dir():
-        # The folder of voice labels is spelt with and without a blank.
+        # The name of the folder of voice labels is spelt with and without a blank.
         vocal_folder = next(root.glob("vocal-nonvocal*abel"), root / "vocal-nonvocalLabel")
         files = [
             (path, root / "PitchLabel" / f"{path.stem}.pv", vocal_folder / f"{path.stem}.vocal")
@@ -157,7 +157,7 @@ def read_labels(clip: Clip) -> tuple[Tensor, Tensor]:
     """Pitch in MIDI semitones (0 = unvoiced) and voice activity of a whole clip.
 
     Raises:
-        ValueError: a label is no number, or there are not as many as the audio asks for.
+        ValueError: a label is no number, or their number does not fit the audio.
     """
     expected = clip.samples // HOP - 1
     labels = []
@@ -169,7 +169,7 @@ def read_labels(clip: Clip) -> tuple[Tensor, Tensor]:
         if len(values) != expected:
             raise ValueError(
                 f"{path} holds {len(values)} labels, its clip of {clip.samples} samples needs "
-                f"{expected} (one in 20 ms); audio and labels do not belong together"
+                f"{expected} (one in 20 ms); the audio and the labels do not match"
             )
         labels.append(torch.tensor(values))
     return labels[0], labels[1] > 0

@@ -1,4 +1,4 @@
-"""MUSDB18 and every tree of its shape as a torch data set: short stretches of songs, any stems.
+"""MUSDB18 and every tree of its shape as a torch data set: segments of songs, any stems.
 
 Axis letters: `b` batch, `n` stems, `s` samples.
 
@@ -26,7 +26,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def stem_parts(target_stems: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Say which files add up to each target: `other` is all that was not asked for by name.
+    """The files that add up to each target: `other` is the sum of all stems not named.
 
     >>> stem_parts(["vocals", "other"])
     {'vocals': ('vocals',), 'other': ('drums', 'bass', 'other')}
@@ -47,7 +47,7 @@ def stem_parts(target_stems: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is not among the choices, and guess what was meant.
+    """Refuse a value that is not among the choices, and suggest the nearest one.
 
     Raises:
         ValueError: names the value, the nearest choice and all choices.
@@ -59,26 +59,26 @@ def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
 
 
 class MUSDB18Dataset(Dataset):
-    """Stretches of songs with their stems, from WAV folders or `.stem.mp4` files.
+    """Segments of songs with their stems, from WAV folders or `.stem.mp4` files.
 
-    Random stretches depend on `(seed, epoch, index)` alone: they are the same with any number of
-    workers, and `set_epoch` draws new ones. Sequential stretches cover every sample of every song.
-    Where a song ends before its stretch does, silence follows.
+    Random segments depend on `(seed, epoch, index)` alone: they are the same with any number of
+    workers, and `set_epoch` draws new ones. Sequential segments cover every sample of every song.
+    A segment that reaches beyond its song is filled with silence.
 
     Args:
         root: folder that holds `train` and `test`.
         split: `train`, `valid` (see `tfswa_lab.data.tracks.find_tracks`) or `test`.
-        target_stems: stems to return, in this order; `other` holds all that the rest leaves out.
-        segment_seconds: length of a stretch, None for whole songs.
-        random_segments: draw the stretches; by default for `train` unless songs are whole.
-        overlap: fraction of a sequential stretch that the next one repeats, in [0, 1).
-        samples_per_track: random stretches of each song in an epoch.
+        target_stems: stems to return, in this order; `other` is the sum of all not named.
+        segment_seconds: length of a segment, None for whole songs.
+        random_segments: draw the segments; by default for `train` unless songs are whole.
+        overlap: fraction of a sequential segment that the next one repeats, in [0, 1).
+        samples_per_track: random segments of each song in an epoch.
         sample_rate: resample to this rate in Hz; None keeps the files' own, which must be one.
         valid_fraction: share of the train folder for `valid` where musdb names none of its songs.
-        seed: seed of the random stretches and of that share.
+        seed: seed of the random segments and of that share.
 
     An item is a dict: `mixture` `(2, s)`, `stems` `(n, 2, s)`, `track` (name), `start_seconds`.
-    Headers are checked here, samples (NaN) when they are read; all errors name the file.
+    Headers are checked at once, samples (for NaN) when they are read; errors name the file.
 
     Raises:
         FileNotFoundError: a folder or a stem is missing.
@@ -111,7 +111,7 @@ class MUSDB18Dataset(Dataset):
         self.segment = segment_seconds and round(segment_seconds * self.sample_rate)
         self.random_segments = random_segments
         self.seed = seed
-        # Shared memory: workers that outlive an epoch must see the next one.
+        # Shared memory, so that persistent workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if random_segments:
             self._length = len(self.tracks) * samples_per_track
@@ -129,7 +129,7 @@ class MUSDB18Dataset(Dataset):
         return [track.name for track in self.tracks]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose which random stretches are drawn; call it before each pass over the loader."""
+        """Choose the epoch's random segments; call it before each pass over the loader."""
         if epoch < 0:
             raise ValueError(f"epoch={epoch}: epochs count from 0")
         self._epoch.fill_(epoch)
@@ -156,14 +156,14 @@ class MUSDB18Dataset(Dataset):
         }
 
     def _draw(self, index: int) -> tuple[Track, int]:
-        # Neighbouring indices are different songs, so an unshuffled batch is mixed as well.
+        # Neighbouring indices are different songs, so even an unshuffled batch mixes songs.
         track = self.tracks[index % len(self.tracks)]
         generator = np.random.default_rng((self.seed, self._epoch.item(), index))
         last = max(0, track.length(self.sample_rate) - self.segment)
         return track, int(generator.integers(last, endpoint=True))
 
     def _cover(self, length: int, overlap: float) -> range:
-        """First samples of the stretches that cover a song; only the last may reach beyond it."""
+        """First samples of the segments that cover a song; only the last may reach beyond it."""
         if self.segment is None:
             return range(1)
         hop = max(1, round(self.segment * (1 - overlap)))
@@ -204,7 +204,7 @@ def _check_segments(
     if seconds is None and (random_segments or overlap):
         raise ValueError("segment_seconds=None reads whole songs: no overlap, nothing random")
     if random_segments and overlap:
-        raise ValueError(f"overlap={overlap} needs random_segments=False: random ones just fall")
+        raise ValueError(f"overlap={overlap} needs random_segments=False")
     if not random_segments and samples_per_track > 1:
         raise ValueError(f"samples_per_track={samples_per_track} needs random_segments=True")
 

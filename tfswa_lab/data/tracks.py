@@ -1,10 +1,10 @@
-"""Find the songs of a MUSDB18-shaped tree, and refuse broken ones before anything trains on them.
+"""Find the songs of a MUSDB18-shaped tree, and refuse broken ones before training starts.
 
     root/{train,test}/<Artist - Title>/{mixture,vocals,drums,bass,other}.wav     or
     root/{train,test}/<Artist - Title>.stem.mp4
 
-musdb lists the tracks and knows the validation split. WAV audio is read by seeking, because musdb
-starts ffprobe and ffmpeg for each file that it reads.
+musdb lists the tracks and knows the validation split. WAV files are read by seeking here, because
+musdb starts ffprobe and ffmpeg for each file that it reads.
 
 Axis letters: `s` samples.
 
@@ -34,7 +34,7 @@ SHAPE = "root/{train,test}/<track>/{mixture,vocals,drums,bass,other}.wav"
 
 @dataclass(frozen=True)
 class Track:
-    """One song: where it lies, its sample rate in Hz and its length in samples."""
+    """One song: its path, its sample rate in Hz and its length in samples."""
 
     name: str
     path: Path
@@ -46,10 +46,10 @@ class Track:
         return math.ceil(self.samples * rate / self.rate)
 
     def read(self, sources: Sequence[str], start: int, frames: int, rate: int) -> dict[str, Tensor]:
-        """Read a stretch of some sources in the time line of any sample rate.
+        """Read a segment of some sources at any sample rate.
 
-        The stretch equals the same stretch of the resampled whole song: a little context is read
-        on both sides, and the first sample read lies where both time lines meet.
+        It equals the same segment of the whole song after resampling: some context is read on both
+        sides, and the first sample read has a whole number at both rates.
 
         Args:
             sources: names among `mixture` and the four stems.
@@ -62,7 +62,7 @@ class Track:
         """
         if rate == self.rate:
             return self._decode(sources, start, frames)
-        # The time lines meet every `step_in` samples of the file, `step_out` of the result.
+        # `step_in` samples of the file last as long as `step_out` samples of the result.
         divisor = math.gcd(rate, self.rate)
         step_in, step_out = self.rate // divisor, rate // divisor
         # The filter of `audio.resample` reaches 6 zero crossings of the lower rate to each side.
@@ -82,11 +82,11 @@ class Track:
 
 
 class WavTrack(Track):
-    """A folder with one WAV file for each source: any stretch is one seek away."""
+    """A folder with one WAV file for each source: reading a segment takes one seek."""
 
     @classmethod
     def open(cls, folder: Path, sources: Sequence[str]) -> WavTrack:
-        """Check the headers of the sources and keep what they agree on."""
+        """Check that the headers of the sources agree, and keep their rate and length."""
         paths = [folder / f"{source}.wav" for source in sources]
         rate, samples = _agree({str(path): read_header(path) for path in paths})
         return cls(folder.name, folder, rate, samples)
@@ -101,11 +101,11 @@ class WavTrack(Track):
 
 
 class StemTrack(Track):
-    """One `.stem.mp4`: ffmpeg decodes it from its beginning up to the stretch, hence slowly."""
+    """One `.stem.mp4`: slow, because ffmpeg decodes it from its beginning up to the segment."""
 
     @classmethod
     def open(cls, path: Path) -> StemTrack:
-        """Check the headers of all five streams and keep what they agree on."""
+        """Check that the headers of all five streams agree, and keep their rate and length."""
         rate, samples = _agree(read_mp4_headers(path))
         return cls(path.name.removesuffix(".stem.mp4"), path, rate, samples)
 
@@ -114,7 +114,7 @@ class StemTrack(Track):
         import stempeg
 
         # 16 bit as in musdb, so that both read the same numbers. ffmpeg gets the times rounded to
-        # microseconds and rounds them to the nearest sample, which is the one that was meant.
+        # microseconds, which it rounds to the nearest sample: the right one.
         waveforms, _ = stempeg.read_stems(
             str(self.path),
             start=start / self.rate,
@@ -199,7 +199,7 @@ def _subset_folder(root: Path, subset: str) -> Path:
 
 
 def _check_mixtures(folder: Path) -> bool:
-    """Whether the tracks are WAV folders; musdb would die of a broken mixture and not name it."""
+    """Whether the tracks are WAV folders; musdb fails on a broken mixture without naming it."""
     stem_files = sorted(folder.glob("[!.]*.stem.mp4"))
     mixtures = sorted(folder.glob("[!.]*/mixture.wav"))
     if stem_files and mixtures:
@@ -217,7 +217,7 @@ def _list_with_musdb(folder: Path, is_wav: bool) -> tuple[list[str], set[str]]:
     import musdb
 
     database = musdb.DB(root=str(folder.parent), is_wav=is_wav, subsets=[folder.name])
-    # musdb also lists folders inside of tracks, as if they lay beside them.
+    # musdb also lists folders inside of tracks, as if they were tracks.
     names = [
         track.name
         for track in database
@@ -235,7 +235,7 @@ def _validation_names(names: list[str], official: set[str], fraction: float, see
 
 
 def read_header(path: Path) -> Header:
-    """Sample rate, channels and samples of an audio file that is as long as it promises.
+    """Sample rate, channels and samples of an audio file that is as long as its header says.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -253,10 +253,10 @@ def read_header(path: Path) -> Header:
         raise ValueError(
             f"{path} is not readable as audio ({error}); copy or download it again"
         ) from error
-    missing = _promised_bytes(path) - path.stat().st_size
+    missing = _expected_bytes(path) - path.stat().st_size
     if missing > 0:
         raise ValueError(
-            f"{path} is truncated: {missing} bytes short of what its header promises; "
+            f"{path} is truncated: {missing} bytes shorter than its header says; "
             "copy or download it again"
         )
     if info.frames == 0:
@@ -264,10 +264,10 @@ def read_header(path: Path) -> Header:
     return info.samplerate, info.channels, info.frames
 
 
-def _promised_bytes(path: Path) -> int:
-    """File size up to the end of the data chunk by the RIFF headers; 0 where they do not say.
+def _expected_bytes(path: Path) -> int:
+    """File size up to the end of the RIFF `data` chunk by the headers; 0 if they do not say.
 
-    libsndfile shortens a truncated file in silence, so the chunks are walked here.
+    libsndfile reads a truncated file as a shorter one without an error, so this walks the chunks.
     """
     with path.open("rb") as file:
         form, _, kind = struct.unpack("<4sI4s", file.read(12))
@@ -276,7 +276,7 @@ def _promised_bytes(path: Path) -> int:
         while len(chunk := file.read(8)) == 8:
             name, size = struct.unpack("<4sI", chunk)
             if name == b"data":
-                # Programs that write into a pipe cannot know the size: all ones.
+                # Programs that write into a pipe cannot know the size, and write ones.
                 return 0 if size == 0xFFFFFFFF else file.tell() + size
             file.seek(size + size % 2, 1)
     return 0
@@ -315,7 +315,7 @@ def read_mp4_headers(path: Path) -> dict[str, Header]:
 
 
 def _agree(headers: dict[str, Header]) -> tuple[int, int]:
-    """The sample rate and length that all sources of a track share, all being stereo."""
+    """The sample rate and length of a track, whose sources must agree and be stereo."""
     first, (rate, _, samples) = next(iter(headers.items()))
     for source, (other_rate, channels, other_samples) in headers.items():
         if channels != 2:

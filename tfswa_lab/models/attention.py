@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# Sequences that CUDA's fused kernels take at once: with more, cuDNN's kernel fails (PyTorch issue
-# 181235), and so does flash attention (issue 146704).
+# The most sequences that CUDA's fused kernels take at once: with more, cuDNN's kernel fails
+# (PyTorch issue 181235), and so does flash attention (issue 146704).
 MOST_SEQUENCES = 65_535
 
 
 class ScaledDotProductAttention(nn.Module):
-    """`softmax(q kᵀ / √d) v`, written out; it keeps all `l × l` scores, the fused kernels do not.
+    """`softmax(q kᵀ / √d) v`, written out: unlike the fused kernels it keeps all `l × l` scores.
 
     Source: Vaswani et al., "Attention is all you need", 2017, eq. 1.
     """
@@ -69,8 +69,8 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             mask: boolean, broadcastable to `(b, h, l, l)`; True where a query may see a key.
-            need_weights: also return the attention maps `(b, h, l, l)`; this leaves the fused
-                kernel and keeps every score in memory.
+            need_weights: also return the attention maps `(b, h, l, l)`; this keeps every score in
+                memory, because the fused kernel cannot return them.
         """
         query, key, value = rearrange(
             self.qkv(tokens), "b l (qkv h d) -> qkv b h l d", qkv=3, h=self.num_heads
@@ -152,10 +152,10 @@ class ShiftedWindowAttention(AttentionUnit):
     """SWA: attention inside windows of the time-frequency plane, on a grid that may be shifted.
 
     With `shift_size=0` (W-MSA) the windows tile the plane from its corner; with half a window
-    (SW-MSA) they straddle the borders of the former, so information crosses from one window to
-    the next. The shift is a cyclic roll, which wraps the plane's far ends into one window, and
-    sizes that are no multiple of the window are padded; an exact mask keeps wrapped and padded
-    cells apart, so two cells see each other if and only if `window_regions` gives them one region.
+    (SW-MSA) they cross the borders of the former, so information passes from one window to the
+    next. The shift is a cyclic roll, which joins opposite ends of the plane in one window, and
+    sizes that are no multiple of the window are padded. An exact mask separates joined and padded
+    cells: two cells see each other if and only if `window_regions` gives them the same region.
 
     Args:
         dim: c.
@@ -197,7 +197,7 @@ class ShiftedWindowAttention(AttentionUnit):
     def _mask(self, b: int, t: int, f: int, device: torch.device) -> Tensor | None:
         exact_tiling = t % self.window_size[0] == 0 and f % self.window_size[1] == 0
         if exact_tiling and self.shift_size == (0, 0):
-            return None  # nothing wrapped, nothing padded: leave torch its fastest kernel
+            return None  # nothing joined or padded: torch can use its fastest kernel
         mask = window_mask(t, f, self.window_size, self.shift_size, device)
         return mask.repeat(b, 1, 1)[:, None]  # (b·windows, 1, l, l)
 
@@ -239,7 +239,7 @@ def window_regions(size: int, window: int, shift: int, device: torch.device) -> 
     """The region of each position along one axis of `size` cells, padded to whole windows.
 
     Real cells get the number of their window on the shifted grid (-1 for those before its first
-    line, which the roll wraps to the far end), padded cells get -2.
+    line, which the roll moves to the other end), padded cells get -2.
 
     >>> window_regions(7, window=4, shift=2, device="cpu").tolist()
     [-1, -1, 0, 0, 0, 0, 1, -2]
@@ -252,7 +252,7 @@ def window_regions(size: int, window: int, shift: int, device: torch.device) -> 
 def window_mask(
     t: int, f: int, window_size: tuple[int, int], shift_size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Who may see whom: boolean `(windows, l, l)` for a plane of `t × f` cells.
+    """Which tokens may see each other: boolean `(windows, l, l)` for a plane of `t × f` cells.
 
     Two tokens of a window see each other if they lie in one region along both axes. Padded cells
     see only each other; the caller cuts them off.

@@ -1,4 +1,4 @@
-"""Activation checkpointing that leaves batch statistics alone.
+"""Activation checkpointing that does not count batch statistics twice.
 
 Notebook: 03_tfswa_unet
 """
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms inside `module` normalise as usual but do not move their running statistics.
 
-    A momentum of zero rather than no statistics at all: checkpointing demands that the second run
-    saves the same tensors as the first.
+    The momentum becomes 0; switching the statistics off would save other tensors than the first
+    run, which checkpointing forbids.
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -34,8 +34,8 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 def checkpointed(module: nn.Module, *inputs: Tensor | None) -> Tensor:
     """Run `module` keeping only its inputs; the backward pass computes the rest again.
 
-    Plain checkpointing runs the forward pass twice and so counts every batch twice in the running
-    statistics of batch norms; here the second run leaves them alone. Gradients are the same.
+    Plain checkpointing runs the forward pass twice, so every batch counts twice in the running
+    statistics of batch norms; here the second run does not change them. Gradients are the same.
 
     Source: Chen et al., "Training deep nets with sublinear memory cost", 2016.
     """

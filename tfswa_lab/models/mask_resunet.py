@@ -18,12 +18,12 @@ from tfswa_lab.models.tfswa_resunet import ResidualConvModule, TFSWAModule
 
 
 class MaskResUNet(nn.Module):
-    """Spectrogram in, values in (0, 1) out, by convolutions around an attentive bottleneck.
+    """Spectrogram in, masks in (0, 1) out: convolutions around a bottleneck with attention.
 
-    As in the TFSWA-ResUNet the band is cut into sub-bands that are stacked as channels, and
-    attention stands at the bottom alone, where there are few cells. Three things differ: each
-    stage has one residual module in place of four, the head makes masks, and the first halving is
-    of frequency only, because a long window already leaves few frames.
+    As in the TFSWA-ResUNet the band is cut into sub-bands that are stacked as channels, and only
+    the bottleneck, which has few cells, has attention. Three things differ: each stage has one
+    residual module in place of four, the head makes masks, and the first halving is of frequency
+    only, because a long window leaves few frames.
 
     Args:
         in_channels: of the spectrogram, as for `TFSWAUNet`.
@@ -76,7 +76,7 @@ class MaskResUNet(nn.Module):
             ResidualConvModule(bottleneck, bottleneck),
         )
         up = (bottleneck, *channels[::-1])
-        # as wide as what comes from below and the skip beside it
+        # the channels from below, and the skip connection's beside them
         self.decoder = nn.ModuleList(
             ResidualConvModule(below + width, width) for below, width in pairwise(up)
         )

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are turned by their place, so scores know distances only.
+"""Rotary positions: queries and keys turn with their position, so scores depend on distances.
 
 Axis letters: `n` sequences, `l` tokens of one sequence, `c` channels, `h` heads, `d` head width.
 
@@ -22,13 +22,13 @@ def rotary_angles(
     """The angle `(l, d/2)` by which each pair of channels turns at each position, in radians.
 
     Pair i turns by `position / 10000^(2i / width)`: the first fast, the last slowly. Nothing is
-    kept from one call to the next: the table is small, and a cache by length never stops growing.
+    cached, because the table is small and a cache with an entry for each length would grow.
 
     Args:
         length: l.
         width: d, even.
         dtype: float32 or better: in float16, position 2049 is position 2048.
-        device: where.
+        device: of the result.
 
     Source: Su et al., "RoFormer", 2021, eq. 15.
 
@@ -45,8 +45,8 @@ def rotary_angles(
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turn each pair of neighbouring channels of `x` `(…, l, d)` by its angle `(l, d/2)`.
 
-    The result has the dtype of `x`. Float32 cosines would make float32 of bfloat16: twice the
-    bytes, and no flash attention on CUDA unless autocast casts it back.
+    The result has the dtype of `x`: float32 cosines would promote bfloat16 to float32, which takes
+    twice the memory and excludes flash attention on CUDA.
 
     Source: Su et al., "RoFormer", 2021, eq. 34.
     """
@@ -64,7 +64,7 @@ class RotaryAttention(nn.Module):
         attention_dim: width of all heads together, h · d; d must be even.
         num_heads: h.
         dropout: share of the attention weights and of the outputs set to 0 in training. torch's
-            fused kernels for the CPU know none: above 0, training there keeps all `l × l` scores.
+            fused CPU kernels have no dropout: above 0, training keeps all `l × l` scores.
 
     Raises:
         ValueError: heads that do not divide the width, or of odd width.
@@ -102,7 +102,7 @@ class RotaryAttention(nn.Module):
         output = F.scaled_dot_product_attention(
             rotate(query, angles),
             rotate(key, angles),
-            value.contiguous(),  # as a view it would keep the unturned query and key alive, too
+            value.contiguous(),  # a view would also keep the unrotated query and key alive
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         return self.dropout(self.proj(rearrange(output, "n h l d -> n l (h d)")))

@@ -1,4 +1,4 @@
-"""The TF-Locoformer: attention for what is far, convolution for what is near, axis by axis.
+"""The TF-Locoformer: attention for long distances, convolution for short ones, axis by axis.
 
 Axis letters: `b` batch, `c` channels, `t` frames, `f` frequency bins, `n` sequences, `l` tokens of
 one sequence. A spectrogram is `(b, c, t, f)`, sequences of tokens `(n, l, c)`.
@@ -32,7 +32,7 @@ CHECKPOINTING = (False, True, "block", "path")
 class RMSGroupNorm(nn.Module):
     """Divide each group of a token's channels by its root mean square; one gain per channel.
 
-    Unlike `nn.GroupNorm` it pools over nothing but channels, so no token sees another.
+    Unlike `nn.GroupNorm` it pools over channels only, so no token sees another.
 
     Args:
         dim: c, a multiple of `num_groups`.
@@ -69,7 +69,7 @@ class ConvSwiGLU(nn.Module):
     """A feed-forward network that sees `kernel_size - 1` neighbours on each side.
 
     SwiGLU with a convolution in place of the first linear layer and a transposed one in place of
-    the second. Padding the one and trimming the other by `kernel_size - 1` keeps every length.
+    the second. The first pads by `kernel_size - 1` and the second trims as much: lengths stay.
 
     Args:
         dim: c.
@@ -95,10 +95,10 @@ class ConvSwiGLU(nn.Module):
 
 
 class LocoformerLayer(nn.Module):
-    """Near, far, near: attention between two convolutional feed-forward networks, as in a macaron.
+    """Attention between two convolutional feed-forward networks ("macaron").
 
-    Each is normalised before and added to its input. The paper halves both feed-forward branches,
-    the released code adds them whole; so does this.
+    The input of each is normalised, and its output added to the input. The paper halves both
+    feed-forward branches; the released code and this one do not.
 
     Args:
         dim: c.
@@ -138,7 +138,7 @@ class LocoformerLayer(nn.Module):
 
 
 class FrequencyPath(LocoformerLayer):
-    """Every frame on its own, along its frequency bins."""
+    """Along the frequency bins of each frame; frames do not see each other."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, c, t, f)` to the same shape."""
@@ -147,7 +147,7 @@ class FrequencyPath(LocoformerLayer):
 
 
 class TimePath(LocoformerLayer):
-    """Every frequency bin on its own, along its frames."""
+    """Along the frames of each frequency bin; bins do not see each other."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, c, t, f)` to the same shape."""
@@ -168,7 +168,7 @@ class TFLocoformerBlock(nn.Sequential):
 
 
 class TFLocoformer(nn.Module):
-    """Spectrogram in, spectrograms out: a complex mapping, with no mask and no bound.
+    """Spectrogram in, spectrograms of the stems out: a complex mapping, without masks or bounds.
 
     A 3×3 convolution with global layer norm, blocks of two paths at full resolution, and a 3×3
     transposed convolution. Under autocast both ends stay in float32, and so does the residual sum
@@ -187,7 +187,7 @@ class TFLocoformer(nn.Module):
         dropout: in training, after each part and on hidden values and attention weights.
         activation_checkpointing: False keeps all activations for the backward pass; "block" or
             True recomputes block by block, "path" path by path, which keeps twice as many inputs
-            and holds half as much of the rest at a time.
+            but only half of the other activations at a time.
 
     Raises:
         ValueError: a size is not positive, groups or heads do not divide, heads are of odd width,
@@ -258,7 +258,7 @@ class TFLocoformer(nn.Module):
             return self.decoder(x)
 
     def _parts(self) -> list[nn.Module]:
-        """What is recomputed as one: the blocks, or their paths."""
+        """The modules that checkpointing recomputes one at a time: the blocks, or their paths."""
         if self.activation_checkpointing == "path":
             return [path for block in self.blocks for path in block]
         return list(self.blocks)

@@ -18,7 +18,7 @@ from tfswa_lab.models.attention import (
 
 
 class TFSWABlock(nn.Module):
-    """Three views of one map in parallel, fused: along time, along frequency, inside windows.
+    """Three attentions in parallel, fused: along time, along frequency, inside windows.
 
     Project, attend three ways, concatenate, fuse, and add to the input (and, in the first block
     of a decoder stage, to the encoder's map).

@@ -25,17 +25,17 @@ SIZES = {
 
 
 class TFSWAUNet(nn.Module):
-    """Spectrogram in, values in (0, 1) out: a mask for each output channel.
+    """Spectrogram in, one mask with values in (0, 1) for each output channel out.
 
     A 7×7 stem, three encoder stages, a bottleneck and three decoder stages that mirror the
     encoder's depths; the encoder's maps are added in the first block of each decoder stage.
     Blocks alternate between W-MSA and SW-MSA.
 
-    Sizes that cannot be halved three times are padded with zeros at the far ends, as before any
-    strided convolution; to the blocks these up to 7 frames and bins are part of the map.
+    Sizes that cannot be halved three times are padded at the end with up to 7 frames and bins of
+    zeros, which the blocks treat as part of the map.
 
     Args:
-        in_channels: 2 (stereo magnitudes) or 4 (real and imaginary parts), or whatever is fed.
+        in_channels: of the spectrogram: 2 for stereo magnitudes, 4 for real and imaginary parts.
         out_channels: see `separator.output_channels`.
         dims: channels of the three encoder stages and the bottleneck.
         depths: blocks of the three encoder stages and the bottleneck.
@@ -147,8 +147,8 @@ class TFSWAUNet(nn.Module):
 def pad_for_three_halvings(x: Tensor) -> Tensor:
     """Append zeros to `(b, c, t, f)` until t and f are multiples of 8.
 
-    At least 16 frames, so that the bottleneck keeps two cells: over a single one, batch norm has
-    no variance and refuses to train.
+    At least 16 frames, so that the bottleneck keeps two cells: batch norm cannot train on one,
+    which has no variance.
     """
     t, f = x.shape[2:]
     return F.pad(x, (0, -f % 8, 0, max(-t % 8, 16 - t)))
