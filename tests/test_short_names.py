@@ -83,19 +83,15 @@ SNIPPETS = {
     "memory": """
         import importlib, sys, torch
         def call():
-            from tfswa_lab.memory import diagnose, max_batch_size, predict, snapshot, status, trace
+            from tfswa_lab.memory import diagnose, predict, trace
             with trace() as seen:
                 kept = torch.zeros(256)
             assert seen.peak().allocated == 1024
             assert predict(lambda: lambda: torch.zeros(256)).peak == 1024
-            assert max_batch_size(lambda batch: lambda: torch.zeros(batch, 256), 2**20, 0.0) == 1024
             try:
                 diagnose(lambda: None, steps=1)  # the next snippet lets it finish
             except ValueError as error:
                 assert "steps=1" in str(error)
-            assert status().host_rss > 0
-            written = snapshot.read(snapshot.as_snapshot(seen.timeline()))
-            assert written.fragmentation().allocated == 1024
         for inner in ("", ".trace", ".trace.trace", ".predict.predict", ".leaks.diagnose"):
             for module in [name for name in sys.modules if name.startswith("tfswa_lab")]:
                 del sys.modules[module]  # ours are imported anew; torch takes two seconds
@@ -104,7 +100,9 @@ SNIPPETS = {
                 call()
     """,
     "the verbs of memory": """
+        import torch
         import tfswa_lab.memory.leaks.diagnose, tfswa_lab.memory.predict.predict
+        from tfswa_lab.memory import max_batch_size, snapshot, status
         from tfswa_lab.memory.leaks import diagnose
         from tfswa_lab.memory.predict import compare, predict
         from tfswa_lab.memory.trace import trace
@@ -112,8 +110,12 @@ SNIPPETS = {
         assert predict(make_step).peak == 0
         assert len(list(compare(make_step, {"batch": (1, 2)}))) == 2
         assert diagnose(make_step(), 8).verdict == "healthy"
-        with trace():
-            pass
+        assert max_batch_size(lambda batch: lambda: torch.zeros(batch, 256), 2**20, 0) == 1024
+        with trace() as seen:
+            kept = torch.zeros(256)
+        written = snapshot.read(snapshot.as_snapshot(seen.timeline()))
+        assert written.fragmentation().allocated == 1024
+        assert status().host_rss > 0
     """,
 }
 
