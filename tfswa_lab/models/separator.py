@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -42,13 +41,7 @@ def magnitude_mask(output: Tensor, stems: int) -> Tensor:
 
 def complex_mask(output: Tensor, stems: int) -> Tensor:
     """Complex masks `(b, n, c, f, t)` from `(b, n·c·2, t, f)`, each part in (-1, 1)."""
-    return _complex(rearrange(2 * output - 1, "b (n i) t f -> b n i t f", n=stems))
-
-
-def _complex(parts: Tensor) -> Tensor:
-    """Complex numbers `(b, n, c, f, t)` from their parts `(b, n, c·2, t, f)`."""
-    pairs = rearrange(parts, "b n (c ri) t f -> b n c f t ri", ri=2)
-    return torch.view_as_complex(pairs.contiguous())
+    return STFTProcessor.from_model_output(2 * output - 1).unflatten(1, (stems, -1))
 
 
 @dataclass(frozen=True)
@@ -87,9 +80,9 @@ class ComplexMapping:
     masks = None
 
     def spectrograms(self, output: Tensor, mixture: Tensor, scale: Tensor, stems: int) -> Tensor:
-        """As `MaskHead.spectrograms`; the mean stays away, for it is the mixture's."""
-        parts = rearrange(output, "b (n i) t f -> b n i t f", n=stems)
-        return _complex(parts * scale[:, None])
+        """As `MaskHead.spectrograms`. The mean is not added back, because it is the mixture's."""
+        parts = output.unflatten(1, (stems, -1)) * scale[:, None]  # (b, n, 2c, t, f)
+        return STFTProcessor.from_model_output(parts.flatten(1, 2)).unflatten(1, (stems, -1))
 
 
 class MagnitudeMapping:
@@ -105,8 +98,8 @@ class MagnitudeMapping:
 
     def spectrograms(self, output: Tensor, mixture: Tensor, scale: Tensor, stems: int) -> Tensor:
         """As `MaskHead.spectrograms`; where the mixture is zero, so are the stems."""
-        magnitudes = rearrange(output, "b (n c) t f -> b n c t f", n=stems) * scale[:, None]
-        return rearrange(magnitudes, "b n c t f -> b n c f t") * mixture.sgn()[:, None]
+        magnitudes = output.unflatten(1, (stems, -1)) * scale[:, None]  # (b, n, c, t, f)
+        return magnitudes.mT * mixture.sgn()[:, None]
 
 
 HEADS = {
@@ -326,6 +319,7 @@ def build_separator(
     Raises:
         ValueError: sizes, stems or head make no sense.
 
+    >>> import torch
     >>> from tfswa_lab.models.tfswa_unet import SIZES
     >>> build_separator(("vocals", "other"), **SIZES["tiny"])(torch.randn(1, 2, 9000)).shape
     torch.Size([1, 2, 2, 9000])
