@@ -1,4 +1,4 @@
-"""The five published savings: what the code as mended frees, predicted and traced."""
+"""The five published savings: what the fixed code frees, predicted and traced."""
 
 from functools import cache, partial
 
@@ -16,7 +16,7 @@ SMALL = {"seconds": 0.05, "n_fft": 128, "dim": 16, "num_heads": 2, "attention_di
 SMALL |= {"hidden_dim": 16}
 SPECTROGRAM = 2 * 2049 * 431 * 8  # (c, f, t) of complex64
 
-mended = pytest.mark.parametrize("claim", claims.MENDED)
+fixed = pytest.mark.parametrize("claim", claims.FIXED)
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 
 
@@ -26,7 +26,7 @@ def predicted(make=claims.make_step, attention="auto", **choices):
 
 
 @pytest.mark.parametrize("separate", [claims.spec_deleted, claims.loop_deleted])
-def test_mended_code_separates_as_before(separate):
+def test_fixed_code_separates_as_before(separate):
     wave, stft = torch.randn(1, 2, 2000), STFTProcessor(128, 32)
     model = torch.nn.Conv2d(4, 4 * claims.STEMS, 3, padding=1)
     expected = claims.as_published(model, stft, wave)
@@ -40,11 +40,11 @@ def test_published_attention_is_the_patients(attend):
     torch.testing.assert_close(attend(unit, tokens), unit(tokens))
 
 
-@mended
+@fixed
 @modes
 def test_whole_steps_save_a_spectrogram_at_most(claim, training):
     before = predicted(training=training).peak
-    saved = before - predicted(training=training, **claims.MENDED[claim]).peak
+    saved = before - predicted(training=training, **claims.FIXED[claim]).peak
     if claim == "1 del spec" and not training:
         assert saved == pytest.approx(SPECTROGRAM, rel=0.1)
     else:
@@ -52,20 +52,20 @@ def test_whole_steps_save_a_spectrogram_at_most(claim, training):
     assert 100 * saved < 1e9 * claims.CLAIMED_GB[claim]
 
 
-@mended
+@fixed
 @modes
 def test_on_its_own_no_line_saves_more_than_a_spectrogram(claim, training):
-    change = claims.MENDED[claim]
+    change = claims.FIXED[claim]
     make = claims.make_attention if "attend" in change else claims.make_alone
     before, after = (predicted(make, training=training, **c).peak for c in ({}, change))
     assert 0 <= before - after < 1.1 * SPECTROGRAM
 
 
-@mended
+@fixed
 @modes
 def test_traced_at_a_small_size_as_predicted(claim, training):
     peaks = []
-    for change in ({}, claims.MENDED[claim]):
+    for change in ({}, claims.FIXED[claim]):
         with trace(stacks=False) as seen:
             claims.make_step(training=training, **SMALL, **change)()
         peaks.append(seen.peak("cpu").allocated)

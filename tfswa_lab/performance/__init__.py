@@ -1,1 +1,1 @@
-"""Running lean: what a program takes while it runs."""
+"""Running lean: the memory of a program while it runs."""

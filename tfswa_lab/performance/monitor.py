@@ -13,16 +13,16 @@ from tfswa_lab.memory.sizes import format_bytes
 
 
 class Monitor:
-    """A widget that shows `status` over time, for a notebook.
+    """A widget for notebooks that shows `status` over time.
 
     Args:
         interval_seconds: between two readings.
         device: as for `status`.
-        keep: readings that are shown.
+        keep: how many readings to show.
 
     Raises:
         ModuleNotFoundError: ipywidgets is not installed.
-        ValueError: there is no such device, or the interval is not above 0.
+        ValueError: the device does not exist, or the interval is not above 0.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Monitor:
         self.update()
 
     def start(self) -> Monitor:
-        """Begin to read, in a thread that ends with `stop` or with the process."""
+        """Start reading, in a thread that ends with `stop` or with the process."""
         if self._thread is None:
             self._stop.clear()
             self._thread = threading.Thread(target=self._run, name="memory monitor", daemon=True)
@@ -48,14 +48,14 @@ class Monitor:
         return self
 
     def stop(self) -> None:
-        """Read no more; what was read stays."""
+        """Stop reading; the drawing stays."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def update(self) -> None:
-        """Read once and show it."""
+        """Read once and update the drawing."""
         self.readings.append((time.monotonic(), status(self.device)))
         self.widget.value = _picture(list(self.readings))
 
@@ -86,7 +86,7 @@ def _html_widget() -> object:
     return HTML()
 
 
-# Of colours that differ in lightness too, and keep apart for the colour-blind.
+# Colours of different lightness that colour-blind readers can tell apart.
 _GAUGES = {
     "allocated": "#0072b2",
     "reserved": "#56b4e9",
@@ -96,7 +96,7 @@ _GAUGES = {
 
 
 def _picture(readings: list[tuple[float, Status]]) -> str:
-    """The last reading in words, and every gauge that was read as a line from 0 to the largest."""
+    """The last reading as text, and each gauge as a line between 0 and the highest reading."""
     began, latest = readings[0][0], readings[-1][1]
     gauges = {
         name: [getattr(reading, name) for _, reading in readings]

@@ -1,6 +1,6 @@
-"""Published savings of memory in a TF-Locoformer: the code as it stood, and as it was "mended".
+"""Published savings of memory in a TF-Locoformer: the code before and after each claimed fix.
 
-Claims and their numbers are a report's; the code is written after its words.
+The claims and their numbers come from a report; the code follows its description.
 
 Axis letters: `b` batch, `c` channels, `t` frames, `f` frequency bins, `s` samples, `n` sequences,
 `l` tokens of one sequence, `h` heads, `d` head width. Real networks take `(b, c, t, f)`.
@@ -25,7 +25,7 @@ from tfswa_lab.models.tf_locoformer import LocoformerLayer, TFLocoformer
 from tfswa_lab.stft import STFTProcessor
 
 RATE, N_FFT, HOP, STEMS = 44_100, 4096, 1024, 4
-# 12 heads over 2049 bins: whoever keeps the scores of one frequency path of 10 s keeps 80.89 GiB.
+# 12 heads over 2049 bins: the scores of one frequency path of 10 s take 80.89 GiB.
 PATIENT = {"dim": 96, "num_blocks": 2, "hidden_dim": 128, "num_heads": 12, "attention_dim": 192}
 
 CLAIMED_GB = {"1 del spec": 40, "2 del in the loop": 20, "3 del q, k, v": 30}
@@ -39,7 +39,7 @@ Step = Callable[[], None]
 def as_published(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
     """Stems `(b, n, c, s)` of a mixture `(b, c, s)`."""
     spec = stft(wave)
-    x = torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT  # (b, 2c, t, f)
+    x = real_and_imaginary(spec)
     output = model(x)  # (b, n · 2c, t, f)
     stems = []
     for part in output.chunk(STEMS, 1):
@@ -52,7 +52,7 @@ def as_published(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
 def spec_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
     """Claim 1: `del spec` after stacking."""
     spec = stft(wave)
-    x = torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT
+    x = real_and_imaginary(spec)
     del spec
     output = model(x)
     stems = []
@@ -66,7 +66,7 @@ def spec_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
 def loop_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
     """Claim 2: `del` in the loop of inverse transforms."""
     spec = stft(wave)
-    x = torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT
+    x = real_and_imaginary(spec)
     output = model(x)
     stems = []
     for part in output.chunk(STEMS, 1):
@@ -77,28 +77,34 @@ def loop_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
     return torch.stack(stems, 1)
 
 
+def real_and_imaginary(spec: Tensor) -> Tensor:
+    """Complex `(b, c, f, t)` to real `(b, 2c, t, f)`."""
+    return torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT
+
+
 def attention_as_published(unit: RotaryAttention, tokens: Tensor) -> Tensor:
-    """What `RotaryAttention` does, `(n, l, c)` to the same shape."""
-    qkv = rearrange(unit.qkv(tokens), "n l (qkv h d) -> qkv n h l d", qkv=3, h=unit.num_heads)
-    angles = rotary_angles(*qkv.shape[-2:], torch.float32, qkv.device)
-    q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2].contiguous()
-    del qkv
+    """The forward pass of `RotaryAttention`, `(n, l, c)` to the same shape."""
+    q, k, v = rotated_qkv(unit, tokens)
     out = F.scaled_dot_product_attention(q, k, v)
     return unit.proj(rearrange(out, "n h l d -> n l (h d)"))
 
 
 def qkv_deleted(unit: RotaryAttention, tokens: Tensor) -> Tensor:
     """Claim 3: `del q, k, v` after attention."""
-    qkv = rearrange(unit.qkv(tokens), "n l (qkv h d) -> qkv n h l d", qkv=3, h=unit.num_heads)
-    angles = rotary_angles(*qkv.shape[-2:], torch.float32, qkv.device)
-    q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2].contiguous()
-    del qkv
+    q, k, v = rotated_qkv(unit, tokens)
     out = F.scaled_dot_product_attention(q, k, v)
     del q, k, v
     return unit.proj(rearrange(out, "n h l d -> n l (h d)"))
 
 
-MENDED = {
+def rotated_qkv(unit: RotaryAttention, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `(n, h, l, d)` of tokens `(n, l, c)`, the first two rotated."""
+    qkv = rearrange(unit.qkv(tokens), "n l (qkv h d) -> qkv n h l d", qkv=3, h=unit.num_heads)
+    angles = rotary_angles(*qkv.shape[-2:], torch.float32, qkv.device)
+    return rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2].contiguous()
+
+
+FIXED = {
     "1 del spec": {"separate": spec_deleted},
     "2 del in the loop": {"separate": loop_deleted},
     "3 del q, k, v": {"attend": qkv_deleted},
@@ -106,7 +112,7 @@ MENDED = {
 
 
 class Attending(nn.Module):
-    """A `RotaryAttention` that attends as it is told."""
+    """A `RotaryAttention` with another attention function."""
 
     def __init__(self, unit: RotaryAttention, attend: Attend):
         super().__init__()
@@ -127,17 +133,17 @@ def make_step(
     n_fft: int = N_FFT,
     **sizes,
 ) -> Step:
-    """One step of the patient, for `predict`, `trace` or a card.
+    """One step of the patient, for `predict`, `trace` or a GPU.
 
     Args:
         separate: from waveform to waveforms; one of the functions above.
-        attend: what its attentions do.
-        training: with loss, backward pass and AdamW, or under `no_grad`.
-        seconds: of stereo.
+        attend: the attention of all layers; one of the functions above.
+        training: with loss, backward pass and AdamW; otherwise under `no_grad`.
+        seconds: length of the stereo mixture.
         device: of network and mixture.
-        half: bfloat16 by autocast.
-        n_fft: of the transform; a quarter of it is the hop.
-        sizes: of the `TFLocoformer` that differ from `PATIENT`.
+        half: whether autocast uses bfloat16.
+        n_fft: of the transform; the hop is a quarter of it.
+        sizes: of the `TFLocoformer`, where they differ from `PATIENT`.
     """
     model = TFLocoformer(4, 4 * STEMS, **PATIENT | sizes).to(device)
     for layer in model.modules():
@@ -162,14 +168,14 @@ def make_step(
 
 
 def make_alone(separate: Separate = as_published, training: bool = True) -> Step:
-    """A step with one convolution for a network: what `separate` holds is the peak."""
+    """A step whose network is one convolution, so that the peak is the memory of `separate`."""
     model, stft = nn.Conv2d(4, 4 * STEMS, 1), STFTProcessor(N_FFT, HOP)
     wave = torch.randn(1, 2, 10 * RATE)
     return _passes(lambda: separate(model, stft, wave), training)
 
 
 def make_attention(attend: Attend = attention_as_published, training: bool = True) -> Step:
-    """A step of one attention over the bins of 10 s, and nothing else."""
+    """A step of one attention over the bins of 10 s."""
     sizes = (PATIENT[name] for name in ("dim", "attention_dim", "num_heads"))
     unit, tokens = RotaryAttention(*sizes), torch.randn(431, N_FFT // 2 + 1, PATIENT["dim"])
     return _passes(lambda: attend(unit, tokens), training)
@@ -186,7 +192,7 @@ def _passes(forward: Callable[[], Tensor], training: bool) -> Step:
 
 
 def block_starts(timeline: Timeline) -> list[int]:
-    """The event with which the forward pass of each block of the patient begins."""
+    """The event at which the forward pass of each block of the patient begins."""
     starts = {}
     for block in timeline.blocks:
         _, found, path = block.module.partition("blocks.")
@@ -196,12 +202,12 @@ def block_starts(timeline: Timeline) -> list[int]:
 
 
 def measured(make: Callable[[], Step]) -> int:
-    """Bytes that a step takes at its peak on the current GPU, above what was allocated before.
+    """Peak bytes of a step on the current GPU, without what was allocated before.
 
     Args:
         make: makes network, mixture and optimizer on that GPU, which count, and returns the step.
     """
-    gc.collect()  # what is freed while the step runs would be subtracted from it
+    gc.collect()  # garbage that is freed during the step would lower the result
     before = gauges.allocated()
     gauges.reset_peak()
     make()()

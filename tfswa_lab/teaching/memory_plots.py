@@ -1,6 +1,6 @@
-"""Pictures of where memory goes: over time, at the peak, and against a budget.
+"""Figures of memory: over time, at the peak, and against a budget.
 
-Every function takes `ax=None` and returns `fig, ax`; nothing else of matplotlib's state is touched.
+Every plot takes `ax=None` and returns `fig, ax`; it changes no other state of matplotlib.
 
 Notebook: 05_where_memory_goes
 """
@@ -23,7 +23,7 @@ from tfswa_lab.memory.sizes import GIB, KIB, MIB, format_bytes
 from tfswa_lab.memory.trace.timeline import CATEGORIES, Block, Peak, Timeline, by_category
 
 OTHERS = "others"
-# Dark to light in the order in which they are stacked, 9 steps (CIE L*) or more apart, so they
+# Dark to light from the lowest area to the top, at least 9 steps of CIE L* apart, so that they
 # differ in grey and for colour-blind readers; a test measures it.
 CATEGORY_COLOURS = {
     "parameter": "#001f51",
@@ -40,12 +40,12 @@ OVER_COLOUR = "#8c1c13"  # beyond the budget; darker in grey as well
 PASS_COLOURS = {"forward": "#e6e6e6", "backward": "#d2d2d2", "optimizer": "#bebebe"}
 PASS_OF = {"recompute": "backward"} | {name: name for name in PASS_COLOURS}  # by phase of a block
 DASHES = (0, (4, 3))
-PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # keeps lines out of words
-LONGEST = 46  # characters of a name in a picture; paths lose their beginning
+PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind text that crosses lines
+LONGEST = 46  # characters of a name in a figure; a path loses its beginning
 
 
 class Span(NamedTuple):
-    """Events of one pass of a step, `start` and all before `stop`."""
+    """The events of one pass of a step, from `start` to before `stop`."""
 
     name: str  # forward, backward or optimizer
     start: int
@@ -60,15 +60,15 @@ def plot_timeline(
     start: int = 0,
     stop: int | None = None,
 ) -> tuple[Figure, Axes]:
-    """Allocated memory after each event, as areas on top of each other.
+    """Allocated memory after each event, as stacked areas.
 
-    Above are the passes of each step; a dot marks the peak of the picture.
+    A strip above shows the passes of each step; a dot marks the peak of the figure.
 
     Args:
         timeline: of a trace or a prediction.
         ax: where to draw.
-        key: what makes a group of blocks, such as `by_category` or `by_module(2)`.
-        count: groups, those that are largest at some moment; all else is `others`.
+        key: how to group blocks, such as `by_category` or `by_module(2)`.
+        count: how many groups to show, those with the highest peaks; the rest is `others`.
         start: the first event to show.
         stop: the event to stop before, None for all.
 
@@ -142,7 +142,7 @@ def groups_over_time(
 
     most = {name: over_time(changes[name]).max() for name in changes}
     largest = sorted(filter(most.get, most), key=most.get, reverse=True)
-    if len(largest) > count + 1:  # one other group needs no other name
+    if len(largest) > count + 1:  # a single group needs no `others`
         largest = largest[:count]
     place = {name: number for number, name in enumerate(CATEGORIES)}
     stacked = sorted((name for name in changes if name in largest), key=lambda n: place.get(n, 0))
@@ -154,7 +154,7 @@ def groups_over_time(
 
 
 def group_colours(names: Iterable[str]) -> dict[str, str]:
-    """Constant colours for categories, an even scale for all else.
+    """Constant colours for categories, an even scale for other groups.
 
     >>> group_colours(["input", "others"])
     {'input': '#5797c6', 'others': '#ededed'}
@@ -169,9 +169,9 @@ def group_colours(names: Iterable[str]) -> dict[str, str]:
 
 
 def passes(timeline: Timeline) -> list[Span]:
-    """When the forward and backward passes and the optimizer were at work.
+    """When the forward passes, the backward passes and the optimizer ran.
 
-    Each lasts from its first allocation to its last; recomputation is part of the backward pass.
+    A pass lasts from its first allocation to its last; recomputation is part of the backward pass.
     """
     at_work = (block for block in timeline.blocks if block.phase in PASS_OF)
     runs = groupby(at_work, key=lambda block: (PASS_OF[block.phase], block.step))
@@ -183,7 +183,7 @@ def passes(timeline: Timeline) -> list[Span]:
 
 
 def unit_of(size: int) -> tuple[int, str]:
-    """The unit for an axis that ends at a number of bytes.
+    """The unit for an axis up to a number of bytes.
 
     >>> unit_of(3_000_000)
     (1048576, 'MiB')
@@ -195,7 +195,7 @@ def unit_of(size: int) -> tuple[int, str]:
 
 
 def shortened(name: str, longest: int = LONGEST) -> str:
-    """The end of a long name, from a `/` on if there is one: in paths it says the most.
+    """The end of a long name, from a `/` on if there is one.
 
     >>> shortened("/home/me/model.py:3 (forward)", 24)
     '…/model.py:3 (forward)'
@@ -227,8 +227,8 @@ def _mark_peak(ax: Axes, peak: Peak, unit: int) -> None:
 
 
 def _mark_passes(ax: Axes, timeline: Timeline, start: int, stop: int) -> None:
-    """Steps as lines through the picture, passes as a strip above it, as far as there is room."""
-    above = {"transform": ax.get_xaxis_transform()}  # x in events, y in heights of the picture
+    """Steps as lines, passes as a strip above, as far as there is room."""
+    above = {"transform": ax.get_xaxis_transform()}  # x in events, y in heights of the axes
     pixels = ax.get_position().width * ax.figure.bbox.width / (stop - start)  # per event
     line_from = label_from = start  # where there is room for the next
     for number, step in enumerate(timeline.steps):
@@ -249,7 +249,7 @@ def _mark_passes(ax: Axes, timeline: Timeline, start: int, stop: int) -> None:
 
 
 def _legend(ax: Axes, areas: list, names: list[str]) -> None:
-    """Beside the picture, in the order of the areas; names appear letter by letter as they are."""
+    """Beside the axes, in the order of the areas; names are shown letter by letter."""
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False, "fontsize": "small"}
     legend = ax.legend(areas, [str(number) for number in range(len(names))], **place)
     for text, name in zip(legend.get_texts(), names, strict=True):
@@ -266,7 +266,7 @@ def plot_peak(held: Mapping[str, int], ax: Axes | None = None) -> tuple[Figure, 
         ax: where to draw.
 
     Raises:
-        ValueError: nobody holds anything.
+        ValueError: no memory is held.
     """
     total = sum(held.values())
     if not total:
@@ -284,11 +284,11 @@ def plot_peak(held: Mapping[str, int], ax: Axes | None = None) -> tuple[Figure, 
 def plot_peaks(
     peaks: Mapping[str, int], budget: int | None = None, ax: Axes | None = None
 ) -> tuple[Figure, Axes]:
-    """Peaks of several configurations; those above the budget are dark and say by how much.
+    """Peaks of several configurations; those above the budget are dark and labelled.
 
     Args:
-        peaks: what the configuration is called, to bytes.
-        budget: bytes that there are, None to draw no line.
+        peaks: name of the configuration to bytes.
+        budget: bytes that are available; None to draw no line.
         ax: where to draw.
 
     Raises:
@@ -318,7 +318,7 @@ def _bars(
     ax: Axes | None,
     at_least: int = 0,
 ) -> tuple[Figure, Axes]:
-    """A bar per name with its words behind it, the first on top."""
+    """One bar for each name with its text behind it, the first on top."""
     if ax is None:
         size = (8, 0.9 + 0.32 * len(sizes))
         _, ax = plt.subplots(figsize=size, layout="constrained", dpi=100)

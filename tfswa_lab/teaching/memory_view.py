@@ -1,6 +1,6 @@
-"""Blocks of memory to point at: a drawing that says what each is and which lines asked for it.
+"""An SVG of all blocks of memory; pointing at a block shows what it is and who allocated it.
 
-Plain SVG, so it needs neither a network nor a script, and a file of it opens in any browser.
+It is plain SVG, so it needs no network and no script, and opens in any browser.
 
 Notebook: 05_where_memory_goes
 """
@@ -32,12 +32,12 @@ from tfswa_lab.teaching.memory_plots import (
 if TYPE_CHECKING:
     from ipywidgets import VBox
 
-LEFT, RIGHT, TOP, BOTTOM = 64, 250, 44, 46  # pixels around the picture, for axes and legend
+LEFT, RIGHT, TOP, BOTTOM = 64, 250, 44, 46  # margins in pixels, for axes and legend
 NICE = [1, 2, 5, 10]  # steps between ticks, times powers of ten
-GROUPS = 7  # colours
+GROUPS = 7  # with a colour of their own
 LINES = 5  # of a stack in a tooltip
 LONGEST_LINE, LONGEST_GROUP = 120, 34  # characters
-MOST_CORNERS = 30_000  # of all blocks; keeps drawings below 1.5 MB
+MOST_CORNERS = 30_000  # of all outlines; keeps a drawing below 1.5 MB
 AROUND_WORDS = 'paint-order="stroke" stroke="#fff" stroke-width="4"'
 BY = {
     "category": by_category,
@@ -48,7 +48,7 @@ BY = {
 
 
 class Canvas(NamedTuple):
-    """Where events and bytes are in a picture; y counts from its upper edge."""
+    """Coordinates of events and bytes in a drawing; y counts from its upper edge."""
 
     start: int
     stop: int
@@ -57,7 +57,7 @@ class Canvas(NamedTuple):
     height: int
 
     def x(self, event: float) -> str:
-        """Pixels of an event, inside the picture."""
+        """Pixels of an event, clipped to the axes."""
         share = (min(max(event, self.start), self.stop) - self.start) / (self.stop - self.start)
         return _pixels(LEFT + share * (self.right - LEFT))
 
@@ -85,19 +85,19 @@ def timeline_svg(
     start: int = 0,
     stop: int | None = None,
 ) -> str:
-    """A drawing of blocks; pointing at one shows what it is and which lines asked for it.
+    """A drawing of blocks; pointing at one shows what it is and which lines allocated it.
 
-    A block is a band from its allocation to its release. Blocks lie on each other in the order of
-    their allocation and sink when one below is released, as in PyTorch's memory_viz. Those with
-    the largest areas, bytes × events, are drawn; behind them is all that is allocated, in grey.
-    Times and sizes are those of the allocator: events, and bytes with what rounding adds.
+    A block is a band from its allocation to its release. Blocks are stacked in the order of their
+    allocation and sink when a lower one is released, as in PyTorch's memory_viz. The blocks with
+    the largest areas, bytes × events, are drawn; the grey area behind them is all allocated memory.
+    Times are events, sizes are bytes as the allocator rounds them.
 
     Args:
         timeline: of a trace or a prediction.
-        count: blocks that are drawn, fewer if their outlines have very many corners.
+        count: how many blocks to draw; fewer if their outlines have very many corners.
         width: of the drawing, in pixels.
-        height: the same.
-        key: what is coloured alike, such as `by_category` or `by_module(2)`.
+        height: of the drawing, in pixels.
+        key: which blocks share a colour, such as `by_category` or `by_module(2)`.
         start: the first event to show.
         stop: the event to stop before, None for all.
 
@@ -123,9 +123,9 @@ def timeline_svg(
 
 
 def timeline_view(timeline: Timeline, count: int = 800) -> VBox:
-    """The drawing of `timeline_svg`, with a choice of what is coloured alike and of events.
+    """The drawing of `timeline_svg` with controls for the colours and the range of events.
 
-    Fewer events show more of the small blocks: those drawn are the largest of what is in sight.
+    A shorter range shows more small blocks, because it draws the largest blocks of the range.
 
     Raises:
         ValueError: nothing is allocated.
@@ -136,7 +136,7 @@ def timeline_view(timeline: Timeline, count: int = 800) -> VBox:
     colour = Dropdown(options=list(BY), description="colour by")
     whole = {"value": (0, timeline.events + 1), "min": 0, "max": timeline.events + 1}
     events = IntRangeSlider(**whole, description="events", layout=Layout(width="760px"))
-    events.continuous_update = False  # redraw when it is let go, not on the way
+    events.continuous_update = False  # redraw when the mouse is released
 
     def redraw(_change: object) -> None:
         start, stop = events.value
@@ -165,7 +165,7 @@ def largest_areas(timeline: Timeline, count: int, start: int, stop: int) -> list
 
 
 def heights(blocks: Sequence[Block]) -> list[list[tuple[int, int]]]:
-    """How high each block lies on those allocated before it, and how it sinks: (event, bytes).
+    """The height of each block above the older ones, and how it sinks: (event, bytes).
 
     Args:
         blocks: in the order of their births.
@@ -189,7 +189,7 @@ def heights(blocks: Sequence[Block]) -> list[list[tuple[int, int]]]:
 def _blocks(
     timeline: Timeline, canvas: Canvas, count: int, key: Callable, colours: dict[str, str]
 ) -> Iterator[str]:
-    """All that is allocated as one grey area, and in front of it the largest blocks."""
+    """All allocated memory as one grey area, and the largest blocks in front of it."""
     in_sight = largest_areas(timeline, len(timeline.blocks), canvas.start, canvas.stop)
     drawn = largest_areas(timeline, count, canvas.start, canvas.stop)
     places = heights(drawn)
@@ -202,7 +202,7 @@ def _blocks(
     yield "<g>"
     for block, steps in zip(drawn, places, strict=True):
         colour = colours.get(key(block), grey)
-        thin = block.rounded / canvas.peak * canvas.height < 3  # white edges would hide it
+        thin = block.rounded / canvas.peak * canvas.height < 3  # a white edge would hide it
         look = f'fill="{colour}" stroke="{colour if thin else "#fff"}" stroke-width=".3"'
         about = f"<title>{_text(_about(block))}</title>"
         yield f'<path d="{_band(block, steps, canvas)}" {look}>{about}</path>'
@@ -210,9 +210,9 @@ def _blocks(
 
 
 def _band(block: Block, places: list[tuple[int, int]], canvas: Canvas) -> str:
-    """The path of a block: along its lower edge, and back along the upper one."""
+    """The outline of a block: along its lower edge, and back along its upper edge."""
     end = canvas.x(canvas.stop if block.died is None else block.died)
-    at = {canvas.x(event): height for event, height in places}  # the last of those in one place
+    at = {canvas.x(event): height for event, height in places}  # the last height in each pixel
     steps = list(at.items())
     path = f"M{steps[0][0]} {canvas.y(steps[0][1])}"
     path += "".join(f"H{x}V{canvas.y(height)}" for x, height in steps[1:]) + f"H{end}"
@@ -224,7 +224,7 @@ def _band(block: Block, places: list[tuple[int, int]], canvas: Canvas) -> str:
 
 
 def _outline(timeline: Timeline, canvas: Canvas) -> str:
-    """The path around all that is allocated; of events in one half of a pixel, the highest."""
+    """The outline of all allocated memory; of the events in half a pixel, the highest."""
     allocated = np.array(timeline.allocated()[canvas.start : canvas.stop])
     columns = min(len(allocated), 2 * (canvas.right - LEFT))
     starts = np.arange(columns) * len(allocated) // columns
@@ -270,7 +270,7 @@ def _axes(canvas: Canvas) -> Iterator[str]:
 
 
 def _passes(timeline: Timeline, canvas: Canvas) -> Iterator[str]:
-    """Steps as lines, passes as a strip above the picture, as far as there is room."""
+    """Steps as lines, passes as a strip above, as far as there is room."""
     for name, start, stop in passes(timeline):
         left, right = float(canvas.x(start)), float(canvas.x(stop))
         if right - left >= 1:
@@ -278,7 +278,7 @@ def _passes(timeline: Timeline, canvas: Canvas) -> Iterator[str]:
             yield f'<rect x="{left}" y="{TOP - 20}" {look}/>'
         if right - left > 7 * len(name):
             yield _label((left + right) / 2, TOP - 8, name, "middle")
-    line_from = label_from = LEFT  # where there is room for the next
+    line_from = label_from = LEFT  # from here on, there is room for the next
     for number, step in enumerate(timeline.steps):
         x = float(canvas.x(step))
         if canvas.start <= step < canvas.stop and x >= line_from:
@@ -301,7 +301,7 @@ def _peak(timeline: Timeline, canvas: Canvas) -> Iterator[str]:
 
 
 def _legend(canvas: Canvas, colours: dict[str, str]) -> Iterator[str]:
-    """In the order of the areas: the last on top."""
+    """In the order of the areas, the last on top."""
     for row, (name, colour) in enumerate(reversed(colours.items())):
         y, x = TOP + 4 + 20 * row, canvas.right + 14
         look = f'width="14" height="12" fill="{colour}" stroke="#888" stroke-width=".5"'
@@ -315,7 +315,7 @@ def _label(x: str | float, y: str | float, words: str, anchor: str, more: str = 
 
 
 def _text(words: str) -> str:
-    """Words that mean nothing to a browser; characters that XML forbids are replaced."""
+    """Text without markup; characters that XML forbids are replaced."""
     return escape(
         "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in words)
     )
