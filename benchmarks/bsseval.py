@@ -17,11 +17,11 @@ import statistics
 import time
 from functools import partial
 
-import apart
 import numpy as np
 import torch
 from events import REHEARSAL, attempt
-from record import record
+from record import record, table
+from subprocess_benchmark import peak_gib, run, start
 
 from tfswa_lab import audio
 from tfswa_lab.device import pick_device
@@ -51,15 +51,15 @@ def stems(seconds: float) -> tuple[np.ndarray, np.ndarray]:
 def time_ours(seconds: float, device: str) -> dict:
     """Cold and warm seconds, and peak memory of the process with its input."""
     pair = [torch.from_numpy(x).to(device) for x in stems(seconds)]
-    before, spent = apart.peak_gib(), []
+    before, spent = peak_gib(), []
     for _ in range(1 + WARM):
         began = time.perf_counter()
         bss_eval(*pair).sdr.cpu()  # waits for a GPU
         spent.append(time.perf_counter() - began)
     row = {"cold_s": round(spent[0], 2), "warm_s": round(statistics.median(spent[1:]), 3)}
-    row |= {"peak_gib": apart.peak_gib(), "input_gib": before}
+    row |= {"peak_gib": peak_gib(), "input_gib": before}
     if device == "cuda":
-        row["gpu_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        row["gpu_peak_gib"] = peak_gib(device)
     return row
 
 
@@ -103,13 +103,13 @@ def time_museval(seconds: float) -> dict:
     import museval
 
     references, estimates = stems(seconds)
-    before, began = apart.peak_gib(), time.perf_counter()
+    before, began = peak_gib(), time.perf_counter()
     theirs = museval.metrics.bss_eval(
         references.swapaxes(1, 2), estimates.swapaxes(1, 2), window=RATE, hop=RATE
     )[:4]
     row = {
         "s": round(time.perf_counter() - began, 2),
-        "peak_gib": apart.peak_gib(),
+        "peak_gib": peak_gib(),
         "input_gib": before,
     }
     ours = bss_eval(references, estimates)
@@ -126,10 +126,8 @@ def measure(what: str, seconds: float = 0.0, device: str = "cpu") -> dict:
 
 def compare(seconds: float, threads: list[int]) -> dict:
     """museval once, and ours with each number of threads."""
-    peer = apart.run(__file__, max(threads), what="museval", seconds=seconds)
-    rows = {
-        str(number): apart.run(__file__, number, what="ours", seconds=seconds) for number in threads
-    }
+    peer = run(__file__, max(threads), what="museval", seconds=seconds)
+    rows = {str(number): run(__file__, number, what="ours", seconds=seconds) for number in threads}
     for row in rows.values():
         row["ratio_warm"] = round(peer["s"] / row["warm_s"], 1)
         row["ratio_cold"] = round(peer["s"] / row["cold_s"], 1)
@@ -148,7 +146,7 @@ def on_gpu(songs: list[float]) -> None:
 def museval_alone(seconds: float) -> None:
     """A line for one call of museval, which takes a minute, and so may miss the end."""
     torch.set_num_threads(MUSEVALS_CORES)
-    row = partial(apart.run, __file__, MUSEVALS_CORES, what="museval", seconds=seconds)
+    row = partial(run, __file__, MUSEVALS_CORES, what="museval", seconds=seconds)
     attempt("bsseval", row, what="museval", song_seconds=seconds)
 
 
@@ -165,22 +163,29 @@ def main() -> None:
     if pick_device(asked.device).type == "cuda":
         return on_gpu(asked.seconds)
     result = {f"{each:g} s": compare(each, asked.threads) for each in asked.seconds}
-    solver = {str(number): apart.run(__file__, number, what="solver") for number in asked.threads}
-    record("bsseval", {"songs": result, "solver": solver})
-    print("| song | threads | cold | warm | peak | museval | peak | ratio warm | cold |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for song, rows in result.items():
-        peer = rows["museval"]
-        for number, row in rows["threads"].items():
-            ours = f"{row['cold_s']} s | {row['warm_s']} s | {row['peak_gib']} GiB"
-            theirs = f"{peer['s']} s | {peer['peak_gib']} GiB"
-            ratios = f"{row['ratio_warm']} | {row['ratio_cold']}"
-            print(f"| {song} | {number} | {ours} | {theirs} | {ratios} |")
-        print(f"largest difference: {peer['difference_db']:.0e} dB")
-    print("\n| threads | structured solver | Cholesky |\n|---|---|---|")
-    for number, row in solver.items():
-        print(f"| {number} | {row['structured_s']} s | {row['cholesky_s']} s |")
+    solver = {str(number): run(__file__, number, what="solver") for number in asked.threads}
+    record("bsseval", "cpu", {"songs": result, "solver": solver})
+    show(result, solver)
+
+
+def show(songs: dict, solver: dict) -> None:
+    """Print both tables."""
+    lines = []
+    for song, found in songs.items():
+        peer = found["museval"]
+        for number, row in found["threads"].items():
+            ours = f"{row['cold_s']} s", f"{row['warm_s']} s", f"{row['peak_gib']} GiB"
+            theirs = f"{peer['s']} s", f"{peer['peak_gib']} GiB"
+            lines.append((song, number, *ours, *theirs, row["ratio_warm"], row["ratio_cold"]))
+        print(f"{song}, largest difference: {peer['difference_db']:.0e} dB")
+    columns = ["song", "threads", "cold", "warm", "peak", "museval", "peak", "ratio warm", "cold"]
+    print(table(columns, lines))
+    times = [
+        (number, f"{row['structured_s']} s", f"{row['cholesky_s']} s")
+        for number, row in solver.items()
+    ]
+    print("\n" + table(["threads", "structured solver", "Cholesky"], times))
 
 
 if __name__ == "__main__":
-    apart.start(main, measure)
+    start(main, measure)

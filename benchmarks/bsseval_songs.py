@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import record
+from record import record, table
 
 from tfswa_lab import audio
 from tfswa_lab.evaluation.bsseval import bss_eval
@@ -79,14 +79,14 @@ def main() -> None:
         return print(f"no songs in {root}, nothing compared: name ROOT or set TFSWA_LAB_AUDIO")
     audio.ensure_ffmpeg()
     rows = {song.name: compare(song, asked.seconds) for song in found}
-    record("bsseval_songs", {"songs": rows, "seconds": asked.seconds})
-    print("| song | SDR | ISR | SIR | SAR | frames without ratios | filters not unique |")
-    print("|---|---|---|---|---|---|---|")
+    record("bsseval_songs", "cpu", {"songs": rows, "seconds": asked.seconds})
+    lines = []
     for name, row in rows.items():
-        differences = " | ".join(f"{db:.0e}" for db in row["difference_db"].values())
+        differences = (f"{db:.0e}" for db in row["difference_db"].values())
         frames = f"{row['frames_without_ratios']} of {row['frames']}"
         frames += "" if row["same_frames_without_ratios"] else ", not museval's"
-        print(f"| {name} | {differences} | {frames} | {'yes' if row['notes'] else 'no'} |")
+        lines.append((name, *differences, frames, "yes" if row["notes"] else "no"))
+    print(table(["song", *RATIOS, "frames without ratios", "filters not unique"], lines))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Five published "leaks" of a TF-Locoformer: what their mends save, and what truly saves.
+"""Five published "leaks" of a TF-Locoformer: what their fixes save, and what really saves.
 
     python benchmarks/claims.py [--device cuda]
 
 The patient of lesson 06, one step of 10 s of stereo, predicted for a GPU; on a GPU, started by
 gpu.py, the same steps are measured where they fit. "On its own" is without the network: the most
-that a line can ever save. What is saved is counted in bytes of tensors: what the allocator adds to
-them wavers by a MiB.
+that a line can ever save. Savings are counted in bytes of tensors, because what the
+allocator adds to them varies by a MiB.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from functools import partial
 
 import torch
 from events import REHEARSAL, attempt
-from record import RESULTS, record
+from record import path_of, record, table
 from torchaudio.transforms import Resample
 
 from tfswa_lab.device import pick_device
+from tfswa_lab.memory import gauges
 from tfswa_lab.memory.predict import predict
 from tfswa_lab.memory.predict.allocator import replay
+from tfswa_lab.memory.sizes import GIB, MIB
 from tfswa_lab.teaching import claims
 
 MODES = {"training": True, "inference": False}
@@ -31,7 +33,7 @@ CURES = {
     "and crop to 5 s": {"seconds": 5.0},
     "and bfloat16": {"half": True},
 }
-MIB, ROOM = 2**20, 0.95  # of what is free on a GPU, that a step may be predicted to take
+ROOM = 0.95  # of the free memory of a GPU; a step that is predicted to take more is not tried
 TINY = {"seconds": 0.2, "n_fft": 256, "dim": 16, "hidden_dim": 16, "num_heads": 2}
 TINY |= {"attention_dim": 16}
 
@@ -51,11 +53,11 @@ def on_gpu() -> None:
 
     A claim changes next to nothing, so what is predicted for the step as published stands for all.
     """
-    known = json.loads((RESULTS / "claims.json").read_text())["cures"]
+    known = json.loads(path_of("claims", "cpu").read_text())["cures"]
     predicted = {row["cure"]: row["predicted"] for row in known}
     whole = {True: predicted["fused attention"], False: peak(training=False)}
     claims.make_step(device="cuda", **TINY)()  # else cuBLAS's workspaces would count for the first
-    for claim, change in ({"as published": {}} | claims.MENDED).items():
+    for claim, change in ({"as published": {}} | claims.FIXED).items():
         for mode, training in MODES.items():
             step = partial(measured, whole[training], training=training, **change)
             attempt("claim", step, claim=claim, mode=mode)
@@ -66,8 +68,8 @@ def on_gpu() -> None:
 
 
 def measured(predicted: int, **choices) -> dict:
-    """Predicted and measured bytes; of a step that does not fit, what it would take."""
-    free = torch.cuda.mem_get_info()[0]
+    """Predicted and measured bytes; a step that does not fit is not measured."""
+    free = gauges.device_memory().free
     if predicted > ROOM * free:
         return {"predicted": predicted, "does_not_fit": f"{free} bytes are free"}
     torch.cuda.empty_cache()
@@ -79,7 +81,7 @@ def measured(predicted: int, **choices) -> dict:
 def trial() -> list[dict]:
     """Claims 1 to 3, in a whole step and on their own."""
     rows = []
-    for claim, change in claims.MENDED.items():
+    for claim, change in claims.FIXED.items():
         alone = claims.make_attention if "attend" in change else claims.make_alone
         for mode, training in MODES.items():
             both = {}, change
@@ -123,14 +125,15 @@ def main() -> None:
         return on_gpu()
     found = {"trial": trial() + emptied(), "cures": cures()}
     found["resample_filter"] = Resample(48_000, 44_100).kernel.nbytes
-    record("claims", found)
-    print("| claim | mode | claimed | saved, MiB | on its own, MiB |\n|---|---|---|---|---|")
+    record("claims", "cpu", found)
+    lines = []
     for row in found["trial"]:
         own = f"{row['on_its_own'] / MIB:.2f}" if "on_its_own" in row else ""
         saved = f"{row['saved'] / MIB:.2f}"
-        print(f"| {row['claim']} | {row['mode']} | {row['claimed_gb']} GB | {saved} | {own} |")
-    for row in found["cures"]:
-        print(f"| {row['cure']} | {row['predicted'] / 2**30:.2f} GiB |")
+        lines.append((row["claim"], row["mode"], f"{row['claimed_gb']} GB", saved, own))
+    print(table(["claim", "mode", "claimed", "saved, MiB", "on its own, MiB"], lines))
+    peaks = [(row["cure"], f"{row['predicted'] / GIB:.2f} GiB") for row in found["cures"]]
+    print("\n" + table(["cure", "peak"], peaks))
 
 
 if __name__ == "__main__":

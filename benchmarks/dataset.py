@@ -1,6 +1,6 @@
 """How fast are 6 s chunks read? MUSDB18Dataset against musdb's own reading, in one run.
 
-Both read the same random stretches of the same 3-minute stereo track (16-bit WAV, noise) from the
+Both read the same random segments of the same 3-minute stereo track (16-bit WAV, noise) from the
 page cache, in one process, in turns. Samples are compared, so that both do the same work.
 
     python benchmarks/dataset.py
@@ -17,7 +17,7 @@ import musdb
 import numpy as np
 import soundfile
 import torch
-from record import record
+from record import record, table
 
 from tfswa_lab import audio
 from tfswa_lab.data.musdb import MUSDB18Dataset
@@ -102,15 +102,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         make_tree(Path(root))
         result = measure(Path(root))
-    print("| 6 s stereo chunk | tfswa_lab | musdb | chunks/s, ours | chunks/s, musdb | ratio |")
-    print("|---|---|---|---|---|---|")
+    columns = ["6 s stereo chunk", "tfswa_lab", "musdb"]
+    columns += ["chunks/s, ours", "chunks/s, musdb", "ratio"]
+    rows = []
     for what, row in result.items():
-        print(
-            f"| {what} | {row['tfswa_lab_ms']} ms | {row['musdb_ms']} ms "
-            f"| {row['tfswa_lab_chunks_per_second']} | {row['musdb_chunks_per_second']} "
-            f"| {row['ratio']}x |"
-        )
-    print(record("dataset", result))
+        milliseconds = f"{row['tfswa_lab_ms']} ms", f"{row['musdb_ms']} ms"
+        speeds = row["tfswa_lab_chunks_per_second"], row["musdb_chunks_per_second"]
+        rows.append((what, *milliseconds, *speeds, f"{row['ratio']}x"))
+    print(table(columns, rows))
+    print(record("dataset", "cpu", result))
 
 
 if __name__ == "__main__":

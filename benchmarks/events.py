@@ -46,7 +46,9 @@ def attempt(kind: str, measure: Callable[[], dict], **facts) -> dict:
     try:
         facts |= measure()
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        from tfswa_lab.memory.out_of_memory import is_out_of_memory  # gpu.py has no torch yet
+
+        if is_out_of_memory(error):
             facts["out_of_memory"] = str(error).splitlines()[0]
         else:
             kind, facts = "failed", {"of": kind, **facts, "traceback": traceback.format_exc()}

@@ -14,9 +14,9 @@ import statistics
 import sys
 from pathlib import Path
 
+import record
 from events import read
 
-RESULTS = Path(__file__).parent / "results"
 MACHINE = ("gpu_name", "memory_gib", "driver", "torch", "cuda", "cudnn", "python", "cores")
 CHOICES = ("network", "seconds", "batch", "precision", "attention", "checkpointed", "train")
 # For each kind: the file, what a row is of, and what was found.
@@ -104,9 +104,7 @@ def table(kind: str, rows: list[dict]) -> str:
     """Markdown, without columns that are empty."""
     _, of, found = KINDS[kind]
     names = [name for name in (*of, *found, *WITHOUT_RESULT) if any(name in row for row in rows)]
-    lines = [names, ["---"] * len(names)]
-    lines += [[_cell(name, row.get(name)) for name in names] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return record.table(names, ([_cell(name, row.get(name)) for name in names] for row in rows))
 
 
 def _cell(name: str, value: object) -> str:
@@ -118,7 +116,7 @@ def _cell(name: str, value: object) -> str:
         return f"{value:+.2%}"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_cell(key, each)}" for key, each in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def plot(rows: list[dict], machine: dict, path: Path) -> None:
@@ -150,8 +148,7 @@ def write(lines: list[dict], results: Path) -> None:
         if not rows:
             continue
         machine, in_short = machine_of(lines, kind), summary(kind, rows)
-        content = {"machine": machine, **in_short, "rows": rows}
-        (results / f"{name}-gpu.json").write_text(json.dumps(content, indent=2) + "\n")
+        record.record(name, "cuda", {"machine": machine, **in_short, "rows": rows}, results)
         print(f"\n## {name}\n\n{_cell('', machine)}\n{_cell('', in_short)}\n")
         print(table(kind, rows))
         measured = [row for row in rows if "error" in row]
@@ -159,7 +156,7 @@ def write(lines: list[dict], results: Path) -> None:
             plot(measured, machine, results / "memory_prediction-gpu.png")
 
 
-def main(arguments: list[str], results: Path = RESULTS) -> None:
+def main(arguments: list[str], results: Path = record.RESULTS) -> None:
     """Read lines, write results, print tables and what failed."""
     if not arguments:
         sys.exit("report what? name the events: gpu.py report OUT/events.jsonl")

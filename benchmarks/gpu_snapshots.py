@@ -1,4 +1,4 @@
-"""Two real recordings of CUDA's allocator: a training step, and a failure for want of memory.
+"""Two real recordings of CUDA's allocator: a training step, and an out-of-memory error.
 
     python benchmarks/gpu_snapshots.py    into the folder TFSWA_LAB_OUT, started by gpu.py
 
@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from events import attempt
 
-from tfswa_lab.memory import snapshot
+from tfswa_lab.memory import gauges, snapshot
+from tfswa_lab.memory.sizes import MIB
 from tfswa_lab.models.tf_locoformer import SIZES, TFLocoformer
 
-SPARE = 64 * 2**20  # bytes that the failing program may take
+SPARE = 64 * MIB  # bytes that the failing program may take
 ENTRIES = (4000, 1000, 250)  # of the history: as many as make no larger file than
 LARGEST = 300_000  # bytes, compressed
 
@@ -54,15 +55,14 @@ def training_step(path: Path, entries: int) -> dict:
             optimizer.step()
             optimizer.zero_grad()
         snapshot.dump(path)
-        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    return {"allocated": allocated, "reserved": reserved}
+        return {"allocated": gauges.allocated(), "reserved": gauges.reserved()}
 
 
 def out_of_memory(path: Path, entries: int) -> dict:
     """Spectrograms are kept until there is no room for another."""
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + SPARE) / total)
+    room = gauges.reserved() + SPARE
+    torch.cuda.set_per_process_memory_fraction(room / gauges.device_memory().total)
     kept, message = [], "there was room for all"
     with snapshot.record(max_entries=entries), snapshot.dump_on_oom(path):
         try:

@@ -5,11 +5,11 @@
 
 All planted scripts of the tests: sound ones, leaks of tensors and graphs, leaks by what holds them,
 two sets that were written after the rules, and what a judge found them to get wrong. Right is the
-verdict; named is a cause that says what a reader has to know. The sets were then used to mend the
-rules, so these counts are a demonstration and not a prediction for scripts of yours.
+verdict; named is a cause that tells a reader what to fix. The sets were then used to fix the
+rules, so these counts are a demonstration and not a prediction for your own scripts.
 
-The peer is what people do by hand: count the bytes of all tensors that the collector of cycles
-knows, after step 2 and after step 12, and call more a leak. It can only say leak or no leak.
+The peer is what people do by hand: count the bytes of all tensors that the garbage collector
+knows, after step 2 and after step 12, and call an increase a leak. It can only say leak or no leak.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from events import REHEARSAL, attempt
-from record import record
+from record import record, table
 
 from tfswa_lab.memory.leaks import diagnose
 from tfswa_lab.memory.leaks.traced_steps import Numbered
@@ -41,7 +41,7 @@ SETS = {
     "once got wrong": ("planted_judged", "JUDGED"),
 }
 
-# On a GPU: first what needs one, then what must not be told otherwise than on the CPU.
+# On a GPU: first the scripts that need one, then those whose verdict must be the CPU's.
 GPU_SETS = {"on a GPU": ("planted_gpu", "ON_GPU")}
 GPU_SETS |= {name: SETS[name] for name in ("sound", "tensors and graphs", "by holder")}
 # All of them would take longer than they may: of these, every second one.
@@ -51,7 +51,7 @@ COUNTED = ("right", "named", "leak or not", "leak or not, by counting")
 
 
 def judge(script) -> dict:
-    """What is said of one script."""
+    """The diagnosis of one script."""
     step, arguments = script.prepare()
     began = time.perf_counter()
     found = diagnose(step, **arguments)
@@ -64,7 +64,7 @@ def judge(script) -> dict:
 
 
 def judge_both(script) -> dict:
-    """The same, beside what counting tensors says."""
+    """The same, and whether counting tensors is right."""
     by_counting = _called_a_leak_by_counting(script) == _leaks(script)
     return judge(script) | {"leak or not, by counting": by_counting}
 
@@ -105,17 +105,16 @@ def main() -> None:
     torch.set_num_threads(1)
     if parser.parse_args().device == "cuda":
         return on_gpu()
-    result = {}
-    print("| scripts | number | " + " | ".join(COUNTED) + " | median seconds |")
-    print("| --- " + "| ---: " * (len(COUNTED) + 2) + "|")
+    result, lines = {}, []
     for name, (module, corpus) in SETS.items():
         rows = [judge_both(script) for script in scripts(module, corpus)]
         counts = {key: sum(row[key] for row in rows) for key in COUNTED}
         median = statistics.median(row["seconds"] for row in rows)
         result[name] = {"rows": rows, "number": len(rows)} | counts
-        numbers = " | ".join(map(str, counts.values()))
-        print(f"| {name} | {len(rows)} | {numbers} | {median:.1f} |", flush=True)
-    record("leaks", result)
+        lines.append((name, len(rows), *counts.values(), f"{median:.1f}"))
+        print(*lines[-1], flush=True)
+    record("leaks", "cpu", result)
+    print(table(["scripts", "number", *COUNTED, "median seconds"], lines))
 
 
 if __name__ == "__main__":

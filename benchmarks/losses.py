@@ -1,10 +1,10 @@
-"""How hard do the losses push, and what does the floor under the logarithm do to that?
+"""How large are the gradients of each loss, and how does the floor of the logarithm change them?
 
     python benchmarks/losses.py
 
 Gradients of every loss with respect to the estimates, for the band's test songs and estimates that
-hold so much of the rest of the song that their SDR is 10 dB. The ratios of their norms are what
-the weights of `SourceSeparationLoss` have to make up for.
+hold so much of the rest of the song that their SDR is 10 dB. The weights of
+`SourceSeparationLoss` have to balance the ratios of their norms.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from record import record
+from record import record, table
 from torch import Tensor, nn
 
 from tfswa_lab.data.band import ensure_band
@@ -31,7 +31,7 @@ FLOORS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
 
 
 def pairs() -> list[tuple[Tensor, Tensor]]:
-    """Estimates and targets `(1, n, c, s)`, one pair for each stretch of the test songs."""
+    """Estimates and targets `(1, n, c, s)`, one pair for each segment of the test songs."""
     found = []
     for item in MUSDB18Dataset(ensure_band(), "test", segment_seconds=6.0):
         targets = item["stems"][None]
@@ -51,10 +51,10 @@ def gradient(loss: nn.Module, estimates: Tensor, targets: Tensor) -> Tensor:
     return estimates.grad
 
 
-def norms(losses: dict[str, nn.Module], stretches: list) -> dict[str, float]:
-    """Median norm of the gradient over stretches, as multiples of the first loss's."""
+def norms(losses: dict[str, nn.Module], segments: list) -> dict[str, float]:
+    """Median norm of the gradient over segments, as multiples of the first loss's."""
     found = defaultdict(list)
-    for estimates, targets in stretches:
+    for estimates, targets in segments:
         for name, loss in losses.items():
             found[name].append(gradient(loss, estimates, targets).norm())
     medians = {name: torch.stack(values).median().item() for name, values in found.items()}
@@ -62,12 +62,12 @@ def norms(losses: dict[str, nn.Module], stretches: list) -> dict[str, float]:
     return {name: round(value / first, 2) for name, value in medians.items()}
 
 
-def logarithm(floor: float, stretches: list) -> dict[str, float]:
+def logarithm(floor: float, segments: list) -> dict[str, float]:
     """Norm of the logarithm's gradient over the magnitudes', and how much of it is treble."""
     both = MultiResolutionSTFTLoss(floor=floor)
     linear = MultiResolutionSTFTLoss(log_weight=0.0)
     stft, ratios, treble = STFTProcessor(), [], []
-    for estimates, targets in stretches:
+    for estimates, targets in segments:
         plain = gradient(linear, estimates, targets)
         logs = gradient(both, estimates, targets) - plain
         power = stft(logs).abs().square()
@@ -81,7 +81,7 @@ def logarithm(floor: float, stretches: list) -> dict[str, float]:
 
 def main() -> None:
     """Measure, record, print."""
-    stretches = pairs()
+    segments = pairs()
     losses = {
         "waveform": L1WaveformLoss(),
         "l1": L1SpectrogramLoss(),
@@ -90,16 +90,18 @@ def main() -> None:
         "si_sdr": SISDRLoss(),
     }
     result = {
-        "stretches": len(stretches),
+        "segments": len(segments),
         "sdr_db": SDR_DB,
-        "gradient_norms": norms(losses, stretches),
-        "floors": {str(floor): logarithm(floor, stretches) for floor in FLOORS},
+        "gradient_norms": norms(losses, segments),
+        "floors": {str(floor): logarithm(floor, segments) for floor in FLOORS},
     }
-    record("losses", result)
-    for name, norm in result["gradient_norms"].items():
-        print(f"| {name} | {norm} |")
-    for floor, row in result["floors"].items():
-        print(f"| {floor} | {row['over_magnitudes']} | {row['share_above_16_khz']:.0%} |")
+    record("losses", "cpu", result)
+    print(table(["loss", "norm of the gradient"], result["gradient_norms"].items()))
+    rows = [
+        (floor, row["over_magnitudes"], f"{row['share_above_16_khz']:.0%}")
+        for floor, row in result["floors"].items()
+    ]
+    print("\n" + table(["floor", "over magnitudes", "share above 16 kHz"], rows))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from record import RESULTS, record
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tfswa_lab.memory import gauges
 from tfswa_lab.memory.predict.cuda_kernels import present_gpu
 from tfswa_lab.memory.predict.fake_tensors import fake_tensors
 from tfswa_lab.memory.predict.predict import predict_choices
@@ -154,29 +155,29 @@ def eight_gib() -> dict[str, dict]:
 
 
 def measured(row: dict) -> dict:
-    """Bytes that two steps take at most on the GPU, and the milliseconds of a third.
+    """Peak bytes of two steps on the GPU, and the milliseconds of a third.
 
-    `workspace` is what cuBLAS keeps for itself: it is in `measured`, and in no prediction.
+    `workspace` is memory that cuBLAS keeps: it is in `measured`, but in no prediction.
     """
-    free = torch.cuda.mem_get_info()[0]
+    free = gauges.device_memory().free
     if row["predicted"] > ROOM * free:
         return {
             "does_not_fit": f"{format_bytes(row['predicted'])} predicted, {format_bytes(free)} free"
         }
     choices = {name: row[name] for name in row["choices"] if name not in OTHERS}
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    before = gauges.allocated()
+    gauges.reset_peak()
     is_default = row["gpu"] == "hopper"
     with nullcontext() if is_default else sdpa_kernel(KERNELS[row["attention"]]):
         step = make_step(**choices, device="cuda")
         step()
         step()
-        peak = torch.cuda.max_memory_allocated() - before
-        reserved = torch.cuda.max_memory_reserved()
+        peak = gauges.peak_allocated() - before
+        reserved = gauges.peak_reserved()
         milliseconds = _timed(step)
-    held = torch.cuda.memory_allocated()
+    held = gauges.allocated()
     torch._C._cuda_clearCublasWorkspaces()
-    workspace = held - torch.cuda.memory_allocated()
+    workspace = held - gauges.allocated()
     return {
         "measured": peak,
         "measured_reserved": reserved,
@@ -289,18 +290,15 @@ def predict_all() -> None:
     claims = [levers | {"claim": name} for name, levers in eight_gib().items()]
     parts = {"rows": configurations() + claims, "defaults": defaults()}
     result = {}
-    print("| network | s | batch | precision | attention | checkpointed | | | predicted |")
-    print("|---|---|---|---|---|---|---|---|---|")
     for part, todo in parts.items():
         result[part] = []
         for choices in todo:
             row = row_of(choices)
             result[part].append(row)
-            shown = [str(value) for value in choices.values()]
-            print(f"| {' | '.join(shown)} | {format_bytes(row['predicted'])} |", flush=True)
+            print(*choices.values(), format_bytes(row["predicted"]), flush=True)
     times = [row["seconds_to_predict"] for rows in result.values() for row in rows]
     major, minor, *_ = _numbers(torch.__version__)
-    record(f"memory_prediction-torch{major}.{minor}", result)
+    record(f"memory_prediction-torch{major}.{minor}", "cpu", result)
     print(f"predicted in {statistics.median(times):.1f} s (median), {max(times):.1f} s at most")
 
 

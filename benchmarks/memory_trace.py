@@ -17,7 +17,7 @@ from contextlib import nullcontext
 
 import torch
 from events import emit
-from record import record
+from record import record, table
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from tfswa_lab.device import pick_device
@@ -76,10 +76,9 @@ def main() -> None:
     if device.type == "cuda":
         emit("trace", seconds=rounded, ratio=ratios)
     else:
-        record("memory_trace", {"seconds": rounded, "ratio": ratios})
-    print("| step | seconds | ratio |\n|---|---|---|")
-    for name, ratio in ratios.items():
-        print(f"| {name} | {rounded[name]} | {ratio} |")
+        record("memory_trace", "cpu", {"seconds": rounded, "ratio": ratios})
+    rows = [(name, rounded[name], ratio) for name, ratio in ratios.items()]
+    print(table(["step", "seconds", "ratio"], rows))
 
 
 if __name__ == "__main__":

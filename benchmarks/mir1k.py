@@ -28,7 +28,7 @@ import torch
 from events import REHEARSAL
 from joblib import Parallel, delayed
 from mir1k_data import HELD_OUT, Duets, is_held_out, read_clips
-from record import RESULTS, machine, record
+from record import RESULTS, machine, path_of, record, table
 from torch import Tensor
 
 from tfswa_lab.data.mir1k import RATE
@@ -240,10 +240,9 @@ def report(separator: Separator, root: str) -> dict:
     """Scores on the test clips, beside the published rows."""
     rows = score(separator, read_clips(root, "test"))
     scores = summary(rows)
-    print("| system | GNSDR | GSIR | GSAR |\n|---|---|---|---|")
-    for name, row in PUBLISHED.items():
-        print(f"| {name} | {row[0]} | {row[1]} | {row[2]} |")
-    print(f"| ours | {scores['gnsdr']:.2f} | {scores['gsir']:.2f} | {scores['gsar']:.2f} |")
+    ours = ("ours", *(f"{scores[name]:.2f}" for name in ("gnsdr", "gsir", "gsar")))
+    systems = [*((name, *row) for name, row in PUBLISHED.items()), ours]
+    print(table(["system", "GNSDR", "GSIR", "GSAR"], systems))
     return {"test": scores, "test_gnsdr_by_singer": by_singer(rows), "published": PUBLISHED}
 
 
@@ -258,13 +257,13 @@ def ablate(root: str, names: list[str], steps: int, device: str) -> None:
         separator, facts = train(kept, RECIPE | ABLATIONS[name], steps, device)
         rows[name] = {**summary(score(separator.cpu(), held_out)), **facts}
         rows[name]["changed"] = described(ABLATIONS[name])
-        print(f"| {name} | {rows[name]['gnsdr']:.2f} | {facts['minutes']:.1f} |", flush=True)
-        record("mir1k-ablation", {**same, "rows": rows})  # even if cut short
+        print(f"{name}: {rows[name]['gnsdr']:.2f} dB, {facts['minutes']:.1f} min", flush=True)
+        record("mir1k-ablation", device, {**same, "rows": rows})  # even if cut short
 
 
 def rows_so_far(same: dict) -> dict:
     """What was measured before under the same conditions; other conditions start a new table."""
-    path = RESULTS / "mir1k-ablation.json"
+    path = path_of("mir1k-ablation", same["device"])
     before = json.loads(path.read_text()) if path.exists() else {}
     same = json.loads(json.dumps(same))  # tuples become lists
     return before["rows"] if before.items() >= same.items() else {}
@@ -292,7 +291,7 @@ def main() -> None:
     if asked.out is None:
         save_separator(separator.cpu(), WEIGHTS)
         result = facts | report(load_separator(WEIGHTS), asked.root)
-        record("mir1k", {"recipe": described(RECIPE), **result})
+        record("mir1k", device, {"recipe": described(RECIPE), **result})
 
 
 def test(weights: Path, root: str) -> None:
@@ -301,7 +300,7 @@ def test(weights: Path, root: str) -> None:
     print(result["test"])
     if (weights / FACTS).exists():
         facts = json.loads((weights / FACTS).read_text())
-        record("mir1k-gpu", {"trained_on": facts.pop("machine"), **facts, **result})
+        record("mir1k", "cuda", {"trained_on": facts.pop("machine"), **facts, **result})
 
 
 def described(recipe: dict) -> dict:

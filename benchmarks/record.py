@@ -1,21 +1,22 @@
-"""Keep a benchmark's result beside the machine that it was measured on."""
+"""Keep a benchmark's result beside the machine that it was measured on, and print it as a table."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import torch
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict:
     """Processor, cores, GPU, and the versions that a timing depends on."""
+    import torch  # `gpu.py report` reads and writes results without it
+
     return {
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -23,12 +24,40 @@ def machine() -> dict:
     }
 
 
-def record(name: str, result: dict) -> Path:
-    """Write `results/<name>.json`: the result, and the machine under the key `machine`."""
-    path = RESULTS / f"{name}.json"
-    content = {**result, "machine": machine()}
+def path_of(name: str, device: str, folder: Path = RESULTS) -> Path:
+    """The file of a result: `<name>.json` from a CPU, `<name>-gpu.json` from a GPU."""
+    return folder / f"{name}{'' if device == 'cpu' else '-gpu'}.json"
+
+
+def record(name: str, device: str, result: dict, folder: Path = RESULTS) -> Path:
+    """Write a result.
+
+    Args:
+        name: of the benchmark.
+        device: that it was measured on, such as `cpu` or `cuda`.
+        result: in JSON's types; without a key `machine`, it gets this machine.
+        folder: of the results.
+
+    Returns:
+        The file.
+    """
+    path = path_of(name, device, folder)
+    content = result if "machine" in result else {**result, "machine": machine()}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """A table in Markdown.
+
+    >>> print(table(["song", "SDR"], [["a|b", 7.5]]))
+    | song | SDR |
+    |---|---|
+    | a\\|b | 7.5 |
+    """
+    cells = ([str(cell).replace("|", "\\|") for cell in row] for row in (columns, *rows))
+    head, *body = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([head, "|---" * len(columns) + "|", *body])
 
 
 def _cpu_model() -> str:

@@ -12,10 +12,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import apart
 import numpy as np
 import soundfile
-from record import record
+from record import record, table
+from subprocess_benchmark import peak_gib, run, start
 
 from tfswa_lab.audio import SAMPLE_RATE, STEMS
 from tfswa_lab.data.tracks import WavTrack
@@ -42,11 +42,11 @@ def write_song(folder: Path, seconds: int) -> None:
 
 
 def measure(song: str, methods: list[str]) -> dict:
-    """The most memory that this process took before the song, and ever."""
+    """Peak memory of this process before the song and in all."""
     scoring = Scoring(FolderEstimates(song))  # which it is not asked for
-    before = apart.peak_gib()
+    before = peak_gib()
     score_track(scoring, WavTrack.open(Path(song), SOURCES), methods)
-    return {"before_gib": before, "peak_gib": apart.peak_gib()}
+    return {"before_gib": before, "peak_gib": peak_gib()}
 
 
 def main() -> None:
@@ -57,15 +57,13 @@ def main() -> None:
     jobs = {name: [name] for name in BOUNDS} | {"all three": list(BOUNDS)}
     with tempfile.TemporaryDirectory() as song:
         write_song(Path(song), seconds)
-        rows = {
-            name: apart.run(__file__, 1, song=song, methods=methods)
-            for name, methods in jobs.items()
-        }
-    record("score_memory", {"bounds": rows, "seconds": seconds})
-    print(f"| bounds of {seconds} s | peak | before the song |\n|---|---|---|")
-    for name, row in rows.items():
-        print(f"| {name} | {row['peak_gib']} GiB | {row['before_gib']} GiB |")
+        rows = {name: run(__file__, 1, song=song, methods=some) for name, some in jobs.items()}
+    record("score_memory", "cpu", {"bounds": rows, "seconds": seconds})
+    peaks = [
+        (name, f"{row['peak_gib']} GiB", f"{row['before_gib']} GiB") for name, row in rows.items()
+    ]
+    print(table([f"bounds of {seconds} s", "peak", "before the song"], peaks))
 
 
 if __name__ == "__main__":
-    apart.start(main, measure)
+    start(main, measure)

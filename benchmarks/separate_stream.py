@@ -14,15 +14,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import apart
 import numpy as np
 import soundfile
 import torch
-from record import record
+from record import record, table
+from subprocess_benchmark import peak_gib, run, start
 
 from tfswa_lab import audio
 from tfswa_lab.inference.files import separate_file
-from tfswa_lab.inference.separate import separate_track
+from tfswa_lab.inference.separate import Segmentation, separate_track
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.weights import BAND
 
@@ -42,24 +42,26 @@ def write_song(path: Path, minutes: float) -> None:
 def in_memory(separator, song: Path, out: Path, batch_size: int) -> None:
     """What `separate_file` does, with the whole song at hand."""
     mixture, rate = audio.read(song)
-    segment = round(SEGMENT_SECONDS * separator.sample_rate)
-    estimates = separate_track(separator, mixture, segment, batch_size=batch_size)
+    segmentation = Segmentation(SEGMENT_SECONDS, batch_size=batch_size)
+    estimates = separate_track(separator, mixture, segmentation)
     gain = 1 / max(1.0, estimates.abs().max().item())
     for stem, estimate in zip(separator.stems, estimates, strict=True):
         audio.write(out / f"{stem}.wav", gain * estimate, rate)
 
 
 def separate(song: str, way: str, batch_size: int) -> dict:
-    """Seconds, and the most memory that this process ever took."""
+    """Seconds and peak memory of this process."""
     song, separator = Path(song), load_separator(BAND)
     with tempfile.TemporaryDirectory(dir=song.parent) as out:
         began = time.perf_counter()
         if way == "streamed":
-            separate_file(separator, song, out, SEGMENT_SECONDS, batch_size=batch_size)
+            separate_file(
+                separator, song, out, Segmentation(SEGMENT_SECONDS, batch_size=batch_size)
+            )
         else:
             in_memory(separator, song, Path(out), batch_size)
         seconds = time.perf_counter() - began
-    return {"seconds": seconds, "peak_rss_gib": apart.peak_gib()}
+    return {"seconds": seconds, "peak_rss_gib": peak_gib()}
 
 
 def measure(minutes: float, way: str, batch_size: int) -> dict:
@@ -67,7 +69,7 @@ def measure(minutes: float, way: str, batch_size: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         song = Path(folder) / "song.wav"
         write_song(song, minutes)
-        result = apart.run(__file__, song=str(song), way=way, batch_size=batch_size)
+        result = run(__file__, song=str(song), way=way, batch_size=batch_size)
     return {
         "real_time_factor": round(result["seconds"] / (60 * minutes), 4),
         "peak_rss_gib": result["peak_rss_gib"],
@@ -86,17 +88,16 @@ def main() -> None:
         }
         for minutes in asked.minutes
     }
-    record(
-        "separate_stream",
-        {"songs": rows, "batch_size": asked.batch_size, "threads": torch.get_num_threads()},
-    )
-    print("| song | RSS, streamed | RSS, whole | s per s, streamed | s per s, whole |")
-    print("|---|---|---|---|---|")
+    facts = {"batch_size": asked.batch_size, "threads": torch.get_num_threads()}
+    record("separate_stream", "cpu", {"songs": rows, **facts})
+    lines = []
     for name, row in rows.items():
-        memory = [f"{each['peak_rss_gib']} GiB" for each in row.values()]
-        speed = [str(each["real_time_factor"]) for each in row.values()]
-        print(f"| {name} | {' | '.join(memory + speed)} |")
+        memory = (f"{each['peak_rss_gib']} GiB" for each in row.values())
+        speed = (each["real_time_factor"] for each in row.values())
+        lines.append((name, *memory, *speed))
+    columns = "song", "RSS, streamed", "RSS, whole", "s per s, streamed", "s per s, whole"
+    print(table(columns, lines))
 
 
 if __name__ == "__main__":
-    apart.start(main, separate)
+    start(main, separate)

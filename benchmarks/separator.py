@@ -23,11 +23,12 @@ from unittest import mock
 
 import torch
 from events import REHEARSAL, attempt
-from record import record
+from record import record, table
 from separate_stream import SEGMENT_SECONDS, write_song
 
 from tfswa_lab.device import pick_device
 from tfswa_lab.inference.files import separate_file
+from tfswa_lab.inference.separate import Segmentation
 from tfswa_lab.models.attention import (
     FrequencySequenceAttention,
     ScaledDotProductAttention,
@@ -166,7 +167,9 @@ def file_to_file(batch: int, precision: str) -> dict:
         for _ in range(2):
             began = time.perf_counter()
             with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
-                separate_file(separator, song, folder, SEGMENT_SECONDS, batch_size=batch)
+                separate_file(
+                    separator, song, folder, Segmentation(SEGMENT_SECONDS, batch_size=batch)
+                )
             seconds = time.perf_counter() - began
     return {"times_real_time": round(60 * MINUTES / seconds, 1), "seconds": round(seconds, 2)}
 
@@ -192,13 +195,11 @@ def main() -> None:
         "share_by_stage": shares(separator, by_stage(separator), mixture),
         "share_by_kind": shares(separator, by_kind(separator), mixture),
     }
-    record("separator", result)
-    print("| attention | real-time factor | least | most |\n|---|---|---|---|")
-    for kind, f in factors.items():
-        print(f"| {kind} | {f['median']:.3g} | {f['least']:.3g} | {f['most']:.3g} |")
-    print("\n| part | share |\n|---|---|")
-    for name, share in (result["share_by_stage"] | result["share_by_kind"]).items():
-        print(f"| {name} | {share:.1%} |")
+    record("separator", "cpu", result)
+    rows = [(kind, *(f"{each:.3g}" for each in f.values())) for kind, f in factors.items()]
+    print(table(["attention", "real-time factor", "least", "most"], rows))
+    parts = result["share_by_stage"] | result["share_by_kind"]
+    print("\n" + table(["part", "share"], [(name, f"{x:.1%}") for name, x in parts.items()]))
 
 
 if __name__ == "__main__":

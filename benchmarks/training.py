@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tfswa_lab.device import pick_device
 from tfswa_lab.evaluation.ratios import usdr
-from tfswa_lab.inference.separate import separate_track
+from tfswa_lab.inference.separate import Segmentation, separate_track
 from tfswa_lab.memory import gauges
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.training.presets import PRESETS, Preset
@@ -57,11 +57,11 @@ def ideal_ratio_mask(separator: Separator, stems: Tensor) -> Tensor:
 def score_voice(separator: Separator, preset: Preset) -> dict[str, float]:
     """Mean SDR of the voice over the whole test songs: floor, gain, estimate and ceiling."""
     songs = songs_of(replace(preset, segment_seconds=None), "test")
-    segment = round(preset.segment_seconds * preset.sample_rate)
+    segmentation = Segmentation(preset.segment_seconds)
     scores = defaultdict(list)
     for song in songs:
         mixture, stems = song["mixture"], song["stems"]
-        estimate = separate_track(separator, mixture, segment)[0].cpu()
+        estimate = separate_track(separator, mixture, segmentation)[0].cpu()
         for name, voice in {
             "floor: the mixture": mixture,
             "the mixture, one gain": best_gain(stems[0], mixture),

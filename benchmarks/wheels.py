@@ -21,10 +21,11 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tfswa_lab.memory.sizes import MIB
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 GPU_MACHINE = CHECKOUT / "benchmarks" / "gpu_machine.txt"
 CLIPS = CHECKOUT / ".gpu" / "mir1k"
-MIB = 2**20
 TRAVELS = 64 * MIB  # the checkout and all folders that go with one command
 LIMITS = {"core": 6 * MIB, "lessons": 14 * MIB}
 NEVER = {

@@ -1,20 +1,22 @@
-"""One measurement in a process of its own: nothing is warm, and the peak of memory is its alone.
+"""One measurement in a process of its own: nothing is warm, and its peak memory is its own.
 
-A script ends with `apart.start(main, measure)`. Its `main` calls `apart.run(__file__, **job)`,
-which starts the script again for `measure(**job)` and returns what that returned.
+A script ends with `subprocess_benchmark.start(main, measure)`. Its `main` calls
+`subprocess_benchmark.run(__file__, **job)`, which starts the script again for `measure(**job)` and
+returns the result.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-ONE = "--one"  # what a script is started with for one measurement
+from tfswa_lab.memory import gauges
+from tfswa_lab.memory.sizes import GIB
+
+ONE = "--one"  # starts a script for one measurement
 
 
 def start(main: Callable[[], None], measure: Callable[..., dict]) -> None:
@@ -25,7 +27,7 @@ def start(main: Callable[[], None], measure: Callable[..., dict]) -> None:
 
 
 def run(script: str, threads: int | None = None, **job) -> dict:
-    """What `measure(**job)` of a script returns, with so many threads, or as many as usual."""
+    """The result of a script's `measure(**job)`, with so many threads, or as many as usual."""
     number = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     done = subprocess.run(
         [sys.executable, script, ONE, json.dumps(job)],
@@ -37,10 +39,7 @@ def run(script: str, threads: int | None = None, **job) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_gib() -> float:
-    """Most memory that this process has held so far, to two decimals.
-
-    Not getrusage's ru_maxrss: a process inherits that from the one that started it.
-    """
-    status = Path("/proc/self/status").read_text()
-    return round(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20, 2)
+def peak_gib(device: str = "cpu") -> float:
+    """Most memory so far, to two decimals: of tensors on a GPU, or of this process."""
+    peak = gauges.process_peak() if device == "cpu" else gauges.peak_allocated()
+    return round(peak / GIB, 2)
