@@ -205,12 +205,7 @@ def status(device: Device = None) -> Status:
     index = _index(device)
     whole = device_memory(index)
     return Status(
-        process_rss(),
-        f"cuda:{index}",
-        allocated(index),
-        reserved(index),
-        whole.used,
-        whole.total,
+        process_rss(), f"cuda:{index}", allocated(index), reserved(index), whole.used, whole.total
     )
 
 

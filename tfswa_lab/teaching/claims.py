@@ -1,6 +1,7 @@
 """Published savings of memory in a TF-Locoformer: the code before and after each claimed fix.
 
-The claims and their numbers come from a report; the code follows its description.
+The claims and their numbers come from a report; the code follows its description. All versions are
+written out in full, because the lesson shows them.
 
 Axis letters: `b` batch, `c` channels, `t` frames, `f` frequency bins, `s` samples, `n` sequences,
 `l` tokens of one sequence, `h` heads, `d` head width. Real networks take `(b, c, t, f)`.
@@ -39,7 +40,7 @@ Step = Callable[[], None]
 def as_published(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
     """Stems `(b, n, c, s)` of a mixture `(b, c, s)`."""
     spec = stft(wave)
-    x = real_and_imaginary(spec)
+    x = torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT  # (b, 2c, t, f)
     output = model(x)  # (b, n · 2c, t, f)
     stems = []
     for part in output.chunk(STEMS, 1):
@@ -52,7 +53,7 @@ def as_published(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
 def spec_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
     """Claim 1: `del spec` after stacking."""
     spec = stft(wave)
-    x = real_and_imaginary(spec)
+    x = torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT
     del spec
     output = model(x)
     stems = []
@@ -66,7 +67,7 @@ def spec_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
 def loop_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
     """Claim 2: `del` in the loop of inverse transforms."""
     spec = stft(wave)
-    x = real_and_imaginary(spec)
+    x = torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT
     output = model(x)
     stems = []
     for part in output.chunk(STEMS, 1):
@@ -77,31 +78,25 @@ def loop_deleted(model: nn.Module, stft: STFTProcessor, wave: Tensor) -> Tensor:
     return torch.stack(stems, 1)
 
 
-def real_and_imaginary(spec: Tensor) -> Tensor:
-    """Complex `(b, c, f, t)` to real `(b, 2c, t, f)`."""
-    return torch.stack([spec.real, spec.imag], 1).flatten(1, 2).mT
-
-
 def attention_as_published(unit: RotaryAttention, tokens: Tensor) -> Tensor:
     """The forward pass of `RotaryAttention`, `(n, l, c)` to the same shape."""
-    q, k, v = rotated_qkv(unit, tokens)
+    qkv = rearrange(unit.qkv(tokens), "n l (qkv h d) -> qkv n h l d", qkv=3, h=unit.num_heads)
+    angles = rotary_angles(*qkv.shape[-2:], torch.float32, qkv.device)
+    q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2].contiguous()
+    del qkv
     out = F.scaled_dot_product_attention(q, k, v)
     return unit.proj(rearrange(out, "n h l d -> n l (h d)"))
 
 
 def qkv_deleted(unit: RotaryAttention, tokens: Tensor) -> Tensor:
     """Claim 3: `del q, k, v` after attention."""
-    q, k, v = rotated_qkv(unit, tokens)
+    qkv = rearrange(unit.qkv(tokens), "n l (qkv h d) -> qkv n h l d", qkv=3, h=unit.num_heads)
+    angles = rotary_angles(*qkv.shape[-2:], torch.float32, qkv.device)
+    q, k, v = rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2].contiguous()
+    del qkv
     out = F.scaled_dot_product_attention(q, k, v)
     del q, k, v
     return unit.proj(rearrange(out, "n h l d -> n l (h d)"))
-
-
-def rotated_qkv(unit: RotaryAttention, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values `(n, h, l, d)` of tokens `(n, l, c)`, the first two rotated."""
-    qkv = rearrange(unit.qkv(tokens), "n l (qkv h d) -> qkv n h l d", qkv=3, h=unit.num_heads)
-    angles = rotary_angles(*qkv.shape[-2:], torch.float32, qkv.device)
-    return rotate(qkv[0], angles), rotate(qkv[1], angles), qkv[2].contiguous()
 
 
 FIXED = {

@@ -15,14 +15,7 @@ from tfswa_lab.memory.predict.predict import (
     to_markdown,
 )
 
-__all__ = [
-    "Prediction",
-    "compare",
-    "max_batch_size",
-    "predict",
-    "predict_choices",
-    "to_markdown",
-]
+__all__ = ["Prediction", "compare", "max_batch_size", "predict", "predict_choices", "to_markdown"]
 
 
 class _CallablePackage(ModuleType):

@@ -57,10 +57,7 @@ class Prediction(Moment):
 
 
 def predict(
-    make_step: Callable[[], Step],
-    attention: str = "auto",
-    steps: int = 2,
-    gpu: str | None = None,
+    make_step: Callable[[], Step], attention: str = "auto", steps: int = 2, gpu: str | None = None
 ) -> Prediction:
     """The memory of a step on a CUDA GPU.
 

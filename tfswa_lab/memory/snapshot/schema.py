@@ -58,8 +58,6 @@ class Segment(NamedTuple):
     device: int
     address: int
     size: int
-    stream: int
-    expandable: bool
     parts: tuple[RecordedPart, ...]
 
 
@@ -102,7 +100,6 @@ class Contents:
         histories: by device.
         stacks: by number, innermost line first; number 0 is the empty stack.
         texts: the distinct `user_metadata` by number; number 0 is empty.
-        settings: of the allocator, as written.
         notes: entries that were left out, values that were not understood.
     """
 
@@ -110,7 +107,6 @@ class Contents:
     histories: dict[int, History] = field(default_factory=dict)
     stacks: list[tuple[Frame, ...]] = field(default_factory=lambda: [()])
     texts: list[str] = field(default_factory=lambda: [""])
-    settings: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -158,8 +154,6 @@ class _Parser:
                 raise SnapshotError(f"the trace of device {device} is not a list")
             if entries:
                 contents.histories[device] = self.history(device, entries, last)
-        settings = raw.get("allocator_settings")
-        contents.settings = settings if isinstance(settings, dict) else {}
         contents.texts = list(self._texts)
         contents.notes += [f"{count} {what}" for what, count in self._odd.items()]
         return contents
@@ -184,14 +178,7 @@ class _Parser:
             part = self.part(one, next_address)
             next_address = part.address + part.size
             parts.append(part)
-        return Segment(
-            _number(raw, "device"),
-            address,
-            _size(raw, "total_size"),
-            _number(raw, "stream", low=-(2**63)),
-            raw.get("is_expandable") is True,
-            tuple(parts),
-        )
+        return Segment(_number(raw, "device"), address, _size(raw, "total_size"), tuple(parts))
 
     def part(self, raw: dict, address: int) -> RecordedPart:
         """A block; old ones have no address, and keep the request in their history."""
