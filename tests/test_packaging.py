@@ -130,3 +130,31 @@ def test_the_back_link_rule_itself():
     assert imports_it(code, "tfswa_lab")
     assert not imports_it(code, "tfswa_lab.data.musdb")
     assert not imports_it(code, "tfswa_lab.doctor")
+
+
+def test_the_licences_are_packed():
+    assert PROJECT["license"] == "MIT AND CC-BY-4.0"
+    assert all((CHECKOUT / name).is_file() for name in PROJECT["license-files"])
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == PROJECT["version"]
+    assert " AND ".join(citation["license"]) == PROJECT["license"]
+
+
+ANSWERS = re.findall(
+    r"^\| .+\? \| `(.+)` \| `(\w+)` \|$", (CHECKOUT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+)
+
+
+def test_a_stranger_finds_ten_answers():
+    assert len(ANSWERS) == 10
+
+
+@pytest.mark.parametrize(("path", "name"), ANSWERS)
+def test_what_contributing_names_is_there(path, name):
+    tree = ast.parse((CHECKOUT / path).read_text())
+    defined = (ast.FunctionDef, ast.ClassDef)
+    assert name in {node.name for node in ast.walk(tree) if isinstance(node, defined)}
