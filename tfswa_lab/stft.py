@@ -204,8 +204,6 @@ class RMSNormalizer(SpectrogramNormalizer):
     Args:
         eps: added to the root mean square, so that silence stays silent.
 
-    Notebook: 03_tfswa_unet
-
     >>> RMSNormalizer()(torch.tensor([0.0, 3.0, 4.0, 0.0]).view(1, 1, 2, 2))[0].flatten()
     tensor([0.0000, 1.2000, 1.6000, 0.0000])
     """
