@@ -1,4 +1,4 @@
-"""A run on disk, whole or not at all, and proof of it.
+"""A run on disk: checkpoints that are complete or absent, its folder, and its settings.
 
     RUN/checkpoints/step_00000120.ckpt      and the one before it
     RUN/best/                               the best average so far, for `load_separator`
@@ -62,12 +62,12 @@ def save_checkpoint(run: str | Path, step: int, state: Mapping, before: Path | N
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:
-    """Where the state after `step` steps lies."""
+    """The file of the state after `step` steps."""
     return Path(run) / FOLDER / f"step_{step:08d}.ckpt"
 
 
 def _write(path: Path, content: memoryview) -> None:
-    """A line that says what follows, and the content."""
+    """The line of digest and size, then the content."""
     header = f"{MAGIC} {hashlib.sha256(content).hexdigest()} {len(content)}\n".encode()
     try:
         write_whole({path: [header, content]})
@@ -79,7 +79,7 @@ def _write(path: Path, content: memoryview) -> None:
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; what else lies there under other names is yours."""
+    """The checkpoints of a run, oldest first; files of other names are left alone."""
     paths = (Path(run) / FOLDER).glob("step_*.ckpt")
     return sorted(path for path in paths if re.fullmatch(r"step_\d{8,}\.ckpt", path.name))
 
@@ -106,8 +106,8 @@ def load_checkpoint(path: str | Path) -> dict:
     """Read what `save_checkpoint` wrote, on the CPU.
 
     Raises:
-        ValueError: the file is foreign, cut off or altered, and then the error names one that is
-            whole, if any; or it holds something that could run.
+        ValueError: the file is foreign, cut off or altered, and then the error names an intact
+            checkpoint beside it, if there is one; or it holds something that could run.
     """
     path = Path(path)
     try:
@@ -124,7 +124,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _verified(path: Path) -> bytes:
-    """What follows the first line, if it is what that line says."""
+    """The content after the first line, if it has the size and digest that the line names."""
     with path.open("rb") as file:
         first = re.fullmatch(rf"{MAGIC} ([0-9a-f]{{64}}) (\d+)\n".encode(), file.readline(128))
         content = file.read() if first else b""
@@ -140,7 +140,7 @@ def _verified(path: Path) -> bytes:
 
 
 def _offer(path: Path) -> str:
-    """What to do instead of resuming from a broken checkpoint."""
+    """Advice for a broken checkpoint: the newest intact one beside it, if there is one."""
     for other in sorted(path.parent.glob("step_*.ckpt"), reverse=True):
         try:
             _verified(other)
@@ -226,20 +226,12 @@ def exclusive(folder: Path | None, fabric: Fabric) -> Iterator[None]:
 PACKAGES = ("torch", "lightning-fabric", "numpy")
 
 # Settings that a resumed run may change; any other would make it another run.
-MAY_CHANGE = {
-    "max_epochs",
-    "max_steps",
-    "activation_checkpointing",
-    "log_every_n_steps",
-    "val_every_n_steps",
-    "patience",
-    "checkpoint_every_n_steps",
-    "checkpoint_every_n_minutes",
-    "num_workers",
-    "device",
-    "devices",
-    "data_root",
-}
+MAY_CHANGE = (
+    {"max_epochs", "max_steps", "patience"}
+    | {"log_every_n_steps", "val_every_n_steps"}
+    | {"checkpoint_every_n_steps", "checkpoint_every_n_minutes"}
+    | {"activation_checkpointing", "num_workers", "device", "devices", "data_root"}
+)
 
 
 # Settings as earlier versions wrote them.
@@ -248,7 +240,7 @@ ADDED = {"training.model": "tfswa_unet", "training.size": "default"}
 
 
 def check_same_run(saved: dict, current: dict) -> None:
-    """Refuse to go on with a run under settings that would make it another one.
+    """Refuse to resume a run with settings that would make it another run.
 
     Args:
         saved: nested settings out of a checkpoint.
@@ -284,7 +276,7 @@ def _flat(settings: dict, prefix: str = "") -> dict:
 
 
 def spelled(part: object) -> str:
-    """A part's own description, or its class where that would be an address in memory.
+    """The `repr` of a part, or its class's name where the `repr` is an address in memory.
 
     >>> from tfswa_lab.data.augment import Chain, Gain, Remix
     >>> spelled(Chain([Remix(), Gain((0.5, 2))]))
@@ -297,6 +289,6 @@ def spelled(part: object) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of all packages that decide about the last bit."""
+    """The versions of the packages on which the last bit of a result depends."""
     ours = {"python": platform.python_version(), "tfswa-lab": __version__}
     return ours | {name: version(name) for name in PACKAGES}

@@ -6,14 +6,15 @@ Notebook: 07_training
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+MAY_BE_ZERO = ("warmup_steps", "num_workers", "seed")  # all other whole numbers are 1 or more
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train: steps, optimiser, precision, and when to look and to save.
+    """How to train: steps, optimiser, precision, and when to validate and to save.
 
     A step is one update of the weights. It sees `batch_size * accumulate` segments, whatever the
     number of devices: each takes its share, so a run means the same on one GPU as on eight.
@@ -34,7 +35,7 @@ class TrainingConfig:
         val_every_n_steps: steps between two validations, None for once an epoch.
         patience: validations without a better score before the run stops, None for never.
         checkpoint_every_n_steps: steps between two checkpoints, None for once an epoch.
-        checkpoint_every_n_minutes: another one whenever the last is this old.
+        checkpoint_every_n_minutes: and one whenever the last is this old.
         num_workers: processes that read audio ahead, for each device.
         device: cpu, cuda, or auto.
         devices: how many of them in this machine; torchrun and `fabric run` decide themselves.
@@ -71,8 +72,8 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            value, lowest = getattr(self, name), int(name not in _MAY_BE_ZERO)
+        for name in (field.name for field in fields(TrainingConfig) if "int" in field.type):
+            value, lowest = getattr(self, name), int(name not in MAY_BE_ZERO)
             if value is not None and not (lowest <= value < 2**63 and value == int(value)):
                 raise ValueError(f"{name}={value}: a whole number, {lowest} or more")
         if self.max_epochs is None and self.max_steps is None:
@@ -85,7 +86,7 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: a finite number, 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(
-                f"ema_decay={self.ema_decay}: from 0 to below 1, else nothing is learnt"
+                f"ema_decay={self.ema_decay}: from 0 to below 1; at 1 nothing is learnt"
             )
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: choose among {', '.join(PRECISIONS)}")
@@ -113,18 +114,3 @@ class TrainingConfig:
         """
         epochs = self.max_epochs and self.max_epochs * self.steps_per_epoch(segments)
         return min(end for end in (self.max_steps, epochs) if end)
-
-
-_MAY_BE_ZERO = ("warmup_steps", "num_workers", "seed")
-_COUNTS = (
-    "max_epochs",
-    "max_steps",
-    "batch_size",
-    "accumulate",
-    "log_every_n_steps",
-    "val_every_n_steps",
-    "patience",
-    "checkpoint_every_n_steps",
-    "devices",
-    *_MAY_BE_ZERO,
-)

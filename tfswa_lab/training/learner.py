@@ -1,6 +1,6 @@
-"""All that learns: network, optimiser, average, learning rate, loss scale, chance. One step of it.
+"""A network and everything that changes as it learns: optimiser, average, rate, scale, randomness.
 
-`Learner.step` is the heart of the room; `trainer.Trainer` is the loop around it.
+`Learner.step` is one step of training; `trainer.Trainer` is the loop around it.
 
 Axis letters: `b` batch, `n` stems, `c` channels, `s` samples.
 
@@ -42,7 +42,7 @@ Augment = Callable[[dict, Generator], dict]
 
 
 class Learner:
-    """A separator that learns step by step, and can go back to any step, bit for bit.
+    """A separator that learns step by step and can return to any earlier step, bit for bit.
 
     Args:
         separator: is trained in place; `ema.module` is its average, the one to use.
@@ -56,7 +56,7 @@ class Learner:
     Raises:
         ValueError: device or precision do not exist, or the network cannot be checkpointed.
 
-    Going back, e.g. to try a smaller batch after an error in the middle of a step:
+    To return, e.g. after an error in the middle of a step:
 
         state = learner.state_dict()
         …
@@ -168,7 +168,7 @@ class Learner:
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         return scaler is not None and scaler.get_scale() > 1
 
-    # There and back -------------------------------------------------------------------------
+    # Save and restore -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, in copies that later steps do not change.
@@ -187,11 +187,11 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where `state_dict` was taken, from anywhere: also after an error within a step.
+        """Return to the moment of `state_dict`, also after an error in the middle of a step.
 
         Args:
-            state: stays as it is and can be loaded again. Where `random` is None, the generators
-                stay as they are.
+            state: is not changed and can be loaded again. Where `random` is None, the generators
+                keep their states.
         """
         self.optimizer.zero_grad()
         self.separator.load_state_dict(state["separator"])
@@ -204,7 +204,7 @@ class Learner:
             set_random_state(state["random"], self.fabric.device)
 
     def _load_scaler(self, state: dict) -> None:
-        """Into a new one: a step that failed leaves the old one waiting for the step's end."""
+        """Load into a new scaler: after a failed step the old one refuses to begin another."""
         precision = self.fabric.strategy.precision
         if getattr(precision, "scaler", None) is not None:
             precision.scaler = GradScaler(self.fabric.device.type)
@@ -238,12 +238,11 @@ def means(terms: list[dict]) -> dict[str, float]:
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of a model that `update_parameters(model)` pulls towards it by `1 - decay`.
 
-    It remembers about `1 / (1 - decay)` steps, but never more than a ninth of the steps so far:
-    the first weights are worth forgetting. A decay of 0 copies the model.
+    It averages over about `1 / (1 - decay)` steps, but never more than a ninth of the steps so far,
+    because the first weights are random. A decay of 0 copies the model.
 
-    The running statistics of batch norms are averaged like the weights: they describe activations
-    that weights of the same age make; a plain copy would describe those of the newest. The copy
-    stays in evaluation mode.
+    The running statistics of batch norms are averaged like the weights, so that they describe the
+    activations of the averaged weights, not of the newest. The copy stays in evaluation mode.
 
     Source: Polyak & Juditsky, SIAM J. Control Optim. 30(4), 1992; here exponentially weighted.
     """
@@ -260,9 +259,9 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Factor of the learning rate for a step, counted from 0: up in a line, down half a cosine.
+    """Factor of the learning rate for a step, counted from 0: a linear rise, then half a cosine.
 
-    The first step already moves, and the last one still does.
+    It is above 0 at the first and at the last step.
 
     Source: Loshchilov & Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017,
     eq. 5, without restarts.
@@ -277,7 +276,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def make_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """A scheduler to be stepped once after each update."""
+    """A scheduler that is stepped once after each update."""
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, total_steps))
 
 
@@ -309,7 +308,7 @@ class NonFiniteError(FloatingPointError):
         message = f"{what}. The batch: {'; '.join(songs)}."
         if files:
             message += f" Its samples are in {', '.join(files)}."
-        super().__init__(f"{message} Lower the learning rate, or look for what is wrong with it.")
+        super().__init__(f"{message} Lower the learning rate, or look for an error in the batch.")
 
 
 def describe_batch(batch: dict) -> str:

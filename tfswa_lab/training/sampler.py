@@ -68,7 +68,7 @@ class TrainingLoader:
     A data set with `set_epoch` is told the epoch first; its items must depend on epoch and index
     only, as those of `MUSDB18Dataset` do, for a resumed run to repeat them. The workers live as
     long as the loader: the epoch must lie in shared memory (`tensor.share_memory_()`), or they
-    never hear of another one.
+    keep the first one.
 
     Args:
         dataset: maps indices to items.

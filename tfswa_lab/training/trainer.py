@@ -155,7 +155,7 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def _remaining_steps(self) -> Iterator[list[dict]]:
-        """Batches for each step that is left, from the middle of an epoch on if need be."""
+        """Batches for each remaining step; the first epoch may begin in its middle."""
         accumulate = self.config.accumulate
         while not self.finished:
             epoch, first = divmod(self.step, self.steps_per_epoch)
@@ -168,7 +168,7 @@ class Trainer:
                 yield step
 
     def _after_step(self, scalars: dict[str, float], termination: Termination) -> None:
-        """Log, validate and save where it is time to."""
+        """Log, validate and save at the steps at which each is due."""
         config = self.config
         if self.step % config.log_every_n_steps == 0:
             self._log(scalars)
@@ -195,7 +195,7 @@ class Trainer:
             self.logbook.scalars(self.step, named)
 
     def _validate(self) -> None:
-        """Score the average and keep it if it is the best; without songs to score it, the last."""
+        """Score the average and keep the best; without a validation set, keep the last."""
         if self.valid_set is None:
             if self.finished:
                 self._keep()
@@ -220,12 +220,12 @@ class Trainer:
 
     @torch.no_grad()
     def _log_excerpt(self, item: dict) -> None:
-        """What the average makes of always the same segment, to be heard beside the truth."""
+        """The average's estimates of always the same segment, to hear beside the targets."""
         with self.fabric.autocast():
             estimates = self.ema.module(item["mixture"][None].to(self.fabric.device))[0].float()
         self.logbook.separation(self.step, self.separator, item, estimates)
 
-    # There and back -------------------------------------------------------------------------
+    # Save and restore -----------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint now; with several processes, all must call it."""
@@ -242,7 +242,7 @@ class Trainer:
     def _state(self) -> dict:
         """The run in plain containers.
 
-        The place in the training set is not among it: it follows from the step.
+        The position in the training set is not stored: it follows from the step.
         """
         return {
             **self.learner.state_dict(),
@@ -253,7 +253,7 @@ class Trainer:
         }
 
     def _restore(self, state: dict) -> None:
-        """Go to where a checkpoint was written.
+        """Return to the moment of a checkpoint.
 
         Processes that the saved run did not have keep their own random state. Other versions of
         the packages only cause a warning: the run goes on, but perhaps not bit for bit.
@@ -271,7 +271,7 @@ class Trainer:
         self.logbook.history = state["history"]
 
     def _settings(self) -> dict:
-        """Numbers, network, loss, songs, and how they are changed: another of them, another run."""
+        """Everything that identifies the run: numbers, network, loss, songs, augmentation."""
         parts = ("loss", "augment", "masking")
         return {
             "training": asdict(self.config),
@@ -291,10 +291,10 @@ def names_of(songs: Dataset) -> str:
 
 
 class Termination:
-    """Puts off a SIGTERM or Ctrl-C until its block ends: the step, and a checkpoint, come first.
+    """Delays a SIGTERM or Ctrl-C until its block ends, so that a step and its checkpoint are whole.
 
-    A second one is not put off, since a step may take minutes. Handlers belong to the main thread;
-    in any other, signals keep their meaning.
+    A second one is not delayed, because a step may take minutes. Only the main thread may set
+    handlers; in any other thread, signals act as usual.
     """
 
     def __init__(self):

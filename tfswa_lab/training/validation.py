@@ -1,4 +1,4 @@
-"""How good the averaged weights are on songs that the training never sees.
+"""How well the averaged weights separate songs that are not trained on.
 
 Axis letters: `b` batch, `n` stems, `c` channels, `s` samples.
 
@@ -38,7 +38,7 @@ def validation_loader(
 def validate(
     separator: nn.Module, loss: nn.Module, loader: Iterable[dict], fabric: Fabric
 ) -> dict[str, float]:
-    """Loss, SDR of each stem, and what the unprocessed mixture would score.
+    """Loss, SDR of each stem, and the score of the unprocessed mixture.
 
     Args:
         separator: in evaluation mode, with `stems`.
