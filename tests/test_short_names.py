@@ -99,6 +99,31 @@ SNIPPETS = {
                 importlib.import_module("tfswa_lab.memory" + inner)
                 call()
     """,
+    "separating": """
+        import importlib, torch
+        class Twice(torch.nn.Module):
+            sample_rate, audio_channels, stems = 8000, 2, ("one", "other")
+            def forward(self, mixture):
+                return torch.stack([mixture, mixture], 1)
+        from tfswa_lab.inference import Segmentation, separate_file, separate_track
+        x = torch.rand(2, 9000)
+        for _ in range(2):
+            from tfswa_lab.inference import separate
+            assert torch.allclose(separate(Twice(), x, Segmentation(0.5))["other"], x)
+            importlib.import_module("tfswa_lab.inference.separate")
+        assert separate_track(Twice(), x).shape == (2, 2, 9000)
+        assert callable(separate_file)
+    """,
+    "separating, first": """
+        import torch
+        from tfswa_lab.inference import separate
+        class Same(torch.nn.Module):
+            sample_rate, audio_channels, stems = 8000, 2, ("mixture",)
+            def forward(self, mixture):
+                return mixture[:, None]
+        x = torch.rand(2, 9000)
+        assert torch.allclose(separate(Same(), x)["mixture"], x)
+    """,
     "the verbs of memory": """
         import torch
         import tfswa_lab.memory.leaks.diagnose, tfswa_lab.memory.predict.predict

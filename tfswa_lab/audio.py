@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tfswa_lab.durable import parts_of
 SAMPLE_RATE = 44_100
 STEMS = ("vocals", "drums", "bass", "other")
 LARGEST_RATIO = 2_000  # of two rates, reduced; 48 000 : 44 100 is 160 : 147
+SHORTEST, LONGEST = 0.001, 1e6  # seconds: some samples of any song, and more than one can have
 
 
 def read(path: str | Path, start: int = 0, frames: int = -1) -> tuple[Tensor, int]:
@@ -188,6 +190,27 @@ def to_channels(waveform: Tensor, channels: int) -> Tensor:
     """
     stereo = to_stereo(waveform)
     return stereo if channels == 2 else stereo.mean(-2, keepdim=True)
+
+
+def check_seconds(name: str, value: float) -> None:
+    """Refuse a duration that makes no sense.
+
+    Raises:
+        ValueError: it is shorter than a millisecond, infinite, or not a number.
+    """
+    if not (isinstance(value, Real) and SHORTEST <= value <= LONGEST):
+        raise ValueError(f"{name}={value} must be seconds, from {SHORTEST} to {LONGEST:.0f}")
+
+
+def decibels(signal: Tensor, noise: Tensor) -> Tensor:
+    """The ratio of two energies in dB, infinite where there is no noise.
+
+    >>> decibels(torch.tensor([1.0, 1.0]), torch.tensor([0.01, 0.0]))
+    tensor([20., inf])
+
+    Notebook: 08_evaluation
+    """
+    return (10 * (signal / noise).log10()).masked_fill(noise == 0, torch.inf)
 
 
 def rms_db(waveform: Tensor) -> float:

@@ -15,6 +15,7 @@ from tfswa_lab.data.tracks import find_tracks
 from tfswa_lab.evaluation.estimates import FolderEstimates, ModelEstimates
 from tfswa_lab.evaluation.evaluate import evaluate, load_report
 from tfswa_lab.evaluation.scores import read_scores
+from tfswa_lab.inference.separate import Segmentation
 from tfswa_lab.models.separator import build_separator
 from tfswa_lab.weights import BAND
 
@@ -210,7 +211,7 @@ def test_models_of_other_rates_and_channels_get_what_they_hear(data, tmp_path, r
     separator.forward = lambda mixture: torch.stack([mixture, 0.5 * mixture], 1)
     mixture, _ = audio.read(data / "test" / NAMES[0] / "mixture.wav")
     (track, *_) = find_tracks(data, "test", ("mixture",))
-    estimates, _ = ModelEstimates(separator, segment_seconds=1.0).estimate(track, mixture)
+    estimates, _ = ModelEstimates(separator, Segmentation(1.0)).estimate(track, mixture)
     assert estimates.shape == (2, *mixture.shape)
     heard = mixture.mean(0, keepdim=True).expand(2, -1) if channels == 1 else mixture
     low = audio.resample(audio.resample(heard, 44_100, rate), rate, 44_100)[:, : mixture.shape[1]]

@@ -19,6 +19,7 @@ from joblib import parallel_config
 
 from tfswa_lab.evaluation.estimates import FolderEstimates, ModelEstimates
 from tfswa_lab.evaluation.evaluate import evaluate, load_report
+from tfswa_lab.inference.separate import Segmentation
 from tfswa_lab.models.separator import build_separator
 from tfswa_lab.models.storage import save_separator
 
@@ -207,7 +208,7 @@ def test_a_model_is_known_by_its_weights_not_by_its_folder(data, tmp_path):
     with pytest.raises(ValueError, match=r"model was \w{8}… and is \w{8}… now"):
         evaluate(ModelEstimates(models[2]), data, out, **settings)
     with pytest.raises(ValueError, match=r"overlap was 0\.25 and is 0\.5 now"):
-        evaluate(ModelEstimates(models[0], overlap=0.5), data, out, **settings)
+        evaluate(ModelEstimates(models[0], Segmentation(overlap=0.5)), data, out, **settings)
 
 
 def test_bounds_that_differ_are_refused_and_with_overwrite_made_anew(data, guesses, tmp_path):

@@ -5,10 +5,9 @@ import math
 
 import pytest
 
-from tfswa_lab.evaluation.estimates import ModelEstimates
 from tfswa_lab.evaluation.scores import OURS, RATIOS, TrackScores, read_scores, write_scores
 from tfswa_lab.evaluation.scoring import Scoring
-from tfswa_lab.weights import BAND
+from tfswa_lab.inference.separate import Segmentation
 
 NAN, INF = math.nan, math.inf
 
@@ -67,7 +66,7 @@ def test_durations_that_make_no_sense_are_refused(value):
         with pytest.raises(ValueError, match=rf"^{name}=\S+ must be seconds, from 0"):
             Scoring(Own(), **{name: value})
     with pytest.raises(ValueError, match=r"^segment_seconds=\S+ must be seconds, from 0"):
-        ModelEstimates(BAND, segment_seconds=value)
+        Segmentation(segment_seconds=value)
 
 
 @pytest.mark.parametrize(
@@ -76,4 +75,4 @@ def test_durations_that_make_no_sense_are_refused(value):
 )
 def test_other_numbers_that_make_no_sense_are_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}={value} must be"):
-        ModelEstimates(BAND, **{name: value})
+        Segmentation(**{name: value})

@@ -4,11 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from tfswa_lab.inference.separate import fade_window, segment_starts, separate_track
+from tfswa_lab import audio
+from tfswa_lab.inference.separate import (
+    Segmentation,
+    fade_window,
+    segment_starts,
+    separate,
+    separate_track,
+)
 
 
 class Identity(nn.Module):
     """One stem, the mixture itself; remembers what it was shown."""
+
+    sample_rate = 1  # of all separators here: a second is a sample
 
     def __init__(self):
         super().__init__()
@@ -27,9 +36,7 @@ def test_an_identity_returns_the_input_without_seam_or_lost_tail(
 ):
     mixture = torch.randn(2, length)
     model = Identity()
-    estimates = separate_track(
-        model, mixture, segment=64, overlap=overlap, batch_size=batch_size, shifts=shifts
-    )
+    estimates = separate_track(model, mixture, Segmentation(64, overlap, shifts, batch_size))
     assert estimates.shape == (1, 2, length)
     torch.testing.assert_close(estimates[0], mixture, atol=1e-6, rtol=0)
     assert set(model.lengths) == {min(64, length)}
@@ -38,6 +45,8 @@ def test_an_identity_returns_the_input_without_seam_or_lost_tail(
 class ZeroMean(nn.Module):
     """Subtracts the segment's mean: silence appended to a segment would change its output."""
 
+    sample_rate = 1
+
     def forward(self, mixture):
         return (mixture - mixture.mean(-1, keepdim=True))[:, None]
 
@@ -45,13 +54,15 @@ class ZeroMean(nn.Module):
 @pytest.mark.parametrize("shifts", [1, 3])
 @pytest.mark.parametrize("length", [30, 64, 65, 1000])
 def test_no_silence_is_shown_to_the_model(length, shifts):
-    estimates = separate_track(ZeroMean(), torch.full((2, length), 0.5), segment=64, shifts=shifts)
+    estimates = separate_track(
+        ZeroMean(), torch.full((2, length), 0.5), Segmentation(64, shifts=shifts)
+    )
     assert estimates.abs().max() < 1e-6
 
 
 def test_the_work_grows_with_the_overlap_as_it_should():
     model = Identity()
-    separate_track(model, torch.zeros(2, 64 * 100), segment=64, overlap=0.25)
+    separate_track(model, torch.zeros(2, 64 * 100), Segmentation(64, overlap=0.25))
     assert len(model.lengths) == 133  # ceil((6400 - 16) / (64 - 16))
 
 
@@ -68,6 +79,8 @@ def by_hand(model, mixture, starts, segment, fade):
 class Centred(nn.Module):
     """Depends on where the segment lies: louder in its middle."""
 
+    sample_rate = 1
+
     def forward(self, mixture):
         return (mixture * torch.hann_window(mixture.shape[-1]))[:, None]
 
@@ -77,7 +90,7 @@ def test_overlapping_estimates_are_averaged_with_the_windows_as_weights(overlap)
     mixture, fade = torch.randn(2, 1000), int(64 * overlap)
     starts = [*range(0, 936, 64 - fade), 936]
     expected = by_hand(Centred(), mixture, starts, 64, fade)
-    estimates = separate_track(Centred(), mixture, 64, overlap, batch_size=3)
+    estimates = separate_track(Centred(), mixture, Segmentation(64, overlap, batch_size=3))
     torch.testing.assert_close(estimates, expected, atol=1e-6, rtol=0)
 
 
@@ -85,16 +98,16 @@ def test_overlapping_estimates_are_averaged_with_the_windows_as_weights(overlap)
 def test_shifts_average_over_shifted_copies_of_the_song(shifts):
     mixture, hop, copies = torch.randn(2, 1000), 48, []
     for shift in [i * hop // shifts for i in range(shifts)]:
-        copy = separate_track(Centred(), mixture[:, shift:], 64, 0.25)
+        copy = separate_track(Centred(), mixture[:, shift:], Segmentation(64, 0.25))
         copies.append(copy[..., 64 - shift : 800 - shift])  # without the ends of the song
-    estimates = separate_track(Centred(), mixture, 64, 0.25, shifts=shifts)[..., 64:800]
+    estimates = separate_track(Centred(), mixture, Segmentation(64, 0.25, shifts))[..., 64:800]
     torch.testing.assert_close(estimates, torch.stack(copies).mean(0), atol=1e-6, rtol=0)
 
 
 def test_shifts_lessen_what_depends_on_the_segments():
     mixture, errors = torch.ones(2, 5000), []
     for shifts in (1, 2, 4, 8):
-        estimates = separate_track(Centred(), mixture, 64, 0.25, shifts=shifts)
+        estimates = separate_track(Centred(), mixture, Segmentation(64, 0.25, shifts))
         errors.append(estimates[..., 100:-100].std().item())
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 4
@@ -114,29 +127,64 @@ def test_windows_of_neighbours_cross_fade_symmetrically():
 
 
 @pytest.mark.parametrize(
-    ("mixture", "overlap", "message"),
-    [
-        (torch.zeros(2, 0), 0.25, "channels, samples"),
-        (torch.zeros(10), 0.25, "channels, samples"),
-        (torch.zeros(2, 10), 0.9, "overlap=0.9"),
-        (torch.zeros(2, 10), -0.1, "overlap=-0.1"),
-    ],
+    "mixture", [torch.zeros(2, 0), torch.zeros(10)], ids=["no samples", "no channels"]
 )
-def test_bad_input_is_refused(mixture, overlap, message):
-    with pytest.raises(ValueError, match=message):
-        separate_track(Identity(), mixture, 64, overlap)
+def test_a_mixture_that_is_none_is_refused(mixture):
+    with pytest.raises(ValueError, match="channels, samples"):
+        separate_track(Identity(), mixture)
+    with pytest.raises(ValueError, match="channels, samples"):
+        separate(Identity(), mixture)
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = {
+    "segment_seconds": [0, -5, NAN, INF, 1e-4, 1e7, "6"],
+    "overlap": [0.9, -0.1, NAN, "0.1", None],
+    "shifts": [-1, 1.5, NAN, "1"],
+    "batch_size": [0, 1.5, INF, "1"],
+}
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_size": 0}, {"batch_size": 1.5}, {"shifts": -1}, {"shifts": 49}]
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
 )
-def test_batches_and_shifts_that_make_no_sense_are_refused(wrong):
-    ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        separate_track(Identity(), torch.zeros(2, 100), 64, 0.25, **wrong)
+def test_numbers_that_make_no_sense_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name}={value} must be"):
+        Segmentation(**{name: value})
 
 
-@pytest.mark.parametrize("segment", [0, -5, 500.0])
-def test_a_segment_that_is_no_number_of_samples_is_refused(segment):
-    with pytest.raises(ValueError, match="must be a number of samples"):
-        separate_track(Identity(), torch.zeros(2, 10), segment)
+def test_a_segmentation_that_does_not_fit_the_sample_rate_is_refused():
+    with pytest.raises(ValueError, match="shifts=49 must be from 0 to 48"):
+        separate_track(Identity(), torch.zeros(2, 100), Segmentation(64, 0.25, shifts=49))
+    with pytest.raises(ValueError, match=r"segment_seconds=0\.4 is less than a sample at 1 Hz"):
+        separate_track(Identity(), torch.zeros(2, 100), Segmentation(0.4))
+
+
+class Halves(nn.Module):
+    """Two stems, of mono at 8 kHz."""
+
+    sample_rate, audio_channels, stems = 8000, 1, ("one", "other")
+
+    def forward(self, mixture):
+        assert mixture.shape[1] == 1
+        return torch.stack([mixture, 0.5 * mixture], 1)
+
+
+@pytest.mark.parametrize("rate", [None, 16_000, 44_100])
+def test_stems_have_the_rate_and_the_length_of_the_song(rate):
+    song = torch.rand(2, 10_001) - 0.5
+    stems = separate(Halves(), song, Segmentation(0.2), rate)
+    assert list(stems) == ["one", "other"]
+    heard = song.mean(0, keepdim=True)
+    if rate is not None:
+        heard = audio.resample(audio.resample(heard, rate, 8000), 8000, rate)[..., :10_001]
+    torch.testing.assert_close(stems["one"], heard, atol=1e-6, rtol=0)
+    torch.testing.assert_close(stems["other"], 0.5 * heard, atol=1e-6, rtol=0)
+
+
+def test_a_file_is_separated_as_its_waveform(tmp_path):
+    song = audio.write(tmp_path / "song.wav", torch.rand(2, 20_000) - 0.5, 16_000)
+    expected = separate(Halves(), audio.read(song)[0], rate=16_000)
+    for path in (song, str(song)):
+        stems = separate(Halves(), path)
+        assert all(torch.equal(stems[name], expected[name]) for name in expected)

@@ -11,9 +11,10 @@ from tfswa_lab import audio
 from tfswa_lab.inference import blocks as stream
 from tfswa_lab.inference import files as module
 from tfswa_lab.inference.files import separate_file
-from tfswa_lab.inference.separate import separate_track
+from tfswa_lab.inference.separate import Segmentation, separate_track
 from tfswa_lab.models.separator import build_separator
 
+QUARTER = Segmentation(segment_seconds=0.25)
 MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
 
 
@@ -52,7 +53,7 @@ def test_an_identity_returns_the_song(tmp_path, ending, samples):
     song = write_song(tmp_path / f"my.song.{ending}", 2, samples)
     mixture, _ = audio.read(song)
     for as_float in (True, False):
-        files, gain = separate_file(Copies(), song, tmp_path / "out", 0.25, as_float=as_float)
+        files, gain = separate_file(Copies(), song, tmp_path / "out", QUARTER, as_float=as_float)
         assert [file.name for file in files] == ["my.song_times0.wav", "my.song_times1.wav"]
         assert gain == 1
         stem, rate = audio.read(files[0])
@@ -78,11 +79,10 @@ def test_a_file_gives_what_the_whole_song_in_memory_gives(tmp_path, rate, channe
     song = write_song(tmp_path / "song.wav", 3 - channels, samples, rate)  # the other number
     mixture, _ = audio.read(song)
     heard = audio.resample(audio.to_channels(mixture, channels), rate, 44_100)
-    estimates = separate_track(separator, heard, 8820, batch_size=2, shifts=shifts)
+    segmentation = Segmentation(0.2, batch_size=2, shifts=shifts)
+    estimates = separate_track(separator, heard, segmentation)
     expected = audio.resample(estimates, 44_100, rate)[..., :samples]
-    files, _ = separate_file(
-        separator, song, tmp_path / "out", 0.2, batch_size=2, shifts=shifts, as_float=True
-    )
+    files, _ = separate_file(separator, song, tmp_path / "out", segmentation, as_float=True)
     for file, stem in zip(files, expected, strict=True):
         written, written_rate = audio.read(file)
         assert written_rate == rate
@@ -92,7 +92,7 @@ def test_a_file_gives_what_the_whole_song_in_memory_gives(tmp_path, rate, channe
 def test_stems_that_would_clip_get_one_gain(tmp_path):
     song = write_song(tmp_path / "song.wav", 2, 30_000)
     mixture, _ = audio.read(song)
-    files, gain = separate_file(Copies((20.0, -0.5)), song, tmp_path / "out", 0.25)
+    files, gain = separate_file(Copies((20.0, -0.5)), song, tmp_path / "out", QUARTER)
     assert gain == pytest.approx(1 / (20 * mixture.abs().max().item()), rel=1e-6)
     loud, soft = (audio.read(file)[0] for file in files)
     assert loud.abs().max() > 0.9999
@@ -102,7 +102,7 @@ def test_stems_that_would_clip_get_one_gain(tmp_path):
 
 def test_floats_are_never_scaled(tmp_path):
     song = write_song(tmp_path / "song.wav", 2, 30_000)
-    (file,), gain = separate_file(Copies((20.0,)), song, tmp_path / "out", 0.25, as_float=True)
+    (file,), gain = separate_file(Copies((20.0,)), song, tmp_path / "out", QUARTER, as_float=True)
     assert gain == 1
     torch.testing.assert_close(audio.read(file)[0], 20 * audio.read(song)[0], atol=1e-6, rtol=1e-6)
 
@@ -125,12 +125,12 @@ class Failing(Copies):
 def test_a_run_that_fails_leaves_what_there_was(tmp_path, error):
     song, out = write_song(tmp_path / "song.wav", 2, 100_000), tmp_path / "out"
     with pytest.raises(type(error)):
-        separate_file(Failing(error), song, out, 0.25)
+        separate_file(Failing(error), song, out, QUARTER)
     assert files_in(out) == []
-    files, _ = separate_file(Copies(), song, out, 0.25)
+    files, _ = separate_file(Copies(), song, out, QUARTER)
     before = [file.read_bytes() for file in files]
     with pytest.raises(type(error)):
-        separate_file(Failing(error), song, out, 0.25)
+        separate_file(Failing(error), song, out, QUARTER)
     assert files_in(out) == ["song_times0.wav", "song_times1.wav"]
     assert [file.read_bytes() for file in files] == before
 
@@ -148,7 +148,7 @@ def test_ctrl_c_while_floats_become_integers_leaves_nothing(tmp_path, monkeypatc
 
     monkeypatch.setattr(module, "write_blocks", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        separate_file(Copies(), song, out, 0.25)
+        separate_file(Copies(), song, out, QUARTER)
     assert seen == ["FLOAT", 0, "PCM_16", 2, "PCM_16", 2]
     assert files_in(out) == []
 
@@ -156,7 +156,7 @@ def test_ctrl_c_while_floats_become_integers_leaves_nothing(tmp_path, monkeypatc
 def test_an_estimate_that_is_no_number_is_an_error(tmp_path):
     song = write_song(tmp_path / "song.wav", 2, 30_000)
     with pytest.raises(ValueError, match="NaN or infinite"):
-        separate_file(Copies((1.0, float("nan"))), song, tmp_path / "out", 0.25)
+        separate_file(Copies((1.0, float("nan"))), song, tmp_path / "out", QUARTER)
     assert files_in(tmp_path / "out") == []
 
 
@@ -175,7 +175,7 @@ def test_a_bad_song_is_refused_before_the_work(tmp_path, damage):
     separator = Failing(AssertionError("the work has begun"))
     separator.calls = 2
     with pytest.raises(ValueError, match="got 3" if "three" in damage else r"song\.flac"):
-        separate_file(separator, song, tmp_path / "out", 0.25)
+        separate_file(separator, song, tmp_path / "out", QUARTER)
     assert not (tmp_path / "out").exists()
 
 
@@ -184,15 +184,14 @@ def test_a_song_is_as_long_as_what_can_be_decoded_of_it(tmp_path):
     song.write_bytes(song.read_bytes()[: song.stat().st_size // 2])
     heard, _ = audio.read(song)
     assert heard.shape[1] < soundfile.info(song).frames  # its header promises more
-    files, _ = separate_file(Copies(), song, tmp_path / "out", 0.25, as_float=True)
+    files, _ = separate_file(Copies(), song, tmp_path / "out", QUARTER, as_float=True)
     torch.testing.assert_close(audio.read(files[0])[0], heard, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("wrong", [{"segment_seconds": 0}, {"overlap": 0.6}, {"batch_size": 0}])
-def test_numbers_that_make_no_sense_are_refused_before_the_work(tmp_path, wrong):
+def test_shifts_that_make_no_sense_are_refused_before_the_work(tmp_path):
     song = write_song(tmp_path / "song.wav", 2, 1000)
     with pytest.raises(ValueError, match="must be"):
-        separate_file(Copies(), song, tmp_path / "out", **wrong)
+        separate_file(Copies(), song, tmp_path / "out", Segmentation(0.001, shifts=100))
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,12 @@ from tfswa_lab import audio
 from tfswa_lab.durable import parts_of
 from tfswa_lab.inference import blocks as stream
 from tfswa_lab.inference.blocks import read_blocks, resample_blocks, write_blocks
-from tfswa_lab.inference.separate import cut_segments, separate_stream, separate_track
+from tfswa_lab.inference.separate import (
+    Segmentation,
+    cut_segments,
+    separate_stream,
+    separate_track,
+)
 from tfswa_lab.models.separator import build_separator
 
 MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
@@ -26,7 +31,7 @@ def identity(mixture):
 
 def as_module(function):
     module = torch.nn.Module()
-    module.forward = function
+    module.forward, module.sample_rate = function, 1  # a second is a sample
     return module
 
 
@@ -36,19 +41,18 @@ def test_a_network_fed_with_blocks_gives_what_it_gives_for_the_whole(size, shift
     torch.manual_seed(0)
     separator = build_separator(("vocals", "other"), n_fft=512, hop_length=128, **MINI).eval()
     mixture = 0.1 * torch.randn(2, 12_001)
-    whole = separate_track(separator, mixture, 4096, batch_size=2, shifts=shifts)
-    finished = separate_stream(
-        separator, mixture.split(size, dim=-1), 12_001, 4096, batch_size=2, shifts=shifts
-    )
+    segments = Segmentation(4096 / 44_100, batch_size=2, shifts=shifts)
+    whole = separate_track(separator, mixture, segments)
+    finished = separate_stream(separator, mixture.split(size, dim=-1), 12_001, segments)
     assert torch.equal(torch.cat(list(finished), -1), whole)
 
 
 def test_the_caller_between_two_blocks_is_not_in_inference_mode():
     mixture = torch.randn(2, 300)
-    for block in separate_stream(as_module(identity), [mixture], 300, 100):
+    for block in separate_stream(as_module(identity), [mixture], 300, Segmentation(100)):
         assert not torch.is_inference_mode_enabled()
         assert not block.requires_grad
-    separate_track(as_module(identity), mixture, 100).mul_(2)  # an ordinary tensor
+    separate_track(as_module(identity), mixture, Segmentation(100)).mul_(2)  # an ordinary tensor
 
 
 def bytes_in_tensors():
@@ -67,7 +71,10 @@ def test_what_is_in_memory_does_not_grow_with_the_song(batch_size, rate_in):
         blocks = (torch.full((2, 500), 0.5) for _ in range(length // 500))
         resampled = resample_blocks(blocks, rate_in, 44_100, size=1000)
         finished = separate_stream(
-            as_module(identity), resampled, ratio * length, 1000, batch_size=batch_size
+            as_module(identity),
+            resampled,
+            ratio * length,
+            Segmentation(1000, batch_size=batch_size),
         )
         held = [bytes_in_tensors() - before for i, _ in enumerate(finished) if i % 9 == 0]
         most.append(max(held))
@@ -79,7 +86,7 @@ def test_what_is_in_memory_does_not_grow_with_the_song(batch_size, rate_in):
 def test_blocks_that_end_early_are_an_error():
     for blocks in ([torch.zeros(2, 90)], [torch.zeros(2, 50), torch.zeros(2, 40)]):
         with pytest.raises(ValueError, match="90 samples, not length=100"):
-            list(separate_stream(as_module(identity), blocks, 100, 40))
+            list(separate_stream(as_module(identity), blocks, 100, Segmentation(40)))
     with pytest.raises(ValueError, match="0 samples, not length=100"):
         list(cut_segments([], [0, 60], 40))
 

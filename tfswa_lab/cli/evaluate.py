@@ -20,6 +20,7 @@ from tfswa_lab.evaluation.estimates import FolderEstimates, ModelEstimates
 from tfswa_lab.evaluation.evaluate import evaluate
 from tfswa_lab.evaluation.report import Report, Table
 from tfswa_lab.evaluation.scoring import Estimator
+from tfswa_lab.inference.separate import Segmentation
 from tfswa_lab.memory.gauges import host_available
 from tfswa_lab.memory.sizes import GIB
 from tfswa_lab.models.storage import load_separator
@@ -71,7 +72,7 @@ class Source:
         """
         if self.estimates:
             return FolderEstimates(self.folder, self.stems or STEMS)
-        return ModelEstimates(load_separator(self.folder).to(device), **self.of_model)
+        return ModelEstimates(load_separator(self.folder).to(device), Segmentation(**self.of_model))
 
 
 def run_evaluation(

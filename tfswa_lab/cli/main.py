@@ -51,13 +51,13 @@ def separate(
 
     from tfswa_lab.device import pick_device
     from tfswa_lab.inference.files import separate_file
+    from tfswa_lab.inference.separate import Segmentation
     from tfswa_lab.models.storage import load_separator
 
     with one_line_errors(SHORTER, bad_input=2):
         separator = load_separator(model).to(pick_device(device))
-        files, gain = separate_file(
-            separator, song, out, segment_seconds, overlap, tqdm, batch_size, shifts, as_float
-        )
+        segmentation = Segmentation(segment_seconds, overlap, shifts, batch_size)
+        files, gain = separate_file(separator, song, out, segmentation, tqdm, as_float)
     if gain < 1:
         typer.echo(f"an estimate would clip: all stems are scaled by {gain:.3f}", err=True)
     for file in files:

@@ -23,22 +23,11 @@ from tfswa_lab import audio
 from tfswa_lab.audio import STEMS
 from tfswa_lab.data.musdb import stem_parts
 from tfswa_lab.data.tracks import Track, read_header
-from tfswa_lab.inference.separate import separate_track
+from tfswa_lab.inference.separate import Segmentation, separate
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.storage import describe, load_separator
 
-SHORTEST, LONGEST = 0.001, 1e6  # seconds: some samples of any song, and more than one can have
 Estimates = tuple[Tensor, tuple[str, ...]]  # (n, 2, s), and what the reader should know of them
-
-
-def check_seconds(name: str, value: float) -> None:
-    """Refuse a duration that makes no sense.
-
-    Raises:
-        ValueError: it is shorter than a millisecond, endless, or not a number.
-    """
-    if not SHORTEST <= value <= LONGEST:
-        raise ValueError(f"{name}={value} must be seconds, from {SHORTEST} to {LONGEST:.0f}")
 
 
 class ModelEstimates:
@@ -49,39 +38,24 @@ class ModelEstimates:
 
     Args:
         separator: in evaluation mode, or its folder.
-        segment_seconds: what it sees at once.
-
-    `overlap`, `shifts` and `batch_size` are those of `separate_track`.
+        segmentation: how songs are cut for it.
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: the model is broken, in training mode, or has a stem that no data set has; or
-            a number is out of range.
+        ValueError: the model is broken, in training mode, or has a stem that no data set has.
     """
 
     def __init__(
         self,
         separator: Separator | str | Path,
-        segment_seconds: float = 6.0,
-        overlap: float = 0.25,
-        shifts: int = 1,
-        batch_size: int = 1,
+        segmentation: Segmentation = Segmentation(),
     ):
         if not isinstance(separator, Separator):
             separator = load_separator(separator)
         if separator.training:
             raise ValueError("the separator is in training mode; call its eval() first")
         stem_parts(separator.stems)
-        check_seconds("segment_seconds", segment_seconds)
-        if not 0 <= overlap <= 0.5:
-            raise ValueError(f"overlap={overlap} must be a share of a segment, from 0 to 0.5")
-        if shifts < 0:
-            raise ValueError(f"shifts={shifts} must be 0 or more estimates to average")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be 1 or more segments at once")
-        self.separator = separator
-        self.segment_seconds, self.overlap = segment_seconds, overlap
-        self.shifts, self.batch_size = shifts, batch_size
+        self.separator, self.segmentation = separator, segmentation
 
     @property
     def stems(self) -> tuple[str, ...]:
@@ -92,9 +66,9 @@ class ModelEstimates:
         """The model's digest and how its segments overlap."""
         return {
             "model": model_digest(self.separator),
-            "segment_seconds": self.segment_seconds,
-            "overlap": self.overlap,
-            "shifts": self.shifts,
+            "segment_seconds": self.segmentation.segment_seconds,
+            "overlap": self.segmentation.overlap,
+            "shifts": self.segmentation.shifts,
         }
 
     def files(self, track: Track) -> dict[str, Path]:
@@ -103,18 +77,8 @@ class ModelEstimates:
 
     def estimate(self, track: Track, mixture: Tensor) -> Estimates:
         """Estimates of a mixture `(2, s)` on its device."""
-        rate = self.separator.sample_rate
-        heard = audio.to_channels(mixture, self.separator.audio_channels)
-        estimates = separate_track(
-            self.separator,
-            audio.resample(heard, track.rate, rate),
-            round(self.segment_seconds * rate),
-            self.overlap,
-            batch_size=self.batch_size,
-            shifts=self.shifts,
-        )
-        estimates = audio.to_stereo(audio.resample(estimates, rate, track.rate))
-        return estimates[..., : mixture.shape[-1]], ()
+        stems = separate(self.separator, mixture, self.segmentation, track.rate)
+        return audio.to_stereo(torch.stack(list(stems.values()))), ()
 
 
 def model_digest(separator: Separator) -> str:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from tfswa_lab import __version__
+from tfswa_lab.audio import check_seconds
 from tfswa_lab.data.musdb import stem_parts
 from tfswa_lab.data.tracks import Track
 from tfswa_lab.evaluation.bsseval import bss_eval
-from tfswa_lab.evaluation.estimates import Estimates, check_seconds
+from tfswa_lab.evaluation.estimates import Estimates
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.ratios import si_sdr, usdr
 from tfswa_lab.evaluation.scores import DECIMALS, TrackScores, frames_by_stem

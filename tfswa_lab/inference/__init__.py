@@ -1,1 +1,16 @@
-"""From waveforms and files to stems."""
+"""From waveforms and files to stems.
+
+>>> from tfswa_lab.inference import Segmentation
+>>> Segmentation(segment_seconds=6.0, overlap=0.25).samples(44_100)
+(264600, 66150)
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "files": ["SeparatedFile", "separate_file"],
+        "separate": ["Segmentation", "separate", "separate_stream", "separate_track"],
+    },
+)

@@ -7,14 +7,13 @@ Notebook: 08_evaluation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from tfswa_lab import audio
 from tfswa_lab.durable import parts_of
 from tfswa_lab.inference.blocks import read_blocks, resample_blocks, write_blocks
-from tfswa_lab.inference.separate import separate_stream
+from tfswa_lab.inference.separate import Progress, Segmentation, separate_stream
 from tfswa_lab.models.separator import Separator
 
 
@@ -29,11 +28,8 @@ def separate_file(
     separator: Separator,
     song: str | Path,
     out: str | Path,
-    segment_seconds: float = 6.0,
-    overlap: float = 0.25,
-    progress: Callable[[list[int]], Iterable[int]] = iter,
-    batch_size: int = 1,
-    shifts: int = 1,
+    segmentation: Segmentation = Segmentation(),
+    progress: Progress = iter,
     as_float: bool = False,
 ) -> SeparatedFile:
     """Separate a file of any length and sample rate into `out/SONG_STEM.wav`, one for each stem.
@@ -46,10 +42,9 @@ def separate_file(
         separator: in evaluation mode; the song is resampled to its rate, and the stems back.
         song: a WAV, FLAC, Ogg or MP3 file.
         out: a folder, made if absent.
-        segment_seconds: what the separator sees at once.
+        segmentation: how the song is cut.
+        progress: wraps the list of segment starts, e.g. `tqdm`.
         as_float: 32-bit stems; these cannot clip, so they are never scaled.
-
-    `overlap`, `progress`, `batch_size` and `shifts` are those of `separate_track`.
 
     Returns:
         The files, and the gain that keeps the loudest from clipping: 1 if none would.
@@ -65,16 +60,9 @@ def separate_file(
     rate, length = _check_song(song)
     channels, model_rate = separator.audio_channels, separator.sample_rate
     heard = (audio.to_channels(block, channels) for block in read_blocks(song))
-    estimates = separate_stream(
-        separator,
-        resample_blocks(heard, rate, model_rate),
-        -(-length * model_rate // rate),
-        round(segment_seconds * model_rate),
-        overlap,
-        progress,
-        batch_size,
-        shifts,
-    )
+    mixture = resample_blocks(heard, rate, model_rate)
+    samples = -(-length * model_rate // rate)
+    estimates = separate_stream(separator, mixture, samples, segmentation, progress)
     stems = resample_blocks(estimates, model_rate, rate)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{song.stem}_{stem}.wav" for stem in separator.stems]

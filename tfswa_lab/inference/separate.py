@@ -7,14 +7,179 @@ Notebook: 03_tfswa_unet
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tfswa_lab import audio
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
+from tfswa_lab.models.separator import Separator
+
+Progress = Callable[[list[int]], Iterable[int]]  # wraps the list of segment starts, e.g. `tqdm`
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """How a song is cut into the segments that a separator sees, and how many it sees at once.
+
+    Args:
+        segment_seconds: length of a segment; a shorter song is separated whole.
+        overlap: share of a segment that the next one covers again, from 0 to 0.5.
+        shifts: average so many estimates, whose segments begin elsewhere; 0 and 1 are one.
+        batch_size: segments at once; halved, and halved again, where memory is short.
+
+    Raises:
+        ValueError: a value is out of range or of another type.
+    """
+
+    segment_seconds: float = 6.0
+    overlap: float = 0.25
+    shifts: int = 1
+    batch_size: int = 1
+
+    def __post_init__(self):
+        audio.check_seconds("segment_seconds", self.segment_seconds)
+        if not (isinstance(self.overlap, Real) and 0 <= self.overlap <= 0.5):
+            raise ValueError(f"overlap={self.overlap} must be a share of a segment, from 0 to 0.5")
+        if not (isinstance(self.shifts, int) and self.shifts >= 0):
+            raise ValueError(f"shifts={self.shifts} must be 0 or more estimates to average")
+        if not (isinstance(self.batch_size, int) and self.batch_size >= 1):
+            raise ValueError(f"batch_size={self.batch_size} must be 1 or more segments at once")
+
+    def samples(self, rate: int) -> tuple[int, int]:
+        """Samples of a segment and of its overlap with the next, at a rate in Hz.
+
+        Raises:
+            ValueError: a segment is shorter than a sample, or there are more shifts than places
+                where a segment can begin.
+
+        >>> Segmentation(6.0, overlap=0.25).samples(44_100)
+        (264600, 66150)
+        """
+        segment = round(self.segment_seconds * rate)
+        fade = int(segment * self.overlap)
+        if segment < 1:
+            raise ValueError(
+                f"segment_seconds={self.segment_seconds} is less than a sample at {rate} Hz"
+            )
+        if self.shifts > segment - fade:
+            raise ValueError(
+                f"shifts={self.shifts} must be from 0 to {segment - fade}, the hop of the segments"
+            )
+        return segment, fade
+
+
+def separate(
+    separator: Separator,
+    song: Tensor | str | Path,
+    segmentation: Segmentation = Segmentation(),
+    rate: int | None = None,
+    progress: Progress = iter,
+) -> dict[str, Tensor]:
+    """Separate a song in memory, at any sample rate, into a waveform for each stem.
+
+    `inference.files.separate_file` writes files instead, of songs that need not fit into memory.
+
+    Args:
+        separator: in evaluation mode; the song is resampled to its rate, and the stems back.
+        song: a waveform `(c, s)`, mono or stereo, on any device; or a WAV, FLAC, Ogg or MP3 file.
+        segmentation: how the song is cut.
+        rate: of a waveform, in Hz; the separator's own if None.
+        progress: wraps the list of segment starts, e.g. `tqdm`.
+
+    Returns:
+        Stem → `(c, s)`, with the separator's channels, at the rate and of the length of the song.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the song is damaged, empty or not `(c, s)`, or a number makes no sense.
+        torch.OutOfMemoryError: there is no memory even for one segment.
+    """
+    if not isinstance(song, Tensor):
+        song, rate = audio.read(song)
+    _check_waveform(song)
+    own, rate = separator.sample_rate, rate or separator.sample_rate
+    heard = audio.resample(audio.to_channels(song, separator.audio_channels), rate, own)
+    estimates = separate_track(separator, heard, segmentation, progress)
+    estimates = audio.resample(estimates, own, rate)[..., : song.shape[-1]]
+    return dict(zip(separator.stems, estimates, strict=True))
+
+
+def separate_track(
+    separator: nn.Module,
+    mixture: Tensor,
+    segmentation: Segmentation = Segmentation(),
+    progress: Progress = iter,
+) -> Tensor:
+    """Separate a mixture of any length by overlap-add of faded segments.
+
+    Segments overlap by a fixed share, the last one by more, so that it is as long as the others:
+    silence appended to it would change what the network sees. Where segments overlap they are
+    averaged with weights that fade in and out, so no seam is heard and no tail is lost.
+
+    Args:
+        separator: maps `(b, c, s)` to `(b, n, c, s)`, and has a `sample_rate`; put it in evaluation
+            mode first.
+        mixture: `(c, s)` at that rate, moved to the separator's device a batch of segments at a
+            time.
+        segmentation: how the mixture is cut.
+        progress: wraps the list of segment starts, e.g. `tqdm`.
+
+    Returns:
+        Estimates `(n, c, s)` on the mixture's device.
+
+    Raises:
+        ValueError: the mixture is empty or not `(c, s)`, or the segmentation does not fit its rate.
+        torch.OutOfMemoryError: there is no memory even for one segment.
+    """
+    _check_waveform(mixture)
+    length = mixture.shape[1]
+    estimates = separate_stream(separator, [mixture], length, segmentation, progress)
+    return torch.cat(list(estimates), dim=-1)
+
+
+def _check_waveform(mixture: Tensor) -> None:
+    if mixture.ndim != 2 or mixture.shape[1] == 0:
+        raise ValueError(f"expected a mixture (channels, samples), got {tuple(mixture.shape)}")
+
+
+def separate_stream(
+    separator: nn.Module,
+    blocks: Iterable[Tensor],
+    length: int,
+    segmentation: Segmentation = Segmentation(),
+    progress: Progress = iter,
+) -> Iterator[Tensor]:
+    """`separate_track` for a mixture that comes in blocks and need not fit into memory.
+
+    Shifts only add segments: the weights of one row of them sum to 1 (but at the song's ends), so
+    the overlap-add of n rows is the average of n estimates.
+
+    Args:
+        blocks: `(c, s)` each, any lengths, one after the other; read when they are needed.
+        length: samples of them all.
+
+    All others are those of `separate_track`, and so is what is raised.
+
+    Returns:
+        An iterator of estimates `(n, c, s)`, one after the other, together `length` samples.
+
+    Notebook: 08_evaluation
+    """
+    segment, fade = segmentation.samples(separator.sample_rate)
+    starts = segment_starts(length, segment, fade, max(segmentation.shifts, 1))
+    window = fade_window(min(segment, length), fade)
+    segments = cut_segments(blocks, starts, len(window))
+    estimates = separate_batches(separator, segments, segmentation.batch_size)
+    return overlap_add(progress(starts), estimates, window)
 
 
 def fade_window(length: int, fade: int) -> Tensor:
@@ -44,80 +209,6 @@ def segment_starts(length: int, segment: int, fade: int, shifts: int = 1) -> lis
     last, hop = max(length - segment, 0), segment - fade
     before_last = -(-last * shifts // hop)
     return [*(k * hop // shifts for k in range(before_last)), last]
-
-
-def separate_track(
-    separator: nn.Module,
-    mixture: Tensor,
-    segment: int,
-    overlap: float = 0.25,
-    progress: Callable[[list[int]], Iterable[int]] = iter,
-    batch_size: int = 1,
-    shifts: int = 1,
-) -> Tensor:
-    """Separate a mixture of any length by overlap-add of faded segments.
-
-    Segments overlap by a fixed share, the last one by more, so that it is as long as the others:
-    silence appended to it would change what the network sees. Where segments overlap they are
-    averaged with weights that fade in and out, so no seam is heard and no tail is lost.
-
-    Args:
-        separator: maps `(b, c, s)` to `(b, n, c, s)`; put it in evaluation mode first.
-        mixture: `(c, s)`, moved to the separator's device a batch of segments at a time.
-        segment: samples per segment; a shorter mixture is separated whole.
-        overlap: share of a segment that the next one covers again, in [0, 0.5].
-        progress: wraps the list of segment starts, e.g. `tqdm`.
-        batch_size: segments at once; halved, and halved again, where memory is short.
-        shifts: average so many estimates, whose segments begin elsewhere; 0 and 1 are one.
-
-    Returns:
-        Estimates `(n, c, s)` on the mixture's device.
-
-    Raises:
-        ValueError: the mixture is empty or not `(c, s)`, or another argument is out of range.
-        torch.OutOfMemoryError: there is no memory even for one segment.
-    """
-    if mixture.ndim != 2 or mixture.shape[1] == 0:
-        raise ValueError(f"expected a mixture (channels, samples), got {tuple(mixture.shape)}")
-    finished = separate_stream(
-        separator, [mixture], mixture.shape[1], segment, overlap, progress, batch_size, shifts
-    )
-    return torch.cat(list(finished), dim=-1)
-
-
-def separate_stream(
-    separator: nn.Module,
-    blocks: Iterable[Tensor],
-    length: int,
-    segment: int,
-    overlap: float = 0.25,
-    progress: Callable[[list[int]], Iterable[int]] = iter,
-    batch_size: int = 1,
-    shifts: int = 1,
-) -> Iterator[Tensor]:
-    """`separate_track` for a mixture that comes in blocks and need not fit into memory.
-
-    `shifts` only adds segments: the weights of one row of them sum to 1 (but at the song's ends),
-    so the overlap-add of n rows is the average of n estimates.
-
-    Args:
-        blocks: `(c, s)` each, any lengths, one after the other; read when they are needed.
-        length: samples of them all.
-
-    All others are those of `separate_track`, and so is what is raised.
-
-    Returns:
-        An iterator of estimates `(n, c, s)`, one after the other, together `length` samples.
-
-    Notebook: 08_evaluation
-    """
-    _check(segment, overlap, batch_size, shifts)
-    fade = int(segment * overlap)
-    starts = segment_starts(length, segment, fade, max(shifts, 1))
-    window = fade_window(min(segment, length), fade)
-    segments = cut_segments(blocks, starts, len(window))
-    estimates = separate_batches(separator, segments, batch_size)
-    return overlap_add(progress(starts), estimates, window)
 
 
 @torch.inference_mode()
@@ -203,18 +294,13 @@ def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
         if len(batch) == 1:
             raise torch.OutOfMemoryError(
                 f"{device} has no memory for one segment of {batch.shape[-1]} samples; "
-                "shorten the segments (--segment-seconds), or close what else uses the memory"
+                "shorten the segments, or close what else uses the memory"
             ) from error
     return None  # outside the handler, where the error no longer holds on to the memory
 
 
-def _check(segment: int, overlap: float, batch_size: int, shifts: int) -> None:
-    if not (isinstance(segment, int) and segment >= 1 and 0 <= overlap <= 0.5):
-        raise ValueError(
-            f"segment={segment} must be a number of samples, overlap={overlap} from 0 to 0.5"
-        )
-    if not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ValueError(f"batch_size={batch_size} must be 1 or more segments")
-    hop = segment - int(segment * overlap)
-    if not (isinstance(shifts, int) and 0 <= shifts <= hop):
-        raise ValueError(f"shifts={shifts} must be from 0 to {hop}, the hop of the segments")
+class _Callable(ModuleType):
+    __call__ = staticmethod(separate)
+
+
+sys.modules[__name__].__class__ = _Callable  # `inference.separate` is this file or its function
