@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -58,11 +59,10 @@ def cuda_autocast() -> Iterator[None]:
             dtype = torch.get_autocast_dtype("cuda")
         original(self, "cpu" if device_type == "cuda" else device_type, dtype, *args, **kwargs)
 
-    autocast.__init__ = on_cpu
     try:
-        yield
+        with patch.object(autocast, "__init__", on_cpu):
+            yield
     finally:
-        autocast.__init__ = original
         library._destroy()
 
 

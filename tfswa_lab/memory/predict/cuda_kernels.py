@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -155,8 +156,7 @@ def cuda_like(attention: str = "auto", gpu: str | None = None) -> Iterator[None]
             (optimizers, "_foreach_supported_types", types),
             (_foreach_utils, "_foreach_supported_types", types),
         ):
-            stack.callback(setattr, place, name, getattr(place, name))
-            setattr(place, name, value)
+            stack.enter_context(patch.object(place, name, value))
         stack.enter_context(cuda_autocast())
         yield
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,8 @@ from torch.overrides import TorchFunctionMode
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Make all tensors fake and on the CPU, also those that a program wants on a GPU."""
-    apply = nn.Module._apply
-    nn.Module._apply = _apply_by_replacing
-    try:
-        with FakeTensors(), CudaAsCpu():
-            yield
-    finally:
-        nn.Module._apply = apply
+    with patch.object(nn.Module, "_apply", _apply_by_replacing), FakeTensors(), CudaAsCpu():
+        yield
 
 
 class FakeTensors(FakeTensorMode):

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
@@ -126,11 +127,8 @@ class ModulePaths:
                 self.calls.pop()
                 self._note()
 
-        nn.Module.__call__ = seen
-        try:
+        with patch.object(nn.Module, "__call__", seen):
             yield
-        finally:
-            nn.Module.__call__ = original
 
     def _enter(self, module: nn.Module) -> None:
         self.roots += not self.calls
