@@ -6,7 +6,7 @@ import torch
 from tfswa_lab.device import pick_device
 
 
-def test_auto_is_the_card_where_there_is_one():
+def test_auto_is_the_gpu_where_there_is_one():
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -15,7 +15,7 @@ def test_a_misspelt_device_is_named():
         pick_device("gpu0")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_a_card_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="no CUDA card"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="no CUDA GPU"):
         pick_device("cuda")

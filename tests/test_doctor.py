@@ -85,7 +85,7 @@ def test_old_python_fails(monkeypatch):
     assert by_name("Python").state == "fail"
 
 
-def test_card_that_torch_cannot_use_is_a_warning(monkeypatch):
+def test_gpu_that_torch_cannot_use_is_a_warning(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")

@@ -1,4 +1,4 @@
-"""Where to compute: the one place that turns a user's word into a torch device.
+"""Where to compute: turns the name of a device into a torch device.
 
 Notebook: 00_start_here
 """
@@ -11,10 +11,10 @@ import torch
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device a user asked for; "auto" is CUDA where there is a card, else the CPU.
+    """The device a user asked for; "auto" is CUDA where there is a GPU, else the CPU.
 
     Raises:
-        ValueError: it is neither the CPU nor a CUDA card, or there is no such card.
+        ValueError: it is neither the CPU nor a CUDA GPU, or there is no such GPU.
 
     >>> pick_device("cpu")
     device(type='cpu')
@@ -26,6 +26,6 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device={name!r}, but torch finds no CUDA card of that number here; use cpu or auto"
+            f"device={name!r}, but torch finds no CUDA GPU of that number here; use cpu or auto"
         )
     return device

@@ -1,6 +1,6 @@
 """Can this machine run the lab? One line per check: `python -m tfswa_lab.doctor [--json]`.
 
-Every check stands alone: a broken package is reported by its own line and stops no other.
+Checks are independent: a broken package fails its own line and no other.
 
 Notebook: 00_start_here
 """
@@ -43,12 +43,12 @@ class Check:
 
 
 def run_checks() -> list[Check]:
-    """Look at everything the lab needs, in the order in which a reader should fix it."""
+    """Check everything the lab needs, in the order in which a reader should fix it."""
     return [_isolated(*entry) for entry in CHECKS]
 
 
 def _isolated(name: str, check: Callable[[], Check], broken: str, fix: str) -> Check:
-    """Run one check; whatever it raises is what that check found."""
+    """Run one check; an exception becomes its result."""
     try:
         return check()
     except Exception as error:
@@ -58,7 +58,7 @@ def _isolated(name: str, check: Callable[[], Check], broken: str, fix: str) -> C
 
 
 def check_python() -> Check:
-    """The interpreter that runs this, and where it is."""
+    """The running interpreter and its path."""
     found = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info < OLDEST_PYTHON:
         return Check("Python", "fail", found, "install Python 3.11 or newer, then: make lab")
@@ -85,19 +85,19 @@ def check_torch() -> Check:
 
 
 def check_cuda() -> Check:
-    """The card, or why there is none."""
+    """The GPU, or why there is none."""
     import torch
 
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        found = f"{card.name}, {card.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
+        gpu = torch.cuda.get_device_properties(0)
+        found = f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, CUDA {torch.version.cuda}"
         return Check("CUDA", "ok", found)
     if shutil.which("nvidia-smi") is None:
-        return Check("CUDA", "ok", "no card; the lessons run on the CPU")
+        return Check("CUDA", "ok", "no GPU; the lessons run on the CPU")
     if torch.version.cuda is None:
         fix = "install a CUDA build: pip install --force-reinstall torch"
-        return Check("CUDA", "warn", "there is a card, but this PyTorch is CPU-only", fix)
-    found = f"there is a card, but PyTorch (CUDA {torch.version.cuda}) cannot use it"
+        return Check("CUDA", "warn", "there is a GPU, but this PyTorch is CPU-only", fix)
+    found = f"there is a GPU, but PyTorch (CUDA {torch.version.cuda}) cannot use it"
     return Check("CUDA", "warn", found, "update the driver, or install PyTorch for an older CUDA")
 
 
@@ -122,7 +122,7 @@ def check_ffmpeg() -> Check:
 
 
 def check_jupyterlab() -> Check:
-    """JupyterLab is installed, and what the widgets and the runner need."""
+    """JupyterLab is installed, and the packages of the widgets and the runner."""
     packages = ("jupyterlab", "ipywidgets", "papermill")
     return Check("JupyterLab", "ok", ", ".join(f"{name} {version(name)}" for name in packages))
 
@@ -193,7 +193,7 @@ def checks_table(checks: list[Check]) -> Table:
 
 
 def checks_text(checks: list[Check]) -> str:
-    """The same without rich, for a Python that lacks even that."""
+    """The same without rich, for a Python that lacks it."""
     rows = [f"{check.name:14} {check.state:5} {check.found}  {check.fix}" for check in checks]
     return "\n".join(rows)
 

@@ -1,6 +1,6 @@
-"""Make a fresh environment whole, and say what was done: `python -m tfswa_lab.repair`.
+"""Complete a fresh environment and report the changes: `python -m tfswa_lab.repair`.
 
-Two things that pip alone leaves broken:
+pip alone leaves two things broken:
 
 - torchaudio beside a torch of another kind: PyPI's is built for one version of CUDA, and torch may
   be CPU-only, or built for another version (a laptop whose driver is for CUDA 12). Its compiled
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# What the lab needs of torchaudio; it fails where the extension cannot be loaded.
+# The lab uses this part of torchaudio; it fails where the extension cannot be loaded.
 TORCHAUDIO_WORKS = "import torchaudio; torchaudio.transforms.Resample(44100, 16000)"
 TORCH_WORKS = "import torch"
 EXTENSION_NAMES = ("_torchaudio*.so", "_torchaudio*.pyd")
@@ -27,7 +27,7 @@ FFMPEG = ("ffmpeg", "ffprobe")
 
 
 def python_runs(code: str) -> bool:
-    """Whether a fresh interpreter runs `code`: this one would keep a half-imported package."""
+    """Whether a fresh interpreter runs `code`; this one would keep a half-imported package."""
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -51,16 +51,16 @@ def extensions(torchaudio: Path) -> list[Path]:
 def repair_torchaudio(
     folder: Path | None, runs: Callable[[str], bool] = python_runs
 ) -> tuple[bool, str]:
-    """Move torchaudio's extension aside if it is what keeps torchaudio from being imported.
+    """Move torchaudio's extension aside if it prevents `import torchaudio`.
 
-    A torchaudio that works is never touched, and what does not help is undone.
+    A torchaudio that works is never touched, and a change that does not help is undone.
 
     Args:
         folder: the installed package, None if there is none.
         runs: whether a fresh interpreter runs a line of code.
 
     Returns:
-        Whether torchaudio works now, and what was found and done.
+        Whether torchaudio works now, and a report.
     """
     if folder is None:
         return False, "torchaudio is not installed; run: pip install torchaudio"
@@ -92,7 +92,7 @@ def link_ffmpeg(wheel: Path | None, bin_folder: Path) -> tuple[bool, str]:
         bin_folder: the environment's folder of programs.
 
     Returns:
-        Whether both programs are to be had now, and what was found and done.
+        Whether both programs are found now, and a report.
     """
     missing = [name for name in FFMPEG if find_program(name, bin_folder) is None]
     if not missing:

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tfswa_lab.audio import STEMS
-from tfswa_lab.teaching.checks import lesson_00, lesson_01
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.teaching.checks import lesson_00, lesson_01, mismatch, verdict
 
 
 def power_mask(S):

@@ -146,7 +146,7 @@ def empty_rows_for_padding(t, f, window, shift):
     [
         (lambda t, f, window, shift: None, "expected a boolean tensor of shape (4, 16, 16)"),
         (lambda *sizes: mask_by_definition(*sizes).float(), "got torch.float32"),
-        (everyone, "shift (2, 2): two cells see each other that the roll brought together"),
+        (everyone, "shift (2, 2): cells from opposite ends of the plane, joined by the roll"),
         (blind_to_padding, "7 × 6 cells, window (4, 4), shift (0, 0): a real cell sees a padded"),
         (lambda *sizes: ~everyone(*sizes), "do not see each other"),
         (empty_rows_for_padding, "a row without a single True"),

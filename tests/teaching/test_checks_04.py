@@ -30,7 +30,7 @@ def test_the_field_by_formula_passes():
         (lambda k, n: None, "expected a number"),
         (lambda k, n: n * (k - 1), "two feed-forward networks"),
         (lambda k, n: 4 * n * (k - 1), "the time path links no bins"),
-        (lambda k, n: 4 * n * (k - 1) + 1, "one side of it"),
+        (lambda k, n: 4 * n * (k - 1) + 1, "question is about one side"),
         (lambda k, n: 2 * n * k, "a kernel of 1 reaches no neighbour"),
     ],
 )

@@ -141,7 +141,7 @@ def test_the_second_half_decides():
         (lambda levels: None, "answer one of 'plateau', 'staircase', 'sawtooth'"),
         (lambda levels: "Staircase", "letter by letter; got 'Staircase'"),
         (lambda levels: levels, "letter by letter; got array("),
-        (must_climb, "be it once"),
+        (must_climb, "fall even once"),
         (compares_arrays, "your function raised ValueError: The truth value of an array"),
         (last_against_first, "it comes down again and again"),
         (all_steps, "a warm-up has ended"),
@@ -298,7 +298,7 @@ def test_halves_pass(answer):
         (with_the_error_stored, "do not store the error"),
         (for_ever, "halved for ever"),
         (never_raises, "expected torch.OutOfMemoryError, got []"),
-        (any_runtime_error, "RuntimeError is no lack of memory"),
+        (any_runtime_error, "RuntimeError is not an out-of-memory error"),
         (any_error_swallowed, "ValueError; it was swallowed"),
     ],
 )

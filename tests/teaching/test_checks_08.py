@@ -88,7 +88,7 @@ def test_the_median_of_medians_passes():
             "their median",
         ),
         (lambda songs: np.median([np.nanmean(s) for s in songs[:2] + songs[3:]]), "not its mean"),
-        (lambda songs: np.nanmedian(np.concatenate(songs)), "all frames in one pot"),
+        (lambda songs: np.nanmedian(np.concatenate(songs)), "all frames together"),
         (silence_as_zero, "does not count as 0 dB"),
         (instrumentals_as_zero, "does not take part"),
         (in_place, "the arrays you were given have changed"),

@@ -1,1 +1,1 @@
-"""What the lessons show, play and check."""
+"""Figures, players, widgets and checks of the lessons, and their runner."""

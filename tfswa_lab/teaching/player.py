@@ -1,10 +1,10 @@
-"""Listen to several clips at the levels they have: the honest A/B comparison.
+"""Listen to several excerpts at their true levels.
 
 Axis letters: `c` channels, `s` samples.
 
-`IPython.display.Audio` scales every clip to full scale by itself: a residual 40 dB below the
-music sounds as loud as the music. It also embeds WAV, 2.4 MB for ten stereo seconds. Here a set
-of clips shares one gain, and Ogg Vorbis takes about a sixteenth of the space.
+`IPython.display.Audio` scales every excerpt to full scale: a residual 40 dB below the music sounds
+as loud as the music. It also embeds WAV, 2.4 MB for ten stereo seconds. Here a set of excerpts
+shares one gain, and Ogg Vorbis takes about a sixteenth of the space.
 
 Notebook: 01_sound_to_spectrogram
 """
@@ -23,24 +23,24 @@ from torch import Tensor
 
 from tfswa_lab.audio import SAMPLE_RATE, rms_db, to_stereo
 
-MAX_SECONDS = 8.0  # longer excerpts make notebooks heavy, and nobody compares them
+MAX_SECONDS = 8.0  # longer excerpts make notebooks large
 
 
 def play(
     clips: Mapping[str, Tensor], rate: int = SAMPLE_RATE, seconds: float = MAX_SECONDS
 ) -> HTML:
-    """Players for a set of clips, levels kept: what is quieter in the data sounds quieter.
+    """Players for a set of excerpts, which keep their levels.
 
-    Only if some clip exceeds full scale is the whole set turned down, by one gain, and the
-    caption says so. Levels in the captions are those of the data.
+    If an excerpt exceeds full scale, the whole set is turned down by one gain, and the caption
+    says so. The levels in the captions are those of the data.
 
     Args:
         clips: caption to waveform `(s,)`, `(1, s)` or `(2, s)`.
         rate: samples per second.
-        seconds: at most this much of each clip from its start, no more than 8.
+        seconds: at most this much of each excerpt from its start, no more than 8.
 
     Raises:
-        ValueError: no clips, too many seconds, or a waveform that cannot be played.
+        ValueError: no excerpts, too many seconds, or a waveform that cannot be played.
     """
     if not clips:
         raise ValueError("play() needs at least one clip: play({'mixture': waveform})")

@@ -1,8 +1,8 @@
-"""The pictures of the lessons: units on every axis, one colour per stem, one dB range per set.
+"""Figures of the lessons: units on every axis, one colour per stem, one dB range per set.
 
 Axis letters: `c` channels, `f` frequency bins, `t` frames, `s` samples.
 
-Every function takes `ax=None` and returns `fig, ax`; nothing else of matplotlib's state is touched.
+Every function takes `ax=None`, returns `fig, ax`, and changes no other state of matplotlib.
 
 Notebook: 01_sound_to_spectrogram
 """
@@ -30,7 +30,7 @@ STEM_COLOURS = {
     "bass": "#004488",
     "other": "#35a08a",
 }
-OTHER_COLOUR = "#707070"  # a clip that is no stem: a tone, a residual
+OTHER_COLOUR = "#707070"  # a signal that is no stem: a tone, a residual
 DB_RANGE = 80.0
 LOWEST_HZ = 40.0  # the lower end of a logarithmic frequency axis
 

@@ -1,4 +1,4 @@
-"""Turn a function that a cell has already called into something to play with.
+"""Sliders and menus for a function that a cell has already called.
 
 Notebook: 01_sound_to_spectrogram
 """
@@ -38,17 +38,17 @@ def explore(function: Callable[..., object], **controls: Widget) -> VBox:
     for name, control in controls.items():
         control.description = control.description or name.replace("_", " ")
         if control.has_trait("continuous_update"):
-            control.continuous_update = False  # redraw when the slider is let go, not on the way
+            control.continuous_update = False  # redraw when the slider is released
         control.observe(refresh, names="value")
     refresh()
     return VBox([*controls.values(), output])
 
 
 def cell_outputs(call: Callable[[], object]) -> tuple[dict, ...]:
-    """What a call prints, shows and raises, in the form of a cell's outputs.
+    """Everything that a call prints, shows and raises, in the form of a cell's outputs.
 
-    Collected here and handed over at once. `with Output():` would make the front end send every
-    piece back to the kernel while the cell runs, and nbclient, under papermill, may then miss the
+    It is collected and returned at once. `with Output():` would make the front end send every
+    output back to the kernel while the cell runs, and nbclient, under papermill, may then miss the
     end of the cell and wait for ever.
     """
     error = []

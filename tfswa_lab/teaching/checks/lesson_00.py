@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.audio import STEMS
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.teaching.checks import mismatch, mismatch_or_mistake, verdict
 
 
 def check_gain(gain: Callable[[float], object]) -> bool:
     """Exercise 1: `gain(db)` is the factor that changes a level by that many decibels."""
     for db, factor in [(20.0, 10.0), (0.0, 1.0), (-40.0, 0.01), (-6.0, 0.5012)]:
-        got = gain(db)
-        if hint := mismatch(got, factor, 1e-3):
-            if mismatch(got, factor**2, 1e-3) is None:
-                hint = "that is the factor for power; amplitudes take 20 in place of 10"
+        mistakes = {"that is the factor for power; amplitudes take 20 in place of 10": factor**2}
+        if hint := mismatch_or_mistake(gain(db), factor, mistakes, 1e-3):
             return verdict("gain", f"{db:g} dB: {hint}")
     return verdict("gain", None)
 

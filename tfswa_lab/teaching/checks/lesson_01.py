@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.stft import STFTProcessor
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.teaching.checks import mismatch, mismatch_or_mistake, verdict
 
 # On the chord below, 60 rounds of Griffin & Lim gain 15 dB from a phase of zero, more from a random
 # one; five rounds gain less than this.
@@ -32,23 +32,20 @@ def check_nearest_bin(nearest_bin: Callable[[float, int, int], object]) -> bool:
 def check_power_mask(power_mask: Callable[[Tensor], object]) -> bool:
     """Exercise 2: `power_mask(stems)` `(n, c, f, t)` is each stem's share of the summed power."""
     stems = torch.randn(3, 2, 5, 7, dtype=torch.cfloat, generator=torch.Generator().manual_seed(0))
-    share = torch.stack([_share(stem.abs() ** 2, stems.abs() ** 2) for stem in stems])
-    got = power_mask(stems.clone())
-    if hint := mismatch(got, share):
-        if mismatch(got, torch.stack([_share(stem.abs(), stems.abs()) for stem in stems])) is None:
-            hint = "these are shares of the magnitude; the power is its square"
-        elif mismatch(got, stems.abs() ** 2 / stems.sum(0).abs() ** 2) is None:
-            hint = "that divides by the power of the mixture, and the shares sum to no constant"
+    magnitude, power, mixture = stems.abs(), stems.abs() ** 2, stems.sum(0)
+    mistakes = {
+        "these are shares of the magnitude; the power is its square": magnitude / magnitude.sum(0),
+        "that divides by the power of the mixture, so the shares do not sum to 1": (
+            power / mixture.abs() ** 2
+        ),
+    }
+    if hint := mismatch_or_mistake(power_mask(stems.clone()), power / power.sum(0), mistakes):
         return verdict("power_mask", hint)
-    stems[..., 3] = 0  # a frame in which nobody plays
+    stems[..., 3] = 0  # a frame in which all stems are silent
     silence = torch.as_tensor(power_mask(stems.clone()))[..., 3]
     if not torch.isfinite(silence).all():
         return verdict("power_mask", "where all stems are silent it divides 0 by 0")
     return verdict("power_mask", None)
-
-
-def _share(part: Tensor, parts: Tensor) -> Tensor:
-    return part / (parts[0] + parts[1] + parts[2])
 
 
 def check_griffin_lim(griffin_lim: Callable[[Tensor, STFTProcessor, int, int], object]) -> bool:
@@ -76,6 +73,6 @@ def check_griffin_lim(griffin_lim: Callable[[Tensor, STFTProcessor, int, int], o
 
 
 def magnitude_error_db(waveform: Tensor, magnitude: Tensor, stft: STFTProcessor) -> float:
-    """How far the magnitude of `waveform` is from `magnitude` `(f, t)`, in dB relative to it."""
+    """Difference of the magnitude of `waveform` from `magnitude` `(f, t)`, in dB relative to it."""
     error = stft(waveform).abs() - magnitude
     return 20 * (error.norm() / magnitude.norm()).log10().item()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.models.attention import window_mask, window_partition
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.teaching.checks import mismatch, mismatch_or_mistake, verdict
 
 
 def check_stage_scores(stage_scores: Callable[[int, int, int, int], object]) -> bool:
@@ -29,11 +29,14 @@ def _scores_hint(got: object, t: int, f: int, window: int) -> str | None:
     cells = t * f
     padded_cells = (t + -t % window) * (f + -f % window)
     expected = (f * t**2, t * f**2, padded_cells * window**2)
-    if got == (expected[1], expected[0], expected[2]):
-        return "TSA and FSA are exchanged: TSA compares frames with frames"
-    if got == (*expected[:2], cells * window**2) and cells != padded_cells:
-        return "SWA pads both axes to whole windows, and padded cells are computed as well"
-    return mismatch(got, expected)
+    tsa, fsa, swa = expected
+    mistakes = {
+        "TSA and FSA are exchanged: TSA compares frames with frames": (fsa, tsa, swa),
+        "SWA pads both axes to whole windows, and padded cells are computed as well": (
+            (tsa, fsa, cells * window**2)
+        ),
+    }
+    return mismatch_or_mistake(got, expected, mistakes)
 
 
 def check_partition(partition: Callable[[Tensor, tuple[int, int]], object]) -> bool:
@@ -45,7 +48,7 @@ def check_partition(partition: Callable[[Tensor, tuple[int, int]], object]) -> b
         hint = mismatch(got, expected)
         if hint and isinstance(got, Tensor) and got.shape == expected.shape:
             hint = (
-                "right shape, wrong cells; a reshape only reads on in memory order, so split both "
+                "right shape, wrong cells; a reshape keeps the memory order, so split both "
                 "axes, move the parts with permute, then join (b outermost, c innermost)"
             )
         if hint:
@@ -54,7 +57,7 @@ def check_partition(partition: Callable[[Tensor, tuple[int, int]], object]) -> b
 
 
 def check_mask(mask: Callable[[int, int, tuple, tuple], object]) -> bool:
-    """Exercise 3: `mask(t, f, window, shift)` says who may see whom, `(windows, l, l)`.
+    """Exercise 3: `mask(t, f, window, shift)`, which cell may see which, `(windows, l, l)`.
 
     Rows of padded cells are cut off later, so they may be anything but empty.
     """
@@ -81,7 +84,7 @@ def _mask_hint(got: object, t: int, f: int, window: tuple, shift: tuple) -> str 
     real = _real_tokens(t, f, window, shift)
     pairs = real[:, :, None] & real[:, None, :]
     if (got & ~expected & pairs).any():
-        return "two cells see each other that the roll brought together from far ends"
+        return "cells from opposite ends of the plane, joined by the roll, see each other"
     if (got & real[:, :, None] & ~real[:, None, :]).any():
         return "a real cell sees a padded one"
     if (~got & expected & pairs).any():

@@ -21,7 +21,7 @@ from tfswa_lab.models.attention import (
 from tfswa_lab.models.separator import Separator, build_separator
 from tfswa_lab.models.tfswa_block import TFSWABlock
 from tfswa_lab.stft import STFTProcessor
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.teaching.checks import mismatch_or_mistake, verdict
 
 VIEWS = {
     "tsa": TemporalSequenceAttention,
@@ -41,13 +41,13 @@ def check_block_parameters(block_parameters: Callable[[int], object]) -> bool:
 def _count_hint(got: object, c: int) -> str | None:
     block = TFSWABlock(c, num_heads=1)
     expected = sum(p.numel() for p in block.parameters())
-    if got == 36 * c**2 + 30 * c:
-        return "the three attentions are right; add the input projection and the fusion"
-    if got == expected - 4 * c:
-        return "both batch norms have a weight and a bias per channel"
-    if got == expected + sum(b.numel() for b in block.buffers() if b.ndim):
-        return "running mean and variance are buffers: stored, but no optimiser moves them"
-    return mismatch(got, expected)
+    buffers = sum(b.numel() for b in block.buffers() if b.ndim)
+    mistakes = {
+        "the attentions are right; add the input projection and the fusion": 36 * c**2 + 30 * c,
+        "both batch norms have a weight and a bias per channel": expected - 4 * c,
+        "running mean and variance are buffers: no optimiser changes them": expected + buffers,
+    }
+    return mismatch_or_mistake(got, expected, mistakes)
 
 
 def check_apply_masks(
@@ -76,14 +76,15 @@ def _stems_hint(
         masks = rearrange(values, f"b {fold} t f -> b n c f t", c=2)
         return stft.istft(masks * spectrogram[:, None], length)
 
-    hint = mismatch(got, stems("(n c)", output))
-    if hint is None:
-        return None
-    if mismatch(got, stems("(n c)", output.sigmoid())) is None:
-        return "the network has ended in its sigmoid; a second one never falls below 0.5"
-    if output.shape[1] > 2 and mismatch(got, stems("(c n)", output)) is None:
-        return "outputs 0 and 1 are left and right of the first stem, not two stems"
-    return hint
+    mistakes = {
+        "the network has its own sigmoid; a second one never falls below 0.5": (
+            stems("(n c)", output.sigmoid())
+        ),
+        "outputs 0 and 1 are left and right of the first stem, not two stems": (
+            stems("(c n)", output)
+        ),
+    }
+    return mismatch_or_mistake(got, stems("(n c)", output), mistakes)
 
 
 def check_without(without: Callable[[Separator, str], object]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tfswa_lab.models.tf_locoformer import LocoformerLayer, TFLocoformerBlock, TimePath
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.teaching.checks import mismatch, mismatch_or_mistake, verdict
 
 LAYER = {
     "dim": 8,
@@ -52,21 +52,17 @@ def check_field(field: Callable[[int, int], object]) -> bool:
 
 def _field_hint(got: object, kernel_size: int, num_blocks: int) -> str | None:
     expected = measured_field(kernel_size, num_blocks)
-    if got == expected:
-        return None
-    if got == expected / 2:
-        return "a path has two feed-forward networks"
-    if got == 2 * expected:
-        return "the time path links no bins"
-    if got == 2 * expected + 1:
-        return "that is the whole field; asked is one side of it"
-    if got == 2 * num_blocks * kernel_size:
-        return "a kernel of 1 reaches no neighbour at all"
-    return mismatch(got, expected)
+    mistakes = {
+        "a path has two feed-forward networks": expected / 2,
+        "the time path links no bins": 2 * expected,
+        "that is the whole field; the question is about one side": 2 * expected + 1,
+        "a kernel of 1 reaches no neighbour at all": 2 * num_blocks * kernel_size,
+    }
+    return mismatch_or_mistake(got, expected, mistakes)
 
 
 def measured_field(kernel_size: int, num_blocks: int) -> int:
-    """How many bins away a change of the input still moves a cell's output, by gradients."""
+    """The largest distance in bins at which the gradient of an output cell is not 0."""
     middle = 2 * num_blocks * kernel_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -80,7 +76,7 @@ def measured_field(kernel_size: int, num_blocks: int) -> int:
 def check_turn(turn: Callable[[Tensor, Tensor], object]) -> bool:
     """Exercise 2: `turn(x, positions)` turns neighbouring pairs of channels `(…, l, d)`."""
     generator = torch.Generator().manual_seed(0)
-    for start in (0, 2000):  # far out, angles in half precision run together
+    for start in (0, 2000):  # large angles are equal in half precision
         positions = torch.arange(start, start + 9)
         x = torch.randn(2, 9, 6, generator=generator)
         if hint := _turn_hint(turn(x.clone(), positions), x, positions):
@@ -104,19 +100,15 @@ def _turned(x: Tensor, positions: Tensor, base: float = 10_000.0, step: int = 2)
 
 
 def _turn_hint(got: object, x: Tensor, positions: Tensor) -> str | None:
-    hint = mismatch(got, _turned(x, positions), 1e-3)
-    if hint is None:
-        return None
     halves = torch.stack(x.chunk(2, -1), -1).flatten(-2)  # channel i beside channel i + d/2
     turned_halves = torch.cat(_turned(halves, positions).unflatten(-1, (-1, 2)).unbind(-1), -1)
-    usual = {
+    mistakes = {
         "you turn the other way: y = x·exp(+iφ)": _turned(x, -positions),
         "pair i has exponent 2i/d, not i/d": _turned(x, positions, step=1),
         "these are channels i and i + d/2; ours are neighbours, 2i and 2i + 1": turned_halves,
         "positions need not start at 0": _turned(x, torch.arange(len(positions))),
     }
-    close = (text for text, answer in usual.items() if mismatch(got, answer, 1e-3) is None)
-    return next(close, hint)
+    return mismatch_or_mistake(got, _turned(x, positions), mistakes, 1e-3)
 
 
 def check_lean(lean: Callable[[nn.Module, Tensor], object]) -> bool:
@@ -153,7 +145,7 @@ def _lean_hint(lean: Callable, module: nn.Module, x: Tensor) -> str | None:
 
 
 def _recorded(lean: Callable, module: nn.Module, x: Tensor) -> tuple[object, dict[int, int]]:
-    """What it returns, and the size in bytes of each storage that autograd keeps, by address."""
+    """Its result, and the size in bytes of each storage that autograd keeps, by address."""
     kept = {}
 
     def note(tensor: Tensor) -> Tensor:

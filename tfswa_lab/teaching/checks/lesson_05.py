@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.trace import Trace, trace
 from tfswa_lab.memory.trace.timeline import Block, Timeline, by_category
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.teaching.checks import mismatch, mismatch_or_mistake, verdict
 
-NUMBERS = {"sgd": 2, "momentum": 3, "adamw": 4}  # per parameter: itself, its gradient, the state's
+NUMBERS = {"sgd": 2, "momentum": 3, "adamw": 4}  # per parameter: itself, its gradient, the state
 
 Sizes = list[tuple[int, int, int | None]]
 
@@ -32,11 +32,13 @@ def check_state_bytes(state_bytes: Callable[[int, str], object]) -> bool:
 
 
 def _state_hint(got: object, parameters: int, numbers: int) -> str | None:
-    if got == numbers * parameters:
-        return "that is how many numbers; a float32 has four bytes"
-    if got == 4 * (numbers - 1) * parameters:
-        return "one number per parameter is missing: the gradient, or one of AdamW's two moments"
-    return mismatch(got, 4 * numbers * parameters)
+    mistakes = {
+        "that counts numbers; a float32 has four bytes": numbers * parameters,
+        "one number per parameter is missing: the gradient, or one of AdamW's two moments": (
+            4 * (numbers - 1) * parameters
+        ),
+    }
+    return mismatch_or_mistake(got, 4 * numbers * parameters, mistakes)
 
 
 def check_peak_bytes(peak_bytes: Callable[[Sizes], object]) -> bool:
@@ -62,18 +64,19 @@ def _random_block(generator: random.Random) -> tuple[int, int, int | None]:
 
 def _peak_hint(got: object, blocks: Sizes) -> str | None:
     given = [(rounded(size), born, died) for size, born, died in blocks]
-    expected = _peak(given)
-    if got == expected:
-        return None
-    if got == _peak(blocks):
-        return "the allocator gives multiples of 512 bytes; round every size up"
-    if got == sum(size for size, *_ in given):
-        return "that is all that was ever asked for; most of it was not there at the same time"
-    if got == _peak([(s, born, died and died + 1) for s, born, died in given]):
-        return "after the event `died` the block is gone, and may make room for another"
-    if got == _peak([block for block in given if block[2] is not None]):
-        return "blocks that are never released count as well"
-    return mismatch(got, expected)
+    one_longer = [(size, born, died and died + 1) for size, born, died in given]
+    released = [block for block in given if block[2] is not None]
+    mistakes = {
+        "the allocator gives multiples of 512 bytes; round every size up": _peak(blocks),
+        "that is the sum of all sizes; most blocks were not there at the same time": (
+            sum(size for size, *_ in given)
+        ),
+        "after the event `died` the block is gone, and may make room for another": (
+            _peak(one_longer)
+        ),
+        "blocks that are never released count as well": _peak(released),
+    }
+    return mismatch_or_mistake(got, _peak(given), mistakes, 0.0)
 
 
 def _peak(blocks: Sizes) -> int:
@@ -84,7 +87,7 @@ def _peak(blocks: Sizes) -> int:
 def check_run_in_segments(
     run_in_segments: Callable[[Sequence[nn.Module], Tensor, int], object],
 ) -> bool:
-    """Exercise 3: `run_in_segments(blocks, x, segments)` keeps what enters each segment."""
+    """Exercise 3: `run_in_segments(blocks, x, segments)` keeps the input of each segment."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(12))

@@ -1,4 +1,4 @@
-"""Checks of lesson 06: the block that fills the card, the shape of a leak, recovery in halves.
+"""Checks of lesson 06: the block that fills the GPU, the shape of a leak, recovery in halves.
 
 Notebook: 06_leak_diagnosis
 """
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.memory.sizes import GIB, KIB, MIB
+from tfswa_lab.teaching.checks import mismatch, verdict
 
 RATE = 44_100
 
@@ -29,7 +30,7 @@ def check_scores_gib(scores_gib: Callable[[float, int, int], object]) -> bool:
 
 
 class _Scores(NamedTuple):
-    """What the size of the scores is made of."""
+    """The factors of the size of the scores."""
 
     samples: int
     hop: int
@@ -39,7 +40,7 @@ class _Scores(NamedTuple):
     bins_power: int = 2
     frames_power: int = 1
     bytes_each: int = 4
-    unit: float = 2**30
+    unit: float = GIB
 
     def size(self) -> float:
         frames = self.samples // self.hop + self.first
@@ -54,7 +55,7 @@ def _scores_hint(got: object, seconds: float, n_fft: int, heads: int) -> str | N
         return None
     mistakes = (
         ({"unit": 1}, "that is bytes; GiB are 2^30 of them"),
-        ({"unit": 2**20}, "that is MiB; a GiB is 1024 of them"),
+        ({"unit": MIB}, "that is MiB; a GiB is 1024 of them"),
         ({"unit": 1e9}, "that is GB; GiB are 2^30 bytes"),
         ({"bytes_each": 1}, "a float32 has 4 bytes"),
         ({"bytes_each": 2}, "2 bytes are those of bfloat16; these scores are float32"),
@@ -81,7 +82,7 @@ def _scores_hint(got: object, seconds: float, n_fft: int, heads: int) -> str | N
 
 
 def _answer(function: Callable, *arguments: object) -> tuple[object, str]:
-    """What a student's function returns, or in words what it raises."""
+    """The result of a student's function, or a sentence about its exception."""
     try:
         return function(*arguments), ""
     except Exception as error:  # whatever it is, it belongs to the student
@@ -92,11 +93,7 @@ def _answer(function: Callable, *arguments: object) -> tuple[object, str]:
 LEVELS = (
     ([40] * 12, "plateau", "nothing changes"),
     (list(range(10, 130, 10)), "staircase", "every step leaves something"),
-    (
-        [10, 30, 50, 10, 30, 50, 10, 30, 50, 10, 30, 50],
-        "sawtooth",
-        "it comes down again and again",
-    ),
+    ([10, 30, 50] * 4, "sawtooth", "it comes down again and again"),
     ([10, 20, 30, 40] + [40] * 10, "plateau", "a warm-up has ended before the second half"),
     ([90] + [40] * 13, "plateau", "what went down in the first half does not count"),
     ([5 * min(step, 7) for step in range(16)], "plateau", "a cache has filled before that"),
@@ -104,7 +101,7 @@ LEVELS = (
     ([10] * 6 + [12] * 3 + [14] * 3, "staircase", "it may leave something in some steps only"),
     ([10, 30, 50, 70, 90, 110, 10, 30, 50, 70, 90, 30], "sawtooth", "it may come down late"),
     ([50, 30, 10] * 4, "sawtooth", "the last level may lie below the first"),
-    ([40] * 8 + [30, 20, 20, 20], "sawtooth", "what comes down, be it once, is a sawtooth"),
+    ([40] * 8 + [30, 20, 20, 20], "sawtooth", "levels that fall even once are a sawtooth"),
 )
 SHAPES = ("plateau", "staircase", "sawtooth")
 
@@ -112,7 +109,7 @@ SHAPES = ("plateau", "staircase", "sawtooth")
 def check_shape_of(shape_of: Callable[[np.ndarray], object]) -> bool:
     """Exercise 2: `shape_of(levels)` is "plateau", "staircase" or "sawtooth"."""
     for levels, expected, overlooked in LEVELS:
-        got, failed = _answer(shape_of, 2**10 * np.array(levels))
+        got, failed = _answer(shape_of, KIB * np.array(levels))
         if hint := failed or _shape_hint(got, expected, overlooked):
             return verdict("shape_of", f"{levels} KiB: {hint}")
     return verdict("shape_of", None)
@@ -124,8 +121,8 @@ def _shape_hint(got: object, expected: str, overlooked: str) -> str | None:
     return None if got == expected else f"expected {expected!r}, got {got!r}; {overlooked}"
 
 
-class _Card:
-    """A step that fits so many clips, and looks who is alive when it is called again."""
+class _SmallGpu:
+    """A step that fits so many clips; it notes whether tensors of a failed call are alive."""
 
     def __init__(self, fits: int, fails: type[Exception] = torch.OutOfMemoryError):
         self.fits, self.fails = fits, fails
@@ -137,7 +134,7 @@ class _Card:
         self.kept_alive |= any(ref() is not None for ref in self._failed)
         self.calls.append(list(clips))
         if len(self.calls) > 100:
-            raise RecursionError("100 calls: no end in sight")
+            raise RecursionError("100 calls, and still no end")
         activations = torch.zeros(8)
         if len(clips) > self.fits or self.fails is not torch.OutOfMemoryError:
             self._failed.append(weakref.ref(activations))
@@ -155,11 +152,11 @@ def check_run_in_halves(run_in_halves: Callable[[Callable, list], object]) -> bo
 
 def _retry_hint(run: Callable) -> str | None:
     for count, fits in ((4, 4), (8, 2), (7, 2), (5, 1)):
-        card, clips = _Card(fits), list(range(count))
-        got, failed = _answer(run, card, clips)
+        gpu, clips = _SmallGpu(fits), list(range(count))
+        got, failed = _answer(run, gpu, clips)
         if hint := failed or _results_hint(got, clips, fits):
             return f"{count} clips of which {fits} fit: {hint}"
-        if card.kept_alive:
+        if gpu.kept_alive:
             return (
                 f"{count} clips of which {fits} fit: when a retry began, tensors of the failed "
                 "step were alive; retry after the except block, and do not store the error"
@@ -190,7 +187,7 @@ def _halves(clips: list[int], fits: int, more: int) -> list[tuple[int, ...]]:
 
 def _last_clip_hint(run: Callable) -> str | None:
     try:
-        got = run(_Card(fits=0), [0, 1])
+        got = run(_SmallGpu(fits=0), [0, 1])
     except torch.OutOfMemoryError:
         return None
     except RecursionError:
@@ -203,13 +200,13 @@ def _last_clip_hint(run: Callable) -> str | None:
 
 def _other_error_hint(run: Callable) -> str | None:
     for error in (ValueError, RuntimeError):  # OutOfMemoryError is a RuntimeError
-        card = _Card(fits=0, fails=error)
+        gpu = _SmallGpu(fits=0, fails=error)
         try:
-            got = run(card, [0, 1])
+            got = run(gpu, [0, 1])
         except error:
-            if len(card.calls) == 1:
+            if len(gpu.calls) == 1:
                 continue
-            return f"{error.__name__} is no lack of memory, and was tried again"
+            return f"{error.__name__} is not an out-of-memory error, but was tried again"
         except Exception as other:
             return f"a step raised {error.__name__}, you raised {type(other).__name__}"
         return f"a step raised {error.__name__}; it was swallowed, and you returned {got!r}"

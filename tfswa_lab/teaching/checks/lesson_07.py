@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.teaching.checks import mismatch, verdict
 from tfswa_lab.training.learner import warmup_cosine
 
 

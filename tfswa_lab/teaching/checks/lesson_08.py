@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.evaluation.ratios import si_sdr, usdr
-from tfswa_lab.teaching.checks.verdict import mismatch, verdict
+from tfswa_lab.teaching.checks import mismatch_or_mistake, verdict
 
 
 def check_si_sdr_db(si_sdr_db: Callable[[Tensor, Tensor], object]) -> bool:
@@ -22,7 +22,7 @@ def check_si_sdr_db(si_sdr_db: Callable[[Tensor, Tensor], object]) -> bool:
     generator = torch.Generator().manual_seed(0)
     reference, error = torch.randn(2, 2, 400, generator=generator, dtype=torch.float64)
     for gain in (1.0, 0.3, -2.0):
-        # Not the same on both channels, and with a mean: neither is to be evened out.
+        # Channels differ, and there is a mean: neither may be removed.
         estimate = gain * (reference * torch.tensor([[1.0], [0.7]]) + 0.3 * error + 0.1)
         if hint := _si_sdr_hint(si_sdr_db(reference, estimate), reference, estimate):
             return verdict("si_sdr_db", f"for an estimate of about {gain:g} s: {hint}")
@@ -32,22 +32,19 @@ def check_si_sdr_db(si_sdr_db: Callable[[Tensor, Tensor], object]) -> bool:
 def _si_sdr_hint(got: object, reference: Tensor, estimate: Tensor) -> str | None:
     pair = reference[None], estimate[None]
     expected = si_sdr(*pair).item()
-    hint = mismatch(got, expected)
-    if hint is None:
-        return None
     gain = (reference * estimate).sum() / estimate.square().sum()
     mistakes = {
-        usdr(*pair).item(): "the level still counts; scale the reference by the best gain",
-        usdr(pair[0], gain * pair[1]).item(): (
-            "that scales the estimate to fit the reference; scale the reference"
+        "the level still counts; scale the reference by the best gain": usdr(*pair).item(),
+        "that scales the estimate to fit the reference; scale the reference": (
+            usdr(pair[0], gain * pair[1]).item()
         ),
-        expected / 2: "energies are squares already: 10 log10, not 20 log10 of them",
-        2 * expected: "10 log10 of energies, not 20",
-        expected / 10 * np.log(10): "take log10, not the natural logarithm",
-        -expected: "the signal belongs above, the error below",
-        si_sdr(reference, estimate).mean().item(): "one gain for both channels, not one for each",
+        "energies are squares already: 10 log10, not 20 log10 of them": expected / 2,
+        "10 log10 of energies, not 20": 2 * expected,
+        "take log10, not the natural logarithm": expected / 10 * np.log(10),
+        "the signal belongs above, the error below": -expected,
+        "one gain for both channels, not one for each": si_sdr(reference, estimate).mean().item(),
     }
-    return next((m for wrong, m in mistakes.items() if mismatch(got, wrong) is None), hint)
+    return mismatch_or_mistake(got, expected, mistakes)
 
 
 def check_dataset_score(dataset_score: Callable[[Sequence[np.ndarray]], object]) -> bool:
@@ -70,18 +67,15 @@ def _score_hint(got: object, songs: list[np.ndarray]) -> str | None:
     sounding = [song[~np.isnan(song)] for song in songs]
     sounding = [song for song in sounding if len(song)]
     means, medians = [x.mean() for x in sounding], [np.median(x) for x in sounding]
-    hint = mismatch(got, np.median(medians))
-    if hint is None:
-        return None
     silent_as_zero = [np.median(np.nan_to_num(song)) for song in songs]
     mistakes = {
-        np.mean(medians): "that is the mean of the songs' medians; take their median",
-        np.median(means): "first the median of each song, not its mean",
-        np.median(np.concatenate(sounding)): "all frames in one pot: a long song would count more",
-        np.median(silent_as_zero): "a silent frame is none; it does not count as 0 dB",
-        np.median([*medians, 0.0]): "a song without a value does not take part, not even as 0 dB",
+        "that is the mean of the songs' medians; take their median": np.mean(medians),
+        "first the median of each song, not its mean": np.median(means),
+        "all frames together: a long song would count more": np.median(np.concatenate(sounding)),
+        "a silent frame has no value; it does not count as 0 dB": np.median(silent_as_zero),
+        "a song without a value does not take part, not even as 0 dB": np.median([*medians, 0.0]),
     }
-    return next((m for wrong, m in mistakes.items() if mismatch(got, wrong) is None), hint)
+    return mismatch_or_mistake(got, np.median(medians), mistakes)
 
 
 def check_sign_flip_p(sign_flip_p: Callable[[np.ndarray], object]) -> bool:
@@ -104,19 +98,16 @@ def _sign_flip_hint(got: object, differences: np.ndarray) -> str | None:
     signs = 1 - 2 * (np.arange(count)[:, None] >> np.arange(len(differences)) & 1)
     means, observed = (signs * differences).mean(1), differences.mean()
     far = np.abs(means) >= abs(observed) - 1e-9
-    hint = mismatch(got, far.mean())
-    if hint is None:
-        return None
     farther = np.abs(means) > abs(observed) + 1e-9
     mistakes = {
-        (means >= observed - 1e-9).mean(): "count both sides: a mean as far below 0 is as odd",
-        (means <= observed + 1e-9).mean(): "count both sides: a mean as far above 0 is as odd",
-        farther.mean(): "“at least as far”: equally far counts, so p can never be 0",
-        (far.sum() - 1) / (count - 1): "the given choice of signs is one of the 2^n, too",
-        float(far.sum()): "that is a number of choices; p is their share",
-        1 - far.mean(): "that is the share of the others",
-        (np.abs(means) >= abs(observed)).mean(): (
-            "sums of floats differ in the last digit; let means within 1e-9 be equally far"
+        "count both sides: a mean as far below 0 is as odd": (means >= observed - 1e-9).mean(),
+        "count both sides: a mean as far above 0 is as odd": (means <= observed + 1e-9).mean(),
+        "“at least as far”: equally far counts, so p can never be 0": farther.mean(),
+        "the given choice of signs is one of the 2^n, too": (far.sum() - 1) / (count - 1),
+        "that is a number of choices; p is their share": float(far.sum()),
+        "that is the share of the others": 1 - far.mean(),
+        "sums of floats differ in the last digit; let means within 1e-9 be equally far": (
+            (np.abs(means) >= abs(observed)).mean()
         ),
     }
-    return next((m for wrong, m in mistakes.items() if mismatch(got, wrong) is None), hint)
+    return mismatch_or_mistake(got, far.mean(), mistakes)
