@@ -124,6 +124,10 @@ SNIPPETS = {
         x = torch.rand(2, 9000)
         assert torch.allclose(separate(Same(), x)["mixture"], x)
     """,
+    "a monitor": """
+        from tfswa_lab.performance import Monitor
+        assert len(Monitor(keep=2).readings) == 1
+    """,
     "the verbs of memory": """
         import torch
         import tfswa_lab.memory.leaks.diagnose, tfswa_lab.memory.predict.predict

@@ -14,10 +14,20 @@ def format_bytes(size: int) -> str:
     >>> format_bytes(512), format_bytes(3 * MIB // 2), format_bytes(-5 * GIB)
     ('512 B', '1.50 MiB', '-5.00 GiB')
     """
+    unit, name = unit_of(size)
+    return f"{size / unit:.2f} {name}" if unit > 1 else f"{size} B"
+
+
+def unit_of(size: int) -> tuple[int, str]:
+    """The unit that suits a number of bytes.
+
+    >>> unit_of(3_000_000)
+    (1048576, 'MiB')
+    """
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(size) >= unit:
-            return f"{size / unit:.2f} {name}"
-    return f"{size} B"
+            return unit, name
+    return 1, "B"
 
 
 QUANTUM = 512  # every request is rounded up to a multiple of this

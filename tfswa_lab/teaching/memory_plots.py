@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from tfswa_lab.memory.sizes import GIB, KIB, MIB, format_bytes
+from tfswa_lab.memory.sizes import format_bytes, unit_of
 from tfswa_lab.memory.trace.timeline import CATEGORIES, Block, Peak, Timeline, by_category
 
 OTHERS = "others"
@@ -180,18 +180,6 @@ def passes(timeline: Timeline) -> list[Span]:
         births = [block.born for block in run]
         spans.append(Span(name, births[0], births[-1] + 1))
     return spans
-
-
-def unit_of(size: int) -> tuple[int, str]:
-    """The unit for an axis up to a number of bytes.
-
-    >>> unit_of(3_000_000)
-    (1048576, 'MiB')
-    """
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if size >= unit:
-            return unit, name
-    return 1, "B"
 
 
 def shortened(name: str, longest: int = LONGEST) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from tfswa_lab.memory.sizes import format_bytes
+from tfswa_lab.memory.sizes import format_bytes, unit_of
 from tfswa_lab.memory.trace.timeline import Block, Timeline, by_category, by_line, by_module
 from tfswa_lab.teaching.memory_plots import (
     OTHERS,
@@ -25,7 +25,6 @@ from tfswa_lab.teaching.memory_plots import (
     passes,
     peak_label,
     shortened,
-    unit_of,
     window,
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -79,7 +79,7 @@ def dump_on_oom(path: str | Path, most: int = 3) -> OomDump:
     return observer
 
 
-class OomDump:
+class OomDump(AbstractContextManager):
     """Writes snapshots of failures until it is closed.
 
     Args:
@@ -96,9 +96,6 @@ class OomDump:
     def close(self) -> None:
         """Write no more. torch cannot detach an observer, so it stays attached and does nothing."""
         self._active = False
-
-    def __enter__(self) -> OomDump:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()
