@@ -51,7 +51,7 @@ def of_tensors(make=claims.make_step, **choices) -> int:
 def on_gpu() -> None:
     """A line for each claim, in both modes, and for each cure; predictions are the committed ones.
 
-    A claim changes next to nothing, so what is predicted for the step as published stands for all.
+    A claim changes almost nothing, so the prediction for the published step stands for all.
     """
     known = json.loads(path_of("claims", "cpu").read_text())["cures"]
     predicted = {row["cure"]: row["predicted"] for row in known}

@@ -1,4 +1,4 @@
-"""A measurement exists when its line is on disk: results as lines of JSON, written at once.
+"""Results as lines of JSON, each written to the disk at once.
 
 `gpu.py` names the file in the environment; without one, `emit` only returns what it was given, so
 benchmarks can be run by hand. `gpu_report.py` turns lines into results and tables.
@@ -13,8 +13,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-FILE = "TFSWA_LAB_EVENTS"  # variables of the environment: where lines go,
-MACHINE = "TFSWA_LAB_MACHINE"  # what every line says of the machine,
+FILE = "TFSWA_LAB_EVENTS"  # variables of the environment: the file of the lines,
+MACHINE = "TFSWA_LAB_MACHINE"  # the description of the machine in every line,
 REHEARSED = "TFSWA_LAB_REHEARSAL"  # and whether sizes are tiny, because there is no GPU
 
 REHEARSAL = REHEARSED in os.environ
@@ -25,7 +25,7 @@ def emit(kind: str, **facts) -> dict:
 
     Args:
         kind: of measurement, such as `prediction`.
-        facts: what was measured, in JSON's types.
+        facts: the measurement, in JSON's types.
     """
     line = {"kind": kind, "at": time.time(), **machine(), **facts}
     if FILE in os.environ:
@@ -34,14 +34,14 @@ def emit(kind: str, **facts) -> dict:
 
 
 def attempt(kind: str, measure: Callable[[], dict], **facts) -> dict:
-    """Emit and print what `measure()` finds or why it found nothing; the next row can be tried.
+    """Emit and print the result of `measure()`, or why there is none; the next row can be tried.
 
     Running out of memory is a result. Every other exception is a line of kind `failed`.
 
     Args:
         kind: of measurement.
-        measure: returns what was measured.
-        facts: what is measured; part of the line in any case.
+        measure: returns the measurement.
+        facts: the choices of this measurement; part of the line in any case.
     """
     try:
         facts |= measure()

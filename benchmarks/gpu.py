@@ -77,7 +77,7 @@ LESSONS |= {"04_tf_locoformer": 120, "08_evaluation": 120}
 LESSONS |= {"01_sound_to_spectrogram": 60, "02_attention_blocks": 60, "00_start_here": 60}
 
 
-# What the machine lacks ---------------------------------------------------------------------
+# Missing packages --------------------------------------------------------------------------
 
 
 def lacks(wheel: Path) -> bool:
@@ -90,7 +90,7 @@ def lacks(wheel: Path) -> bool:
 
 
 def add_packages(wheels: Path | None) -> None:
-    """Make the checkout and the packages that are missing importable, in all processes below."""
+    """Make the checkout and the missing packages importable, in all child processes."""
     site = BUILD / "site"
     sys.path[1:1] = [str(CHECKOUT), str(site)]  # with what an earlier command has installed
     found = sorted(wheels.rglob("*.whl")) if wheels else []
@@ -126,7 +126,7 @@ def stand_in_for_ffmpeg() -> None:
 
 
 def describe() -> dict:
-    """GPU, driver, torch and cuDNN, found by a process that has ended when others measure."""
+    """GPU, driver, torch and cuDNN, found by a process that ends before others measure."""
     command = [sys.executable, str(BENCHMARKS / "gpu_smoke.py"), "--describe"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -198,11 +198,11 @@ def lesson(session: Session, name: str, seconds: float) -> Job:
     return Job(f"lesson {name}", seconds, command, alone=False, python_path=path)
 
 
-# What comes back ----------------------------------------------------------------------------
+# Files sent back ----------------------------------------------------------------------------
 
 
 def pack(out: Path, last: bool) -> None:
-    """Bring weights and notebooks into the folder; say what is too much to come back."""
+    """Copy weights and notebooks into the folder; say which files are too large to be sent back."""
     if last:
         end(TRAINER, seconds=10)
     trained = BUILD / "mir1k"
@@ -210,7 +210,7 @@ def pack(out: Path, last: bool) -> None:
         emit("mir1k", **json.loads((trained / "training.json").read_text()))
     names = ("separator.json", "separator.safetensors", "training.json")
     archive(out / "mir1k.tar.gz", [trained / name for name in names if (trained / name).exists()])
-    for name in ("mir1k.txt", "museval.txt"):  # what was said in the background
+    for name in ("mir1k.txt", "museval.txt"):  # output of the jobs in the background
         if (BUILD / name).exists():
             said = (BUILD / name).read_text(errors="replace").splitlines()[-20:]
             emit("background", name=name, output="\n".join(said)[-4000:])
@@ -223,7 +223,7 @@ def pack(out: Path, last: bool) -> None:
 
 
 def archive(path: Path, files: list[Path]) -> None:
-    """One file out of several, if there are any."""
+    """Pack several files into one, if there are any."""
     if files:
         with tarfile.open(path, "w:gz") as packed:
             for file in files:
@@ -231,7 +231,7 @@ def archive(path: Path, files: list[Path]) -> None:
 
 
 def options(arguments: list[str]) -> argparse.Namespace:
-    """What was asked for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -263,7 +263,7 @@ def main(arguments: list[str]) -> None:
         except (OSError, ValueError) as error:
             sys.exit(str(error))
     asked = options(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is below is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all jobs are ended
     if asked.rehearse:
         os.environ[REHEARSED] = "1"
         prepend("PYTHONPATH", PLAYED)

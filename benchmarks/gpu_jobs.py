@@ -29,7 +29,7 @@ KEPT_LINES = 60  # of the output of a job that failed, in its event
 
 @dataclass(frozen=True)
 class Job:
-    """What is run, and for how long at most.
+    """A command and its limit of time.
 
     Args:
         name: of the job.
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def known_by(self) -> str:
-        """What its processes have in their environment."""
+        """The mark in the environment of its processes."""
         return f"{CHECKOUT}: {self.name}"
 
 
@@ -166,7 +166,7 @@ def end(job: Job, seconds: float = 0) -> None:
 
 
 def end_left_over(spared: Job) -> None:
-    """Kill what a run that was killed itself has left behind in this checkout; one job goes on."""
+    """Kill what an earlier run, killed itself, left behind in this checkout; one job continues."""
     spare = members(spared.known_by)
     _signal(spare, signal.SIGCONT)
     _kill(f"{CHECKOUT}: ", {process.pid for process in spare})

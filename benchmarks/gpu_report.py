@@ -2,9 +2,9 @@
 
     python3 benchmarks/gpu.py report events.jsonl…
 
-It works on any beginning of a run and on several runs together: what a later one measured again
-counts. Each kind of measurement becomes `results/<name>-gpu.json`, with the machine beside its
-rows, and predictions become a plot as well. The tables are printed, for README.md.
+It works on an unfinished run and on several runs together: the latest measurement counts. Each
+kind of measurement becomes `results/<name>-gpu.json`, with the machine beside its rows, and
+predictions become a plot as well. The tables are printed, for README.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from events import read
 
 MACHINE = ("gpu_name", "memory_gib", "driver", "torch", "cuda", "cudnn", "python", "cores")
 CHOICES = ("network", "seconds", "batch", "precision", "attention", "checkpointed", "train")
-# For each kind: the file, what a row is of, and what was found.
+# For each kind: the file, the keys of a row, and its measurements.
 KINDS = {
     "smoke": (
         "smoke",
@@ -59,7 +59,7 @@ WITHOUT_RESULT = ("does_not_fit", "out_of_memory")
 
 
 def rows_of(lines: list[dict], kind: str) -> list[dict]:
-    """What was found of a kind, one row for each thing, the latest one."""
+    """The latest row of a kind for each set of keys."""
     _, of, _ = KINDS[kind]
     latest = {}
     for line in lines:

@@ -1,4 +1,4 @@
-"""Is all there that tests, lessons and benchmarks need on this GPU? At most a minute.
+"""Can tests, lessons and benchmarks run on this GPU? It takes at most a minute.
 
 python benchmarks/gpu_smoke.py               every check is an event; exit 3 if one failed
 python benchmarks/gpu_smoke.py --describe    print the machine as JSON; exit 3 without a GPU
@@ -68,7 +68,7 @@ COPIED = 2**20 if REHEARSAL else 2**30  # bytes
 
 
 def describe() -> dict:
-    """What every event says of the machine."""
+    """The description of the machine in every event."""
     if not torch.cuda.is_available():
         sys.exit(
             f"torch {torch.__version__} of {sys.executable} sees no CUDA GPU. Run this on a "
@@ -102,7 +102,7 @@ def gpu_memory() -> dict:
 
 
 def packages() -> dict:
-    """All that is imported later, and how long it takes."""
+    """Import everything that is needed later, and time it."""
     began = time.perf_counter()
     for name in PACKAGES:
         importlib.import_module(name)
@@ -132,7 +132,7 @@ def private_names() -> dict:
 
 
 def attention(sequences: int, heads: int, length: int, width: int, masked: bool) -> dict:
-    """The default kernel, and what each named one does forwards and backwards, by precision."""
+    """The default kernel, and whether each named one runs, with backward pass, by precision."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         shape = (3, sequences // SHARE, heads, length, width)

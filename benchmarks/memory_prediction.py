@@ -1,4 +1,4 @@
-"""Is the memory of a step predicted without a GPU what the GPU then takes?
+"""Does a step take as much memory on a GPU as was predicted without one?
 
     python benchmarks/memory_prediction.py                          predict, with the torch at hand
     python benchmarks/memory_prediction.py --compare                predictions of two torches
@@ -8,7 +8,7 @@ Steps of both networks, in training and in inference, by kernel of the attention
 checkpointing, batch and crop. Predictions take minutes, so they are made ahead, with the torch that
 the GPU has, and committed. `--measure` then runs every configuration that fits, in an order of
 which each beginning has all kinds, and `max_memory_allocated` stands beside; with `--default`,
-those whose kernel is left to torch. The peers say what they say about the same steps.
+those whose kernel is left to torch. The peers are the estimates of other tools for the same steps.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ KERNELS = {  # flash takes no mask, so the shifted windows of the TFSWA-UNet tak
     "math": [SDPBackend.MATH],
 }
 REHEARSED_ROWS = 3
-ROOM = 0.9  # of what is free on a GPU; what is predicted to take more is not tried
+ROOM = 0.9  # of the free memory of a GPU; a step that is predicted to take more is not tried
 # Of the choices of a configuration, those that are not `make_step`'s.
 OTHERS = ("attention", "gpu", "claim")
 
@@ -95,7 +95,7 @@ def infer(model, x, cast):
 
 
 def configurations() -> list[dict]:
-    """What is tried: the kernel is named, or the first of a list that is named, "auto"."""
+    """All configurations: the kernel is named, or "auto", the first of a list that accepts."""
     found = []
     for network in NETWORKS:
         for (precision, attention), checkpointed, batch in product(
@@ -226,7 +226,7 @@ def measure(default: bool) -> None:
 
 
 def predictions_of(version: str) -> dict:
-    """What was predicted with this torch, or with the one that is nearest."""
+    """The predictions made with this torch, or with the nearest version."""
     wanted = _numbers(version)
     paths = list(RESULTS.glob("memory_prediction-torch*.json"))
     path = min(paths, key=lambda path: abs(_numbers(path.stem)[1] - wanted[1]))
@@ -238,7 +238,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def compare() -> None:
-    """Where the predictions made with two torches differ."""
+    """Print where the predictions made with two versions of torch differ."""
     old, new = (
         json.loads(path.read_text())
         for path in sorted(RESULTS.glob("memory_prediction-torch*.json"), key=lambda p: p.stem)
@@ -254,7 +254,7 @@ def compare() -> None:
 
 @cache
 def peers(network: str, seconds: float, batch: int) -> dict[str, int]:
-    """What is said elsewhere of the same step, in bytes."""
+    """Estimates of other tools for the same step, in bytes."""
     kind, sizes = NETWORKS[network]
     frames = round(seconds * FRAMES_PER_SECOND)
     with fake_tensors():
@@ -303,7 +303,7 @@ def predict_all() -> None:
 
 
 def main() -> None:
-    """Predict, or what is asked for."""
+    """Predict, compare or measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", action="store_true", help="the predictions of two torches")
     parser.add_argument("--measure", action="store_true", help="on the GPU that is here")

@@ -1,7 +1,7 @@
-"""How well does a small network separate singers it has never heard? MIR-1K, as papers use it.
+"""How well does a small network separate unseen singers? MIR-1K, as papers use it.
 
     python benchmarks/mir1k.py ROOT                   train on abjones and amy, test on the others
-    python benchmarks/mir1k.py ROOT --ablate          what each choice buys, on held-out songs
+    python benchmarks/mir1k.py ROOT --ablate          the effect of each choice, on held-out songs
     python benchmarks/mir1k.py ROOT --test            score the committed weights again
     python benchmarks/mir1k.py ROOT --out DIR --device cuda    train into a folder, test nothing
     python benchmarks/mir1k.py ROOT --out DIR --test           and score these weights at home
@@ -63,7 +63,7 @@ RECIPE = {
 }
 if REHEARSAL:
     RECIPE |= {"batch_size": 1}
-# What is changed, one at a time, to see what each choice buys.
+# Changes of the recipe, one at a time, which show the effect of each choice.
 ABLATIONS = {
     "the recipe": {},
     "the recipe, seed 1": {"seed": 1},
@@ -191,7 +191,7 @@ def score(separator: Separator, clips: dict[str, Tensor]) -> list[dict]:
 
 
 def score_clip(name: str, voice, accompaniment, mixture, estimate) -> dict:
-    """BSSEval v3 of one clip; what is not voice in the mixture counts as accompaniment."""
+    """BSSEval v3 of one clip; everything but the voice counts as accompaniment."""
     references = np.stack([voice, accompaniment])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # mir_eval will drop this module
@@ -262,7 +262,7 @@ def ablate(root: str, names: list[str], steps: int, device: str) -> None:
 
 
 def rows_so_far(same: dict) -> dict:
-    """What was measured before under the same conditions; other conditions start a new table."""
+    """Earlier rows with the same conditions; other conditions start a new table."""
     path = path_of("mir1k-ablation", same["device"])
     before = json.loads(path.read_text()) if path.exists() else {}
     same = json.loads(json.dumps(same))  # tuples become lists
@@ -270,7 +270,7 @@ def rows_so_far(same: dict) -> dict:
 
 
 def main() -> None:
-    """Train and test, or what the flags ask for."""
+    """Train and test, or follow the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -295,7 +295,7 @@ def main() -> None:
 
 
 def test(weights: Path, root: str) -> None:
-    """Score weights; what a GPU has trained is recorded beside what its training took."""
+    """Score weights; those trained on a GPU are recorded with the facts of their training."""
     result = report(load_separator(weights), root)
     print(result["test"])
     if (weights / FACTS).exists():

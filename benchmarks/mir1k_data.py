@@ -28,15 +28,15 @@ def is_held_out(clip: str) -> bool:
 
 
 class Duets(Dataset):
-    """Stretches of a voice and an accompaniment, a pure function of (seed, epoch, index).
+    """Segments of a voice and an accompaniment, a pure function of (seed, epoch, index).
 
     Args:
         clips: `(2, s)` each, at 16 kHz.
         speeds: factors; a voice at another speed is a voice of another size.
         remix: probability that the accompaniment is another clip's, at its own speed.
         gain_db: voice and accompaniment each vary by up to this.
-        seconds: length of a stretch.
-        length: stretches in an epoch.
+        seconds: length of a segment.
+        length: segments in an epoch.
         seed: of all choices.
     """
 
@@ -65,7 +65,7 @@ class Duets(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw new stretches."""
+        """Draw new segments."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -87,9 +87,9 @@ class Duets(Dataset):
         }
 
     def _draw(self, chance: np.random.Generator) -> tuple[str, Tensor]:
-        """A stretch `(2, s)` of any clip at any speed, with silence after a short one."""
+        """A segment `(2, s)` of any clip at any speed, with silence after a short one."""
         which = int(chance.integers(len(self.names)))
         clip = self.clips[self.speeds[int(chance.integers(len(self.speeds)))]][which]
         start = int(chance.integers(max(1, clip.shape[-1] - self.segment + 1)))
-        stretch = clip[:, start : start + self.segment]
-        return self.names[which], F.pad(stretch, (0, self.segment - stretch.shape[-1]))
+        segment = clip[:, start : start + self.segment]
+        return self.names[which], F.pad(segment, (0, self.segment - segment.shape[-1]))

@@ -53,7 +53,7 @@ KINDS = {
 
 
 def now(device: torch.device) -> float:
-    """The time in seconds, once the device has done what it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

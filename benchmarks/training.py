@@ -8,7 +8,7 @@ and the ideal ratio mask (the ceiling). Then some steps of each preset are timed
 each precision, with and without checkpointing: first undisturbed, for the throughput, then part by
 part. "data" is the wait for the workers; "other" is augmentation, the copy to the GPU, clipping and
 averaging. On the CPU, each is a process of its own, for its peak memory; on a GPU, started by
-gpu.py, these steps are all that is measured.
+gpu.py, only these steps are measured.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ GPU_STEPS = 2 if REHEARSAL else 8  # on a GPU, after half as many
 
 
 def best_gain(target: Tensor, mixture: Tensor) -> Tensor:
-    """The mixture at the one level that fits the target best: what no mask at all can do."""
+    """The mixture at the level that fits the target best: a separator without a mask."""
     return (target * mixture).sum() / mixture.square().sum() * mixture
 
 
@@ -88,7 +88,7 @@ def train_tiny(device: str) -> dict:
 
 
 def now(device: torch.device) -> float:
-    """The time in seconds, once the device has done what it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -155,13 +155,13 @@ def watched(trainer: Trainer) -> dict[str, float]:
 
 
 def configurations(device: str) -> dict[str, dict]:
-    """What is measured: preset, precision, checkpointing."""
+    """All runs: preset, precision, checkpointing."""
     precisions = ["32-true", "bf16-mixed"] + ["16-mixed"] * (device == "cuda")
     # A CPU needs minutes for a step of `small` as it is meant.
     smaller = {} if device == "cuda" else {"batch_size": 1, "segment_seconds": 1.5}
     sizes = {"tiny": {}, "small": smaller}
     if device == "cuda":
-        sizes["default"] = {"batch_size": 1}  # what several GPUs share
+        sizes["default"] = {"batch_size": 1}  # of each of several GPUs
     return {
         f"{name}, {precision}{', checkpointed' * checkpointed}": {
             "preset": name,
@@ -181,7 +181,7 @@ def configurations(device: str) -> dict[str, dict]:
 def on_gpu() -> None:
     """A line for each configuration; those that need the most memory come last."""
     jobs = configurations("cuda")
-    if REHEARSAL:  # a beginning, and what a small GPU has no room for
+    if REHEARSAL:  # the first runs, which fit into a small GPU
         jobs = dict([*jobs.items()][:2])
     for name, job in jobs.items():
         job |= {"steps": GPU_STEPS, "warm_up": GPU_STEPS // 2}

@@ -3,9 +3,9 @@
     python benchmarks/wheels.py
 
 `.whl/core` holds what tests and benchmarks need there, `.whl/lessons` what lessons need on top.
-What that machine has stands in `benchmarks/gpu_machine.txt`, as `pip list --format=freeze` prints
-it. Fetched are the versions installed here. At the end it says how much travels to that machine
-with the checkout, and fails if that is too much.
+The packages of that machine are listed in `benchmarks/gpu_machine.txt`, in the form of
+`pip list --format=freeze`. The versions installed here are fetched. At the end it prints how much
+travels to that machine with the checkout, and fails if that is too much.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def total(sizes: dict[str, int], limit: int = TRAVELS) -> str:
 
 
 def needed(roots: list[str], there: set[str], python_version: str) -> set[str]:
-    """These packages and all that they need, directly or through others, without what is there.
+    """These packages and all their dependencies, without the packages that are there.
 
-    What is there has what it needs there, perhaps other packages than its version here needs.
+    A package that is there has its dependencies there, perhaps others than its version here has.
     """
     target = {"python_version": python_version, "python_full_version": f"{python_version}.0"}
     target |= {"extra": "", "sys_platform": "linux", "platform_system": "Linux"}
