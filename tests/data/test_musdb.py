@@ -26,7 +26,7 @@ def as_integers(waveform):
 # --- what is read ---------------------------------------------------------------------------
 
 
-def test_a_random_chunk_is_bit_identical_to_musdbs_own(tree, musdb):
+def test_a_random_segment_is_bit_identical_to_musdbs_own(tree, musdb):
     dataset = MUSDB18Dataset(tree, segment_seconds=0.3, valid_fraction=0, seed=3)
     tracks = {track.name: track for track in musdb.DB(root=str(tree), is_wav=True)}
     for item in (dataset[index] for index in range(3)):
@@ -98,11 +98,11 @@ def test_real_stems_add_up_to_the_mixture(audio_root, tmp_path):
         assert torch.equal(item["stems"].sum(0), item["mixture"])
 
 
-# --- which stretches ------------------------------------------------------------------------
+# --- which segments -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.7])
-def test_sequential_stretches_rebuild_every_track(tree, overlap):
+def test_sequential_segments_rebuild_every_track(tree, overlap):
     dataset = MUSDB18Dataset(
         tree, "train", segment_seconds=0.2, random_segments=False, overlap=overlap, valid_fraction=0
     )
@@ -122,12 +122,12 @@ def test_sequential_stretches_rebuild_every_track(tree, overlap):
     for name, whole in built.items():
         assert torch.equal(whole, wholes[name]["stems"])
         assert set(np.diff(starts[name])) == {round(1600 * (1 - overlap))}
-        # One stretch less would lose the end.
+        # One segment less would lose the end.
         assert starts[name][-2] + 1600 < whole.shape[-1]
 
 
 def test_random_starts_are_uniform_over_all_valid_ones(lone_tree):
-    # 3992 of 4000 samples: a stretch can start at 0 to 8.
+    # 3992 of 4000 samples: a segment can start at 0 to 8.
     dataset = MUSDB18Dataset(
         lone_tree, target_stems=["bass"], segment_seconds=0.499, samples_per_track=1800
     )
@@ -190,7 +190,9 @@ def test_batches_are_stacked_and_whole_tracks_are_refused(tree):
 
 
 @pytest.mark.parametrize(("rate_in", "rate_out"), [(8000, 5000), (8000, 11025), (8000, 2000)])
-def test_a_resampled_chunk_is_cut_from_the_resampled_track(tmp_path, make_track, rate_in, rate_out):
+def test_a_resampled_segment_is_cut_from_the_resampled_track(
+    tmp_path, make_track, rate_in, rate_out
+):
     samples = make_track(tmp_path / "test" / "Noise", 6 * rate_in // 2 + 17, rate_in)
     whole = torch.from_numpy(samples["drums"].T / np.float32(32768))
     whole = resample(whole, rate_in, rate_out)

@@ -1,4 +1,4 @@
-"""The same numbers on a CUDA card, and the memory that checkpointing gives back there."""
+"""The same numbers on a GPU, and the memory that checkpointing saves there."""
 
 import pytest
 import torch

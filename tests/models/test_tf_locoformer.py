@@ -296,7 +296,7 @@ def test_input_of_another_shape_is_refused(shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", [False, "path"])
-def test_on_a_card_flash_attention_trains_it_in_bfloat16(how):
+def test_on_a_gpu_flash_attention_trains_it_in_bfloat16(how):
     torch.manual_seed(0)
     sizes = MINI | {"attention_dim": 32}
     model = TFLocoformer(4, 8, **sizes, activation_checkpointing=how)

@@ -170,5 +170,5 @@ def test_input_of_another_shape_is_refused(shape):
         TFSWAUNet(**MINI)(torch.zeros(shape))
 
 
-def test_tiny_preset_runs():
+def test_tiny_sizes_run():
     assert TFSWAUNet(**SIZES["tiny"])(torch.randn(1, 2, 16, 16)).shape == (1, 2, 16, 16)
