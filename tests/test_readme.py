@@ -1,0 +1,40 @@
+"""The code blocks of README.md run, in order, with a tiny model in place of a reader's own."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def make_step():
+    model = nn.Linear(8, 8)
+    return lambda: model(torch.zeros(4, 8)).sum().backward()
+
+
+@pytest.fixture
+def readers_names():
+    """The variables that the blocks use and do not define."""
+    generator = torch.Generator().manual_seed(0)
+    references, noise = torch.randn(2, 4, 2, 44_100, generator=generator)
+    return {
+        "mixture": references.sum(0)[None, :, :4_410],  # (b, c, s)
+        "references": references,
+        "estimates": references + 0.1 * noise,
+        "make_step": make_step,
+        "step": make_step(),
+    }
+
+
+def test_the_code_blocks_run(readers_names, tmp_path, monkeypatch, assert_no_leak):
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) >= 4
+    for block in BLOCKS:
+        exec(block, readers_names)
+    assert readers_names["stems"].shape == (1, 4, 2, 4_410)
+    assert (tmp_path / "my_model" / "separator.safetensors").is_file()
+    readers_names["test_training_loses_nothing"](assert_no_leak)
