@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfswa_lab.memory.sizes import QUANTUM, rounded
+from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.snapshot.schema import ACTIONS, CODES, History, RecordedPart, Segment
 
 GROWTH = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
@@ -137,11 +137,9 @@ def over_time(history: History, segments: Sequence[Segment], allocations: Alloca
     np.add.at(change, allocations.born, allocations.size)
     np.subtract.at(change, allocations.died, allocations.size)
     allocated = np.cumsum(change)[:-1]
-    taken = -(-history.size // QUANTUM) * QUANTUM
-    pending = taken * (
-        history.where("free_requested").astype(int) - history.where("free_completed").astype(int)
-    )
-    if not (history.where("free_requested").any() and history.where("free_completed").any()):
+    requested, completed = map(history.where, ("free_requested", "free_completed"))
+    pending = rounded(history.size) * (requested.astype(int) - completed)
+    if not (requested.any() and completed.any()):  # only one of the two was recorded
         pending[:] = 0
     growth = history.size * history.where("segment_alloc", "segment_map")
     growth -= history.size * history.where("segment_free", "segment_unmap")
