@@ -12,6 +12,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "augmentation": [
+            "Augmentation",
+            "Chain",
+            "MixupAugmentation",
+            "Remix",
+            "SpectrogramMasking",
+        ],
         "effects": [
             "AudioAugmentation",
             "ChannelSwap",
@@ -21,7 +28,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "SpeedPerturbation",
             "TimeStretch",
         ],
-        "masking": ["SpectrogramMasking"],
-        "mixing": ["Augmentation", "Chain", "MixupAugmentation", "Remix"],
     },
 )

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from tfswa_lab.data.augment.mixing import Augmentation, Chain, check_prob, toss
+from tfswa_lab.data.augment.augmentation import Augmentation, Chain, check_prob, toss
 from tfswa_lab.data.augment.stretch import (
     change_speed,
     looped,
