@@ -351,7 +351,7 @@ def test_two_processes_at_once_make_one_whole_band(tmp_path):
     script = (
         "from tfswa_lab.data.band import write; import sys;"
         "write.SECONDS, write.TRAIN_SEEDS, write.TEST_SEEDS = 4.0, (0,), (100,);"
-        "write.ensure_band(sys.argv[1])"
+        "write.ensure_band(sys.argv[1], workers=1)"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "band")]
     both = [subprocess.Popen(command) for _ in range(2)]
