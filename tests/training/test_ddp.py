@@ -68,13 +68,13 @@ def test_batch_norm_sees_half_a_batch_and_makes_other_weights(two, one):
     assert distance(together, weights(one["batch"])) > 1e-4
 
 
-def test_its_cure_on_cards_is_the_same_network():
+def test_its_fix_on_gpus_is_the_same_network():
     separator = toy_separator(norm="batch").eval()
     mixture = torch.randn(1, 1, 400)
     expected = separator(mixture)
-    cured = nn.SyncBatchNorm.convert_sync_batchnorm(separator)
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in cured.modules())
-    assert torch.equal(cured(mixture), expected)
+    fixed = nn.SyncBatchNorm.convert_sync_batchnorm(separator)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in fixed.modules())
+    assert torch.equal(fixed(mixture), expected)
 
 
 def test_the_first_process_alone_writes_the_random_states_of_all(two):

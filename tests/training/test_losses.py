@@ -254,7 +254,7 @@ def test_float32_is_enough(loss):
 
 
 @pytest.mark.gpu
-def test_a_card_gives_what_the_processor_gives():
+def test_a_gpu_gives_what_the_cpu_gives():
     estimates, targets = pair()
     loss = SourceSeparationLoss(STEMS, **WEIGHTS)
     expected, _ = loss(estimates, targets)

@@ -34,11 +34,11 @@ class TrainOptions:
     preset: Annotated[str | None, RUN(help="tiny, small or default; tiny if absent.")] = None
     output_dir: Annotated[Path | None, RUN(help="The run's folder; runs/PRESET if absent.")] = None
     resume: Annotated[Path | None, RUN(help="A run's folder or checkpoint to go on from.")] = None
-    seed: Annotated[int | None, RUN(help="Of weights, stretches and augmentation.")] = None
-    data_root: Annotated[str | None, DATA(help="Shaped as MUSDB18; the band if absent.")] = None
+    seed: Annotated[int | None, RUN(help="Of weights, order and augmentation.")] = None
+    data_root: Annotated[str | None, DATA(help="A tree as MUSDB18's; the band if absent.")] = None
     target_stems: Annotated[tuple | None, DATA(help="As vocals,other.", **list_of(str))] = None
-    segment_seconds: Annotated[float | None, DATA(help="Length of a stretch.")] = None
-    samples_per_track: Annotated[int | None, DATA(help="Stretches per song and epoch.")] = None
+    segment_seconds: Annotated[float | None, DATA(help="Length of a segment.")] = None
+    samples_per_track: Annotated[int | None, DATA(help="Segments per song and epoch.")] = None
     sample_rate: Annotated[int | None, DATA(help="Resample songs to this, in Hz.")] = None
     augment: Annotated[str | None, DATA(help="none, light or full.")] = None
     model: Annotated[str | None, NETWORK(help=MODELS)] = None
@@ -49,27 +49,27 @@ class TrainOptions:
     mask: Annotated[str | None, NETWORK(help="magnitude or complex, for networks of masks.")] = None
     n_fft: Annotated[int | None, NETWORK(help="Window of the transform, in samples.")] = None
     hop_length: Annotated[int | None, NETWORK(help="From frame to frame, in samples.")] = None
-    bins: Annotated[int | None, NETWORK(help="The network sees so many of the lowest.")] = None
-    l1_weight: Annotated[float | None, LOSS(help="Of the spectra in one window.")] = None
-    mrstft_weight: Annotated[float | None, LOSS(help="Of those in three windows.")] = None
+    bins: Annotated[int | None, NETWORK(help="Lowest bins that the network sees.")] = None
+    l1_weight: Annotated[float | None, LOSS(help="Of the magnitudes, with one window.")] = None
+    mrstft_weight: Annotated[float | None, LOSS(help="Of the magnitudes, with three.")] = None
     waveform_weight: Annotated[float | None, LOSS(help="Of the samples.")] = None
     sdr_weight: Annotated[float | None, LOSS(help="Of the SDR in dB.")] = None
-    batch_size: Annotated[int | None, STEPS(help="Stretches at once, over all devices.")] = None
+    batch_size: Annotated[int | None, STEPS(help="Segments at once, over all devices.")] = None
     accumulate: Annotated[int | None, STEPS(help="Batches per step.")] = None
     max_epochs: Annotated[int | None, STEPS(help="Passes over the songs.")] = None
     max_steps: Annotated[int | None, STEPS(help="An earlier end.")] = None
-    learning_rate: Annotated[float | None, STEPS(help="At its highest.")] = None
+    learning_rate: Annotated[float | None, STEPS(help="The highest; it rises, then falls.")] = None
     weight_decay: Annotated[float | None, STEPS(help="AdamW's.")] = None
-    warmup_steps: Annotated[int | None, STEPS(help="While the learning rate rises.")] = None
+    warmup_steps: Annotated[int | None, STEPS(help="In which the learning rate rises.")] = None
     gradient_clip_val: Annotated[float | None, STEPS(help="Largest norm; 0 is off.")] = None
     ema_decay: Annotated[float | None, STEPS(help="Of the averaged weights; 0 is off.")] = None
-    log_every_n_steps: Annotated[int | None, WATCH(help="Between points of a curve.")] = None
+    log_every_n_steps: Annotated[int | None, WATCH(help="Steps between points of a curve.")] = None
     val_every_n_steps: Annotated[int | None, WATCH(help="Once an epoch if absent.")] = None
-    patience: Annotated[int | None, WATCH(help="Validations without progress.")] = None
+    patience: Annotated[int | None, WATCH(help="Stop after so many without progress.")] = None
     checkpoint_every_n_steps: Annotated[int | None, WATCH(help="Once an epoch if absent.")] = None
-    checkpoint_every_n_minutes: Annotated[float | None, WATCH(help="And this often.")] = None
+    checkpoint_every_n_minutes: Annotated[float | None, WATCH(help="And after this time.")] = None
     device: Annotated[str | None, MACHINE(help="cpu, cuda, or auto.")] = None
-    devices: Annotated[int | None, MACHINE(help="How many; torchrun decides itself.")] = None
+    devices: Annotated[int | None, MACHINE(help="How many; torchrun has its own number.")] = None
     num_workers: Annotated[int | None, MACHINE(help="Processes that read, per device.")] = None
     precision: Annotated[str | None, MACHINE(help="32-true, bf16-mixed or 16-mixed.")] = None
     use_amp: Annotated[bool | None, MACHINE(help="The mixed precision that fits, or none.")] = None

@@ -1,11 +1,11 @@
-"""How far estimates are from their targets, as numbers that a network can be trained on.
+"""Losses: how far estimates are from their targets.
 
 Every loss maps estimates and targets `(b, n, c, s)` to one value per item and stem, `(b, n)`.
-Nothing is averaged across items before the very end, so the loss of a batch is the mean of the
-losses of its equal parts: two processes with half a batch each take the step of one with all.
+Items are averaged last, so the loss of a batch is the mean of the losses of its equal parts: two
+processes with half a batch each take the same step as one process with the whole batch.
 
 All of them compute in float32, also under autocast: the square of a sample at −76 dB is zero in
-float16, and in bfloat16 a difference 60 dB below its terms is nothing but rounding.
+float16, and in bfloat16 a difference 60 dB below its terms is only rounding.
 
 Axis letters: `b` batch, `n` stems, `c` channels, `s` samples, `f` frequency bins, `t` frames.
 
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tfswa_lab.models.separator import check_stems
 from tfswa_lab.stft import STFTProcessor
 
-SILENT_POWER = 1e-8  # mean square, 80 dB below full scale: the ratios take less for silence
+SILENT_POWER = 1e-8  # mean square, 80 dB below full scale: less counts as silence
 
 
 class StemLoss(nn.Module):
-    """What all losses share: the check of shapes, and float32 under any autocast.
+    """The base of all losses: it checks shapes and computes in float32 under any autocast.
 
     A subclass defines `per_stem`, from `(b, n, c, s)` twice to `(b, n)`.
     """
@@ -43,7 +43,7 @@ class StemLoss(nn.Module):
             return self.per_stem(_float32(estimates), _float32(targets))
 
     def extra_repr(self) -> str:
-        """Its numbers: part of what a checkpoint knows of its run."""
+        """Its numbers, which a checkpoint stores to recognise its run."""
         numbers = {name: x for name, x in vars(self).items() if type(x) is float}
         return ", ".join(f"{name}={x}" for name, x in numbers.items())
 
@@ -53,7 +53,7 @@ class StemLoss(nn.Module):
 
 
 def _check_shapes(estimates: Tensor, targets: Tensor) -> None:
-    """Refuse what broadcasting would silently turn into a loss of something else."""
+    """Refuse shapes that broadcasting would silently combine."""
     if estimates.shape != targets.shape or estimates.ndim != 4 or not estimates.numel():
         raise ValueError(
             f"estimates {tuple(estimates.shape)} and targets {tuple(targets.shape)} must have "
@@ -67,7 +67,7 @@ def _float32(x: Tensor) -> Tensor:
 
 
 class L1WaveformLoss(StemLoss):
-    """Mean absolute difference of the samples: the plainest loss that sees the phase.
+    """Mean absolute difference of the samples: the simplest loss that depends on the phase.
 
     >>> L1WaveformLoss()(torch.zeros(1, 2, 2, 100), torch.full((1, 2, 2, 100), 0.25))
     tensor([[0.2500, 0.2500]])
@@ -79,7 +79,7 @@ class L1WaveformLoss(StemLoss):
 
 
 class L1SpectrogramLoss(StemLoss):
-    """Mean absolute difference of the magnitudes at one resolution, blind to phase.
+    """Mean absolute difference of the magnitudes at one resolution; the phase is ignored.
 
     The magnitudes are those of `STFTProcessor`, not normalised: a full-scale tone has n_fft / 4
     in its bin. Signals shorter than the window are padded with zeros.
@@ -116,21 +116,21 @@ def _magnitude(spectrogram: Tensor) -> Tensor:
 
 
 class MultiResolutionSTFTLoss(StemLoss):
-    """Magnitudes and their logarithms compared at several resolutions, blind to phase.
+    """Differences of magnitudes and of their logarithms at several resolutions, without phase.
 
-    One window cannot be sharp in time and in frequency; an artefact that hides in one shows in
-    another. For each window, the mean absolute differences of the magnitudes and of their natural
+    One window cannot be sharp in time and in frequency: an artefact that one window smears is
+    clear in another. For each window, the mean absolute differences of the magnitudes and of their natural
     logarithms are added; the result is the mean over the windows, each with 3/4 overlap.
 
-    A logarithm hears silence too, with a derivative of 1/magnitude. Magnitudes below `floor` are
+    The derivative of the logarithm, 1/magnitude, is large in silence. Magnitudes below `floor` are
     therefore raised to it before the logarithm. At 0.1 (in a window of 1024, 68 dB below a
     full-scale tone) both parts have gradients of similar size on music; at 1e-4, which is 16-bit
-    rounding noise, the logarithm's is about a thousand times the other's, and most of it lies
+    rounding noise, the logarithm's is about a thousand times larger, and most of it lies
     above 16 kHz (`benchmarks/losses.py`).
 
     Args:
         n_ffts: window lengths in samples.
-        floor: smallest magnitude that the logarithm tells apart.
+        floor: magnitudes below it count as this large in the logarithm.
         log_weight: weight of the logarithmic part; 0 leaves the magnitudes.
 
     Raises:
@@ -176,10 +176,10 @@ class SDRLoss(StemLoss):
 
     With s the target and e the error, their powers taken over all channels and samples:
     −10 log₁₀(s² / (e² + τ s²)), where τ = 10^(−ceiling_db / 10). The gradient of the bare ratio
-    grows without bound as an estimate gets good, so that the easiest stem of a batch would rule
-    the step; near the ceiling the improvement stops paying.
+    grows without bound as an estimate gets good, so that the easiest stem of a batch would dominate
+    the step; near the ceiling the gradient vanishes.
 
-    `SILENT_POWER` is added on both sides of the fraction. A silent target so has a loss of 0 for
+    `SILENT_POWER` is added on both sides of the fraction. So a silent target has a loss of 0 for
     a silent estimate, and a positive one, which falls with its level, for any other.
 
     Args:
@@ -241,7 +241,7 @@ def _check_weight(name: str, weight: float) -> None:
 
 
 class SourceSeparationLoss(nn.Module):
-    """A weighted sum of the losses above, with every stem's share of it for the log.
+    """A weighted sum of the losses above, and each stem's part of it for the curves.
 
     A loss of weight 0 is not computed. Weights have to make up for units: for music estimated at
     10 dB, the norms of the gradients are about as 1 (waveform) : 23 (L1) : 40 (multi-resolution) :
@@ -293,7 +293,7 @@ class SourceSeparationLoss(nn.Module):
         self.shares = self._shares(stem_weights or {})
 
     def extra_repr(self) -> str:
-        """Weights of losses and stems: part of what a checkpoint knows of its run."""
+        """Weights of losses and stems, which a checkpoint stores to recognise its run."""
         return f"weights={self.weights}, shares={self.shares}"
 
     def _shares(self, stem_weights: Mapping[str, float]) -> dict[str, float]:
