@@ -119,8 +119,8 @@ class MultiResolutionSTFTLoss(StemLoss):
     """Differences of magnitudes and of their logarithms at several resolutions, without phase.
 
     One window cannot be sharp in time and in frequency: an artefact that one window smears is
-    clear in another. For each window, the mean absolute differences of the magnitudes and of their natural
-    logarithms are added; the result is the mean over the windows, each with 3/4 overlap.
+    clear in another. For each window, the mean absolute differences of the magnitudes and of their
+    natural logarithms are added; the result is the mean over the windows, each with 3/4 overlap.
 
     The derivative of the logarithm, 1/magnitude, is large in silence. Magnitudes below `floor` are
     therefore raised to it before the logarithm. At 0.1 (in a window of 1024, 68 dB below a
