@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tfswa_lab.models.separator import build_separator
-from tfswa_lab.models.storage import DESCRIPTION, WEIGHTS, load_separator, save_separator
+from tfswa_lab.models.storage import DESCRIPTION, MODELS, WEIGHTS, load_separator, save_separator
 from tfswa_lab.stft import LevelNormalizer
 
+LOCO = {"dim": 8, "num_blocks": 1, "hidden_dim": 8, "num_heads": 2, "attention_dim": 8}
 MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
 
 
@@ -41,6 +42,42 @@ def test_the_normalizer_comes_back_and_a_foreign_one_is_refused(tmp_path):
     separator.normalizer = torch.nn.Identity()
     with pytest.raises(ValueError, match="cannot save a Identity, only SpectrogramNormalizer"):
         save_separator(separator, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mask", "model", "sizes", "normalizer"),
+    [
+        ("magnitude", "TFSWAUNet", MINI | {"in_channels": 2, "out_channels": 4}, "Spectrogram"),
+        ("mapping", "TFLocoformer", LOCO | {"in_channels": 4, "out_channels": 8}, "Level"),
+    ],
+)
+def test_descriptions_of_earlier_versions_still_load(tmp_path, mask, model, sizes, normalizer):
+    description = {
+        "model": model,
+        "sizes": sizes,
+        "n_fft": 128,
+        "hop_length": 32,
+        "stems": ["vocals", "other"],
+        "mask": mask,
+        "mixture_consistency": False,
+        "sample_rate": 16_000,
+        "audio_channels": 2,
+        "bins": None,
+        "normalizer": f"{normalizer}Normalizer",
+    }
+    torch.manual_seed(0)
+    shape = {"n_fft": 128, "hop_length": 32, "sample_rate": 16_000}
+    separator = build_separator(
+        ("vocals", "other"), mask, architecture=MODELS[model], **shape, **sizes_alone(sizes)
+    )
+    save_separator(separator, tmp_path)
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+    mixture = torch.randn(1, 2, 1000)
+    assert torch.equal(load_separator(tmp_path)(mixture), separator.eval()(mixture))
+
+
+def sizes_alone(sizes):
+    return {name: size for name, size in sizes.items() if not name.endswith("_channels")}
 
 
 def test_a_missing_file_is_named(tmp_path):

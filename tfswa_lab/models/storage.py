@@ -29,7 +29,7 @@ NORMALIZERS = {cls.__name__: cls for cls in (SpectrogramNormalizer, LevelNormali
 
 
 def save_separator(separator: Separator, folder: str | Path) -> Path:
-    """Write a separator into `folder`; each file appears whole or not at all.
+    """Write a separator into `folder`; each file appears completely or not at all.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
