@@ -1,4 +1,4 @@
-"""Where to compute: turns the name of a device into a torch device.
+"""Where to compute: turns the name of a device into a torch device; how many threads of the CPU.
 
 Notebook: 00_start_here
 """
@@ -6,6 +6,8 @@ Notebook: 00_start_here
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,3 +31,17 @@ def pick_device(name: str = "auto") -> torch.device:
             f"device={name!r}, but torch finds no CUDA GPU of that number here; use cpu or auto"
         )
     return device
+
+
+@contextmanager
+def compute_threads(count: int) -> Iterator[None]:
+    """So many threads for torch's operations; as many as before at the end.
+
+    Notebook: 08_evaluation
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

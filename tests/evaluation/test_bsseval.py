@@ -8,12 +8,18 @@ import pytest
 import torch
 
 from tfswa_lab import audio
-from tfswa_lab.evaluation import frame_spectra
-from tfswa_lab.evaluation.bsseval import bss_eval
-from tfswa_lab.evaluation.clips import bss_eval_mono, gnsdr, gsar, gsir, score_clip
+from tfswa_lab.device import compute_threads
+from tfswa_lab.evaluation import energies
+from tfswa_lab.evaluation.bsseval import (
+    bss_eval,
+    bss_eval_mono,
+    gnsdr,
+    gsar,
+    gsir,
+    score_clip,
+)
 from tfswa_lab.evaluation.frames import frames_in_seconds, frames_of
 from tfswa_lab.evaluation.ratios import sdr
-from tfswa_lab.evaluation.threads import compute_threads
 
 RATIOS = ("sdr", "isr", "sir", "sar")
 
@@ -92,9 +98,9 @@ def test_equal_to_museval_with_filters_of_each_frame(museval, window, hop):
 @pytest.mark.parametrize(("window", "hop"), [(math.inf, math.inf), (3000, 2500)])
 @pytest.mark.parametrize("mode", ["v4", "v3"])
 def test_the_pieces_of_a_long_frame_do_not_show(museval, monkeypatch, window, hop, mode):
-    monkeypatch.setattr("tfswa_lab.evaluation.bsseval.TILE", 700)
-    monkeypatch.setattr("tfswa_lab.evaluation.bsseval.LONGEST", 2000)
-    monkeypatch.setattr("tfswa_lab.evaluation.energies.PIECE", 701)
+    monkeypatch.setattr("tfswa_lab.evaluation.energies.TILE", 700)
+    monkeypatch.setattr("tfswa_lab.evaluation.energies.LONGEST", 2000)
+    monkeypatch.setattr("tfswa_lab.evaluation.energies.BLOCK", 701)
     references, estimates = noise(2, 2, 9000)
     ours = bss_eval(references, estimates, window, hop, 64, mode, rate=1)
     theirs = expected(museval, references, estimates, window, hop, 64, v3=mode == "v3")
@@ -103,7 +109,7 @@ def test_the_pieces_of_a_long_frame_do_not_show(museval, monkeypatch, window, ho
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_show_and_are_as_many_as_before(monkeypatch, threads):
-    monkeypatch.setattr(frame_spectra, "CHUNK", 2)
+    monkeypatch.setattr(energies, "CHUNK", 2)
     pair = noise()
     alone = values(bss_eval(*pair, 500, 500, 64, rate=1))
     with compute_threads(threads):
@@ -113,10 +119,10 @@ def test_threads_do_not_show_and_are_as_many_as_before(monkeypatch, threads):
 
 @pytest.mark.parametrize("keep", [0, 10_000_000])
 def test_spectra_that_are_made_twice_are_the_same(monkeypatch, keep):
-    monkeypatch.setattr(frame_spectra, "SAMPLES_AT_ONCE", 1)  # frame by frame
+    monkeypatch.setattr(energies, "SAMPLES_AT_ONCE", 1)  # frame by frame
     pair = noise()
     kept = values(bss_eval(*pair, 500, 500, 64, rate=1))
-    monkeypatch.setattr(frame_spectra, "KEEP_BYTES", keep)
+    monkeypatch.setattr(energies, "KEEP_BYTES", keep)
     assert torch.equal(values(bss_eval(*pair, 500, 500, 64, rate=1)), kept)
 
 

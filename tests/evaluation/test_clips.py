@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tfswa_lab.evaluation.clips import ClipScores, bss_eval_mono, gnsdr, gsar, gsir, score_clip
+from tfswa_lab.evaluation.bsseval import ClipScores, bss_eval_mono, gnsdr, gsar, gsir, score_clip
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tfswa_lab.evaluation.bsseval import bss_eval
-from tfswa_lab.evaluation.clips import bss_eval_mono
+from tfswa_lab.evaluation.bsseval import bss_eval, bss_eval_mono
 from tfswa_lab.evaluation.frames import audible, checked_pair, checked_taps
 from tfswa_lab.evaluation.ratios import sdr, si_sdr, usdr
 

@@ -13,8 +13,10 @@ from tfswa_lab import audio
 from tfswa_lab.audio import STEMS
 from tfswa_lab.data.tracks import find_tracks
 from tfswa_lab.evaluation.estimates import FolderEstimates, ModelEstimates
-from tfswa_lab.evaluation.evaluate import evaluate, load_report
+from tfswa_lab.evaluation.evaluate import evaluate
+from tfswa_lab.evaluation.report import load_report
 from tfswa_lab.evaluation.scores import read_scores
+from tfswa_lab.evaluation.scoring import Evaluation
 from tfswa_lab.inference.separate import Segmentation
 from tfswa_lab.models.separator import build_separator
 from tfswa_lab.weights import BAND
@@ -71,7 +73,9 @@ def museval_of(data, guesses, names):
 
 def test_scores_and_files_are_those_of_museval(data, guesses, tmp_path):
     stems = ("vocals", "drums")  # two of them: museval takes its time
-    report = evaluate(FolderEstimates(guesses, stems), data, tmp_path / "out", bounds=())
+    report = evaluate(
+        FolderEstimates(guesses, stems), data, tmp_path / "out", Evaluation(bounds=())
+    )
     track = museval_of(data, guesses, stems)
     ours = report.scores["estimates"][0]
     assert ours.track == track.track_name == NAMES[0]
@@ -96,8 +100,8 @@ def test_evalstore_reads_the_files_and_aggregates_to_the_same_numbers(data, gues
     samples, rate = soundfile.read(path)
     soundfile.write(path, np.concatenate([silent, samples[50_000:]]), rate)
     out = tmp_path / "out"
-    settings = {"window": 0.5, "hop": 0.25, "bounds": ["mixture"]}
-    report = evaluate(FolderEstimates(guesses), data, out, **settings)
+    how = Evaluation(window=0.5, hop=0.25, bounds=["mixture"])
+    report = evaluate(FolderEstimates(guesses), data, out, how)
     store = museval.EvalStore()
     store.add_eval_dir(out)
     songs = store.agg_frames_scores()
@@ -121,7 +125,7 @@ def test_evalstore_reads_the_files_and_aggregates_to_the_same_numbers(data, gues
 
 
 def test_means_are_those_of_whole_songs(data, guesses, short_songs, tmp_path):
-    report = evaluate(FolderEstimates(guesses), data, tmp_path / "out", bounds=())
+    report = evaluate(FolderEstimates(guesses), data, tmp_path / "out", Evaluation(bounds=()))
     expected = []
     for name, (stems, _) in short_songs.items():
         guess, _ = soundfile.read(guesses / "test" / name / "drums.wav")
@@ -132,13 +136,15 @@ def test_means_are_those_of_whole_songs(data, guesses, short_songs, tmp_path):
 
 
 def test_a_stem_that_is_silent_throughout_is_noted_and_left_out(data, guesses, tmp_path):
-    whole = evaluate(FolderEstimates(guesses), data, tmp_path / "whole", bounds=())
+    whole = evaluate(FolderEstimates(guesses), data, tmp_path / "whole", Evaluation(bounds=()))
     folder = data / "test" / NAMES[1]
     voice, rate = soundfile.read(folder / "vocals.wav")
     mixture, _ = soundfile.read(folder / "mixture.wav")
     soundfile.write(folder / "vocals.wav", np.zeros_like(voice), rate)
     soundfile.write(folder / "mixture.wav", mixture - voice, rate)
-    report = evaluate(FolderEstimates(guesses), data, tmp_path / "out", bounds=("mixture", "irm"))
+    report = evaluate(
+        FolderEstimates(guesses), data, tmp_path / "out", Evaluation(bounds=("mixture", "irm"))
+    )
     song = report.scores["estimates"][1]
     assert all(
         math.isnan(x) for x in [*song.medians["vocals"].values(), song.whole["vocals"]["uSDR"]]
@@ -160,7 +166,7 @@ def test_a_single_stem_is_scored_with_its_accompaniment_as_museval_does(data, gu
     voice, _ = soundfile.read(folder / "vocals.wav")
     soundfile.write(folder / "accompaniment.wav", mixture - voice, rate, "FLOAT")
     estimates = FolderEstimates(guesses, ["vocals"])
-    report = evaluate(estimates, data, tmp_path / "out", bounds=("mixture", "mwf"))
+    report = evaluate(estimates, data, tmp_path / "out", Evaluation(bounds=("mixture", "mwf")))
     store = museval_of(data, guesses, ("vocals", "accompaniment"))
     assert report.stems == ("vocals", "accompaniment")
     medians = report.scores["estimates"][0].medians
@@ -183,7 +189,7 @@ def test_other_is_what_the_stems_leave_out(data, guesses, tmp_path):
         rest = [soundfile.read(folder / f"{stem}.wav")[0] for stem in ("drums", "bass", "other")]
         soundfile.write(folder / "other.wav", sum(rest), 44_100)
     estimates = FolderEstimates(guesses, ("vocals", "other"))
-    report = evaluate(estimates, data, tmp_path / "out", bounds=("irm",))
+    report = evaluate(estimates, data, tmp_path / "out", Evaluation(bounds=("irm",)))
     assert report.means()["other"] > 5
     parts = report.scores["irm"][0].settings["stems"]
     assert parts == {"vocals": ["vocals"], "other": ["drums", "bass", "other"]}
@@ -192,7 +198,9 @@ def test_other_is_what_the_stems_leave_out(data, guesses, tmp_path):
 def test_the_shipped_separator_lies_between_floor_and_ceiling(band_root, tmp_path):
     song = min((band_root / "test").iterdir())
     shutil.copytree(song, tmp_path / "band" / "test" / song.name)
-    report = evaluate(ModelEstimates(BAND), tmp_path / "band", tmp_path / "out", seconds=4)
+    report = evaluate(
+        ModelEstimates(BAND), tmp_path / "band", tmp_path / "out", Evaluation(seconds=4)
+    )
     for stem in STEMS:
         floor, score, ceiling = (report.means(x)[stem] for x in ("mixture", "estimates", "mwf"))
         assert floor + 3 < score < ceiling
@@ -226,19 +234,21 @@ def test_estimates_a_little_short_or_long_are_mended_with_a_note(data, guesses, 
     samples, _ = soundfile.read(folder / "bass.wav")
     late = np.pad(samples, ((0, 44_100), (0, 0)))
     soundfile.write(folder / "bass.wav", late, rate)
-    report = evaluate(FolderEstimates(guesses), data, tmp_path / "out", bounds=())
+    report = evaluate(FolderEstimates(guesses), data, tmp_path / "out", Evaluation(bounds=()))
     assert report.scores["estimates"][0].notes == (
         "the estimate drums.wav ends 1000 samples early: padded",
         "the estimate bass.wav is 44100 samples too long: cut",
     )
     soundfile.write(folder / "drums.wav", np.pad(drums[:-1000], ((0, 1000), (0, 0))), rate)
     soundfile.write(folder / "bass.wav", samples, rate)
-    mended = evaluate(FolderEstimates(guesses), data, tmp_path / "mended", bounds=())
+    mended = evaluate(FolderEstimates(guesses), data, tmp_path / "mended", Evaluation(bounds=()))
     assert mended.scores["estimates"][0].frames == report.scores["estimates"][0].frames
 
 
 def test_without_the_level_of_the_split(data, guesses, tmp_path):
-    evaluate(FolderEstimates(guesses / "test"), data, tmp_path / "out", bounds=(), seconds=1)
+    evaluate(
+        FolderEstimates(guesses / "test"), data, tmp_path / "out", Evaluation(bounds=(), seconds=1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +274,7 @@ def test_nan_in_an_estimate_stops_with_its_name(data, guesses, tmp_path):
         guesses / "test" / NAMES[0] / "bass.wav", np.full((LENGTH, 2), np.nan), 44_100, "FLOAT"
     )
     with pytest.raises(ValueError, match=r"Ada - One/bass\.wav contains NaN"):
-        evaluate(FolderEstimates(guesses), data, tmp_path / "out", bounds=(), seconds=1)
+        evaluate(FolderEstimates(guesses), data, tmp_path / "out", Evaluation(bounds=(), seconds=1))
 
 
 def test_what_makes_no_sense_is_refused(data, guesses, tmp_path):
@@ -275,7 +285,7 @@ def test_what_makes_no_sense_is_refused(data, guesses, tmp_path):
     with pytest.raises(FileNotFoundError, match="there are no estimates of this song"):
         evaluate(FolderEstimates(tmp_path), data, tmp_path / "out")
     with pytest.raises(ValueError, match="unknown bound 'imr'; did you mean 'irm'"):
-        evaluate(FolderEstimates(guesses), data, tmp_path / "out", bounds=("imr",))
+        evaluate(FolderEstimates(guesses), data, tmp_path / "out", Evaluation(bounds=("imr",)))
     with pytest.raises(ValueError, match="training mode"):
         ModelEstimates(build_separator(("vocals", "other"), **MINI))
     with pytest.raises(ValueError, match="unknown stem 'voice'"):

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from tfswa_lab.evaluation.scores import OURS, RATIOS, TrackScores, read_scores, write_scores
-from tfswa_lab.evaluation.scoring import Scoring
+from tfswa_lab.evaluation.scoring import Evaluation, Scoring
 from tfswa_lab.inference.separate import Segmentation
 
 NAN, INF = math.nan, math.inf
@@ -49,7 +49,7 @@ def test_numbers_that_json_lacks_are_written_and_read_back(tmp_path):
 
 
 def test_settings_of_an_estimator_never_replace_ours():
-    scoring = Scoring(Own(window=9, stems="all", version="x"), window=2.0)
+    scoring = Scoring(Own(window=9, stems="all", version="x"), Evaluation(window=2.0))
     settings = scoring.settings("estimates")
     assert settings["window"] == 2.0
     assert settings["stems"]["vocals"] == ["vocals"]
@@ -64,7 +64,7 @@ def test_settings_of_an_estimator_never_replace_ours():
 def test_durations_that_make_no_sense_are_refused(value):
     for name in ("window", "hop", "seconds"):
         with pytest.raises(ValueError, match=rf"^{name}=\S+ must be seconds, from 0"):
-            Scoring(Own(), **{name: value})
+            Evaluation(**{name: value})
     with pytest.raises(ValueError, match=r"^segment_seconds=\S+ must be seconds, from 0"):
         Segmentation(segment_seconds=value)
 

@@ -1,140 +1,159 @@
-"""What `tfswa-lab evaluate` does: options in, tables out, on the screen and as Markdown."""
+"""`tfswa-lab evaluate`: tables of the scores of a model, on the screen and as Markdown.
+
+Most options are fields of `Evaluation` or `Segmentation`; one that is not given keeps its default.
+
+Notebook: 08_evaluation
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from joblib import cpu_count
-from rich.console import Console
-from rich.table import Table as RichTable
-from tqdm import tqdm
+import typer
 
-from tfswa_lab.audio import STEMS
-from tfswa_lab.data.band import ensure_band
-from tfswa_lab.device import pick_device
-from tfswa_lab.durable import write_whole
-from tfswa_lab.evaluation.estimates import FolderEstimates, ModelEstimates
-from tfswa_lab.evaluation.evaluate import evaluate
-from tfswa_lab.evaluation.report import Report, Table
-from tfswa_lab.evaluation.scoring import Estimator
-from tfswa_lab.inference.separate import Segmentation
-from tfswa_lab.memory.gauges import host_available
-from tfswa_lab.memory.sizes import GIB
-from tfswa_lab.models.storage import load_separator
-from tfswa_lab.weights import BAND
+from tfswa_lab.cli.errors import one_line_errors
+from tfswa_lab.cli.options import given, list_of, panel, takes
 
-OF_MODEL = ("segment_seconds", "overlap", "shifts", "batch_size")  # of `ModelEstimates`
-BYTES_PER_JOB = 3 * GIB  # for a song of 3 minutes
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table as RichTable
+
+    from tfswa_lab.evaluation.report import Report, Table
+    from tfswa_lab.evaluation.scoring import Estimator, Evaluation
+
+SONGS, SCORES, MODEL, MACHINE = map(panel, ("Songs and estimates", "Scores", "Model", "Machine"))
+LESS_MEMORY = "lower --segment-seconds, --batch-size or --jobs, or close what else uses the memory"
 
 
 @dataclass(frozen=True)
-class Source:
-    """Whose estimates are to be scored: files, a model's, or those of the one that we ship.
+class EvaluateOptions:
+    """What can be typed; None stands for "not given"."""
 
-    Args:
-        model: its folder.
-        estimates: a folder of files.
-        stems: of the files; all four if None.
-        of_model: arguments of `ModelEstimates`, as far as they were given.
-
-    Raises:
-        ValueError: options of files and of a model are mixed.
-    """
-
-    model: Path | None = None
-    estimates: Path | None = None
-    stems: Sequence[str] | None = None
-    of_model: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.estimates and self.model:
-            raise ValueError("--model and --estimates: a report is of one of them, leave one out")
-        if self.estimates and self.of_model:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in self.of_model)
-            raise ValueError(f"{names}: says how a model is used; --estimates are scored as is")
-        if self.stems and not self.estimates:
-            raise ValueError("--stems says which of the --estimates to score; a model has its own")
+    model: Annotated[Path | None, SONGS(help="A folder written by save_separator.")] = None
+    estimates: Annotated[Path | None, SONGS(help="Or of files, SPLIT/SONG/STEM.wav.")] = None
+    stems: Annotated[tuple | None, SONGS(help="Of the estimates.", **list_of(str))] = None
+    data_root: Annotated[Path | None, SONGS(help="Shaped as MUSDB18; the band if absent.")] = None
+    split: Annotated[str, SONGS(help="train, valid or test.")] = "test"
+    output_dir: Annotated[
+        Path | None, SCORES(help="evaluations/PARENT/NAME of the model or estimates if absent.")
+    ] = None
+    overwrite: Annotated[bool, SCORES(help="Remove the scores there and begin anew.")] = False
+    window: Annotated[float | None, SCORES(help="Seconds of a frame; 1 if absent.")] = None
+    hop: Annotated[float | None, SCORES(help="From frame to frame; 1 if absent.")] = None
+    seconds: Annotated[float | None, SCORES(help="Only the beginning of songs.")] = None
+    bounds: Annotated[bool, SCORES(help="Score floor and ceilings as well.")] = True
+    bounds_dir: Annotated[Path | None, SCORES(help="Theirs; several models can share it.")] = None
+    segment_seconds: Annotated[float | None, MODEL(help="It sees at once; 6 if absent.")] = None
+    overlap: Annotated[float | None, MODEL(help="Of segments; 0.25 if absent.")] = None
+    shifts: Annotated[int | None, MODEL(help="Average so many estimates; 1 if absent.")] = None
+    batch_size: Annotated[int | None, MODEL(help="Segments at once; 1 if absent.")] = None
+    jobs: Annotated[int | None, MACHINE(help="Songs side by side; 3 GiB each.")] = None
+    device: Annotated[str, MACHINE(help="cpu, cuda, or auto.")] = "auto"
 
     @property
-    def folder(self) -> Path:
-        """Where it lies."""
+    def source(self) -> Path:
+        """The folder of the model or of the estimates."""
+        from tfswa_lab.weights import BAND
+
         return (self.estimates or self.model or BAND).expanduser().resolve()
 
     def estimator(self, device: torch.device) -> Estimator:
-        """What `evaluate` takes, a model on this device.
+        """Who makes or finds the estimates; a model on this device.
 
         Raises:
-            OSError: it is not there.
-            ValueError: it is broken, or a number is out of range.
+            OSError: the model or the estimates are not there.
+            ValueError: options of files and of a model are mixed, or a number is out of range.
         """
+        from tfswa_lab.audio import STEMS
+        from tfswa_lab.evaluation.estimates import FolderEstimates, ModelEstimates
+        from tfswa_lab.inference.separate import Segmentation
+        from tfswa_lab.models.storage import load_separator
+
+        of_model = given(self, Segmentation)
+        if self.estimates and self.model:
+            raise ValueError("--model and --estimates: a report is of one of them, leave one out")
+        if self.estimates and of_model:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in of_model)
+            raise ValueError(f"{names}: says how a model is used; --estimates are scored as is")
+        if self.stems and not self.estimates:
+            raise ValueError("--stems says which of the --estimates to score; a model has its own")
         if self.estimates:
-            return FolderEstimates(self.folder, self.stems or STEMS)
-        return ModelEstimates(load_separator(self.folder).to(device), Segmentation(**self.of_model))
+            return FolderEstimates(self.source, self.stems or STEMS)
+        segmentation = Segmentation(**of_model)
+        return ModelEstimates(load_separator(self.source).to(device), segmentation)
+
+    def evaluation(self, device: torch.device) -> Evaluation:
+        """How they are evaluated.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        from tfswa_lab.evaluation.scoring import BOUNDS, Evaluation
+
+        bounds = tuple(BOUNDS) if self.bounds else ()
+        how = Evaluation(**given(self, Evaluation) | {"device": device, "bounds": bounds})
+        return how if how.jobs else replace(how, jobs=default_jobs(device))
 
 
-def run_evaluation(
-    source: Source,
-    data_root: Path | None = None,
-    output_dir: Path | None = None,
-    split: str = "test",
-    jobs: int | None = None,
-    device: str = "auto",
-    **settings,
-) -> tuple[Report, Path]:
-    """Evaluate, print the tables, and write them to `OUTPUT_DIR/SPLIT.md`.
+@takes(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> None:
+    """Score a model, or estimates in files; with no option at all, what ships with the package.
 
-    Args:
-        source: of the estimates.
-        data_root: the embedded band if None.
-        output_dir: `default_output` if None.
-        split: train, valid or test.
-        jobs: `default_jobs` if None.
-        device: cpu, cuda or auto.
-        settings: other arguments of `evaluate`.
-
-    Returns:
-        The report, and the file that it was written to.
-
-    Raises:
-        OSError: something is missing, or cannot be written.
-        ValueError: something is broken, or does not fit.
+    Run again after a kill, it goes on where it stopped; leave out --overwrite then. museval's
+    EvalStore reads the scores.
     """
-    place = pick_device(device)
-    jobs = default_jobs(place) if jobs is None else jobs
-    data_root = data_root or ensure_band()
-    output_dir = output_dir or default_output(source.folder)
-    settings |= {"split": split, "jobs": jobs, "device": place, "progress": tqdm}
-    report = evaluate(source.estimator(place), data_root, output_dir, **settings)
-    whose = "estimates of" if source.estimates else "model"
-    origin = {whose: str(source.folder), "songs of": f"{data_root}, {split}"}
-    report = replace(report, origin=origin)
-    text = output_dir / f"{split}.md"
-    write_whole({text: [report.to_markdown().encode()]})
-    show(report)
-    return report, text
+    # Imported here: `tfswa-lab --help` should not wait for torch.
+    from tqdm import tqdm
+
+    from tfswa_lab import evaluation
+    from tfswa_lab.data.band import ensure_band
+    from tfswa_lab.device import pick_device
+    from tfswa_lab.durable import write_whole
+    from tfswa_lab.teaching.score_plot import write_picture
+
+    output = options.output_dir or default_output(options.source)
+    tables, picture = (output / f"{options.split}{ending}" for ending in (".md", ".png"))
+    with one_line_errors(LESS_MEMORY):
+        device = pick_device(options.device)
+        estimator, how = options.estimator(device), options.evaluation(device)
+        data_root = options.data_root or ensure_band()
+        report = evaluation.evaluate(estimator, data_root, output, how, tqdm)
+        of = "estimates of" if options.estimates else "model"
+        origin = {of: str(options.source), "songs of": f"{data_root}, {options.split}"}
+        report = replace(report, origin=origin)
+        write_whole({tables: [report.to_markdown().encode()]})
+        show(report)
+        write_picture(report, picture)
+    typer.echo(f"the tables: {tables}\na picture:  {picture}")
 
 
-def default_output(folder: Path) -> Path:
-    """Named after a model or estimates, and what they lie in: many runs have a model `best`.
+def default_output(source: Path) -> Path:
+    """Named after a model or estimates and their parent folder: many runs have a model `best`.
 
     >>> default_output(Path("/somewhere/runs/tiny/best")).as_posix()
     'evaluations/tiny/best'
     """
-    return Path("evaluations", folder.parent.name, folder.name)
+    return Path("evaluations", source.parent.name, source.name)
 
 
 def default_jobs(device: torch.device) -> int:
-    """As many as there are cores and memory for; one for a card."""
+    """As many as there are cores and memory for; one for a GPU."""
+    from joblib import cpu_count
+
+    from tfswa_lab.memory.gauges import host_available
+    from tfswa_lab.memory.sizes import GIB
+
     if device.type == "cuda":
         return 1
-    return max(1, min(cpu_count(), host_available() // BYTES_PER_JOB))
+    return max(1, min(cpu_count(), host_available() // (3 * GIB)))  # for a song of 3 minutes
 
 
 def show(report: Report) -> None:
     """Print what was scored, tables and notes."""
+    from rich.console import Console
+
     console = Console()
     for name, fact in report.facts().items():
         console.print(f"{name}: {fact}", markup=False)
@@ -145,6 +164,8 @@ def show(report: Report) -> None:
 
 
 def _drawn(table: Table) -> RichTable:
+    from rich.table import Table as RichTable
+
     drawn = RichTable(title=table.title, title_justify="left")
     for number, column in enumerate(table.columns):
         drawn.add_column(column, justify="right" if number else "left", overflow="fold")

@@ -5,17 +5,16 @@ Notebook: 03_tfswa_unet
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tfswa_lab.cli.errors import one_line_errors
-from tfswa_lab.cli.options import list_of
+from tfswa_lab.cli.evaluate import evaluate
 from tfswa_lab.cli.train import train
 
-SHORTER = "shorten the segments (--segment-seconds), or close what else uses the memory"
+LESS_MEMORY = "lower --segment-seconds, or close what else uses the memory"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -54,7 +53,7 @@ def separate(
     from tfswa_lab.inference.separate import Segmentation
     from tfswa_lab.models.storage import load_separator
 
-    with one_line_errors(SHORTER, bad_input=2):
+    with one_line_errors(LESS_MEMORY, bad_input=2):
         separator = load_separator(model).to(pick_device(device))
         segmentation = Segmentation(segment_seconds, overlap, shifts, batch_size)
         files, gain = separate_file(separator, song, out, segmentation, tqdm, as_float)
@@ -65,59 +64,7 @@ def separate(
 
 
 app.command()(train)
-
-SONGS, SCORES, MODEL, WORK = (
-    partial(typer.Option, rich_help_panel=panel, show_default=False)
-    for panel in ("Songs and estimates", "Scores", "Model", "Machine")
-)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path | None, SONGS(help="A folder written by save_separator.")] = None,
-    estimates: Annotated[Path | None, SONGS(help="Or of files, SPLIT/SONG/STEM.wav.")] = None,
-    stems: Annotated[tuple | None, SONGS(help="Of the estimates.", **list_of(str))] = None,
-    data_root: Annotated[Path | None, SONGS(help="Shaped as MUSDB18; the band if absent.")] = None,
-    split: Annotated[str, SONGS(help="train, valid or test.")] = "test",
-    output_dir: Annotated[
-        Path | None, SCORES(help="evaluations/PARENT/NAME of the model or estimates if absent.")
-    ] = None,
-    overwrite: Annotated[bool, SCORES(help="Remove the scores there and begin anew.")] = False,
-    window: Annotated[float | None, SCORES(help="Seconds of a frame; 1 if absent.")] = None,
-    hop: Annotated[float | None, SCORES(help="From frame to frame; 1 if absent.")] = None,
-    seconds: Annotated[float | None, SCORES(help="Only the beginning of songs.")] = None,
-    bounds: Annotated[bool, SCORES(help="Score floor and ceilings as well.")] = True,
-    bounds_dir: Annotated[Path | None, SCORES(help="Theirs; several models can share it.")] = None,
-    segment_seconds: Annotated[float | None, MODEL(help="It sees at once; 6 if absent.")] = None,
-    overlap: Annotated[float | None, MODEL(help="Of segments; 0.25 if absent.")] = None,
-    shifts: Annotated[int | None, MODEL(help="Average so many estimates; 1 if absent.")] = None,
-    batch_size: Annotated[int | None, MODEL(help="Segments at once; 1 if absent.")] = None,
-    jobs: Annotated[int | None, WORK(help="Songs side by side; 3 GiB each.")] = None,
-    device: Annotated[str, WORK(help="cpu, cuda, or auto.")] = "auto",
-) -> None:
-    """Score a model, or estimates in files; with no option at all, what ships with the package.
-
-    Run again after a kill, it goes on where it stopped; leave out --overwrite then. museval's
-    EvalStore reads the scores.
-    """
-    run_evaluate({name: value for name, value in locals().items() if value is not None})
-
-
-def run_evaluate(options: dict) -> None:
-    """Score, with `evaluate`'s own defaults for what was not given, and draw the scores."""
-    from tfswa_lab.cli.evaluate import OF_MODEL, Source, run_evaluation
-    from tfswa_lab.evaluation.oracles import BOUNDS
-    from tfswa_lab.teaching.score_plot import write_picture
-
-    options["bounds"] = tuple(BOUNDS) if options["bounds"] else ()
-    of_model = {name: options.pop(name) for name in OF_MODEL if name in options}
-    files = {name: options.pop(name, None) for name in ("model", "estimates", "stems")}
-    with one_line_errors(f"{SHORTER}, or score fewer songs at once (--jobs)"):
-        report, text = run_evaluation(Source(**files, of_model=of_model), **options)
-        picture = text.with_suffix(".png")
-        write_picture(report, picture)
-    typer.echo(f"the tables: {text}\na picture:  {picture}")
-
+app.command()(evaluate)
 
 if __name__ == "__main__":
     app()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial, wraps
 from typing import Any
 
@@ -51,6 +52,8 @@ def takes(options: type) -> Callable[[Callable[[Any], None]], Callable[..., None
     return command_of
 
 
-def given(options: Any) -> dict[str, Any]:
-    """The fields of a dataclass of options that were given, by name."""
-    return {name: value for name, value in vars(options).items() if value is not None}
+def given(options: Any, of: type | None = None) -> dict[str, Any]:
+    """The options that were given, by name; of another dataclass's fields if one is named."""
+    names = [field.name for field in fields(of or options)]
+    values = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -9,12 +9,14 @@ error falls into three parts: *spatial*, what a filter of the reference itself e
     SIR = (s + spatial)² / interference²
     SAR = (s + spatial + interference)² / artifacts²
 
-These are the values of `museval.metrics.bss_eval`. Here the filters are fitted to the errors, so
-that nothing cancels; each frame is transformed once and its energies are summed over bins; and the
-equations are solved by their structure, in `block_toeplitz`.
+`bss_eval` gives the values of `museval.metrics.bss_eval`. Here the filters are fitted to the
+errors, so that nothing cancels; each frame is transformed once and its energies are summed over
+bins, in `energies`; and the equations are solved by their structure, in `block_toeplitz`.
 
-Axis letters: `n` stems, `c` channels, `s` samples, `m` frames, `l` taps, `f` bins, `p` = n · c
-channels of all references.
+`bss_eval_mono` gives SDR, SIR and SAR of a whole mono clip, and `gnsdr`, `gsir` and `gsar` their
+means over clips: the numbers that papers report for MIR-1K.
+
+Axis letters: `n` stems or sources, `c` channels, `s` samples, `m` frames.
 
 Source: Vincent, Gribonval & Févotte, "Performance measurement in blind audio source separation",
 IEEE TASLP 14, 2006; Vincent et al., "The signal separation evaluation campaign (2007–2010)", Signal
@@ -27,30 +29,27 @@ Notebook: 08_evaluation
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from statistics import median
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tfswa_lab.evaluation.block_toeplitz import solve
-from tfswa_lab.evaluation.energies import energies, energies_of_long
-from tfswa_lab.evaluation.frame_spectra import FrameSpectra, correlations_across
+from tfswa_lab.audio import decibels
+from tfswa_lab.evaluation.energies import energies_of_track
 from tfswa_lab.evaluation.frames import (
-    Stretch,
+    Span,
     audible,
     checked_pair,
     checked_taps,
-    chosen,
     frames_in_seconds,
+    select_stems,
     silent_frames,
 )
-from tfswa_lab.evaluation.threads import compute_threads
 
 MODES = ("v4", "v3")
-TILE = 44_100  # samples, for the correlations of a track that its frames do not tile
-LONGEST = 8 * TILE  # samples of a frame that is transformed in one piece
 
 
 @dataclass(frozen=True)
@@ -79,19 +78,19 @@ class BSSEval:
         """`{"SDR": (n,), …}`: medians over the frames that have a value, as museval takes them."""
         named = {"SDR": self.sdr, "ISR": self.isr, "SIR": self.sir, "SAR": self.sar}
         return {
-            name: ratio.new_tensor([median_of(frames) for frames in ratio.tolist()])
+            name: ratio.new_tensor([ignoring_nan(np.nanmedian, stem) for stem in ratio.tolist()])
             for name, ratio in named.items()
         }
 
 
-def median_of(values: list[float]) -> float:
-    """The median of those that are numbers, NaN if none is.
+def ignoring_nan(statistic: Callable[[Sequence[float]], float], values: Sequence[float]) -> float:
+    """numpy's `nanmedian`, `nanmean` or `nanmax`; NaN, without a warning, where all values are.
 
-    >>> median_of([1.0, math.nan, 4.0])
+    >>> ignoring_nan(np.nanmedian, [1.0, math.nan, 4.0])
     2.5
     """
-    numbers = [value for value in values if not math.isnan(value)]
-    return median(numbers) if numbers else math.nan
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        return float(statistic(values))
 
 
 def bss_eval(
@@ -136,9 +135,9 @@ def bss_eval(
     ratios = references.new_full((4, len(references), len(frames)), torch.nan, dtype=torch.float64)
     sounding, scored, notes = audible(references, estimates)
     if scored:
-        pair = chosen(references, sounding), chosen(estimates, sounding)
+        silent = silent_frames(references, estimates, scored, frames)
+        pair = select_stems(references, sounding), select_stems(estimates, sounding)
         energies, loading = _decompose(*pair, frames, taps, mode)
-        silent = silent_frames(chosen(references, scored), chosen(estimates, scored), frames)
         ratios[:, sounding] = _ratios(energies).masked_fill(silent, torch.nan)
         notes += _note_of_loading(loading, *pair[0].shape, taps)
     ratios[:, [stem for stem in range(len(references)) if stem not in scored]] = torch.nan
@@ -146,7 +145,7 @@ def bss_eval(
 
 
 def _decompose(
-    references: Tensor, estimates: Tensor, frames: list[Stretch], taps: int, mode: str
+    references: Tensor, estimates: Tensor, frames: list[Span], taps: int, mode: str
 ) -> tuple[Tensor, float]:
     """Energies `(7, n, m)` as `energies_of_track` has them, and the loading of the equations."""
     if mode == "v4":
@@ -159,77 +158,11 @@ def _decompose(
     return torch.cat(energies, -1), max(loadings)
 
 
-def energies_of_track(
-    references: Tensor, estimates: Tensor, frames: list[Stretch], taps: int
-) -> tuple[Tensor, float]:
-    """What the ratios are made of, with filters fitted to the whole track.
-
-    Args:
-        references: `(n, c, s)`.
-        estimates: `(n, c, s)`.
-        frames: as `frames_of` has them.
-        taps: of the filters.
-
-    Returns:
-        Energies `(7, n, m)` of s, the error, its three parts, s + spatial, and s + spatial +
-        interference; and the loading that the equations needed, 0 for none.
-    """
-    tiles = _tiles(references.shape[-1], frames[0][1], taps)
-    spectra = FrameSpectra(references, estimates, tiles, taps)
-    correlations = spectra.correlations(taps)
-    if len(tiles) > 1:
-        borders = [start for start, _ in tiles[1:]]
-        correlations += correlations_across(references, estimates, borders, taps)
-    *filters, loading = _filters(correlations, *references.shape[:2])
-    if frames[0][1] > LONGEST:
-        del spectra
-        long = [energies_of_long(references, estimates, frame, filters) for frame in frames]
-        return torch.cat(long, -1), loading
-    if tiles[: len(frames)] != frames:
-        spectra = FrameSpectra(references, estimates, frames, taps)
-    return energies(spectra, filters, len(references))[..., : len(frames)], loading
-
-
-def _tiles(samples: int, frame: int, taps: int) -> list[Stretch]:
-    """Stretches side by side, frames if possible: then these need not be transformed again."""
-    step = frame if taps <= frame <= LONGEST else max(TILE, taps)
-    return [(start, min(start + step, samples)) for start in range(0, samples, step)]
-
-
-def _filters(correlations: Tensor, stems: int, channels: int) -> tuple[Tensor, Tensor, float]:
-    """Filters `(l, p, p)` to the errors from all references and from the own ones, and loading.
-
-    The recursion is thousands of small steps, whose launches alone take a GPU longer than the CPU
-    needs for all of it: the few MiB of correlations are solved on the CPU, wherever the songs are.
-    """
-    device = correlations.device
-    blocks, sides = correlations[None].cpu().chunk(2, -1)
-    own_blocks, own_sides = (_own(x[0], stems, channels) for x in (blocks, sides))
-    with compute_threads(1):  # steps are so small that threads would wait for each other
-        of_all, loading = solve(blocks, sides)
-        of_own, own_loadings = solve(own_blocks.movedim(-1, 0), own_sides.movedim(-1, 0))
-    apart = torch.zeros_like(of_all[0])
-    _own(apart, stems, channels).copy_(of_own.movedim(0, -1))
-    loading = max(loading.item(), own_loadings.max().item())
-    return of_all[0].to(device), apart.to(device), loading
-
-
-def _own(matrices: Tensor, stems: int, channels: int) -> Tensor:
-    """The blocks `(l, c, c, n)` of `(l, p, p)` in which a stem meets itself."""
-    apart = matrices.unflatten(2, (stems, channels)).unflatten(1, (stems, channels))
-    return apart.diagonal(0, 1, 3)
-
-
 def _ratios(energies: Tensor) -> Tensor:
     """SDR, ISR, SIR and SAR in dB `(4, n, m)` from energies `(7, n, m)`."""
     s, error, spatial, interference, artifacts, filtered, explained = energies
     pairs = ((s, error), (s, spatial), (filtered, interference), (explained, artifacts))
     return torch.stack([decibels(signal, noise) for signal, noise in pairs])
-
-
-def decibels(signal: Tensor, noise: Tensor) -> Tensor:
-    """The ratio of two energies in dB, infinite where there is no noise."""
-    return (10 * (signal / noise).log10()).masked_fill(noise == 0, torch.inf)
 
 
 def _note_of_loading(
@@ -242,3 +175,123 @@ def _note_of_loading(
     else:
         reason = "the channels of the references repeat one another (a mono stem?)"
     return (f"{reason}: solved with {loading:.0e} of their power added",)
+
+
+@dataclass(frozen=True)
+class ClipScores:
+    """BSSEval v3 of the sources of one mono clip, `(n,)` each, in dB, float64.
+
+    Args:
+        sdr: signal to distortion; what a filter of the source can explain is no distortion.
+        sir: signal to interference.
+        sar: signal to artifacts.
+        seconds: how long the clip is.
+        floor: SDR of the mixture taken for each source; `score_clip` knows it.
+    """
+
+    sdr: Tensor
+    sir: Tensor
+    sar: Tensor
+    seconds: float
+    floor: Tensor | None = None
+
+
+def bss_eval_mono(
+    references: Tensor | np.ndarray,
+    estimates: Tensor | np.ndarray,
+    filter_length: int = 512,
+    rate: int = 16_000,
+) -> ClipScores:
+    """SDR, SIR and SAR of a whole mono clip.
+
+    The values of `bss_eval_sources` of BSS Eval v3 and of mir_eval, without its permutations.
+
+    Args:
+        references: the true sources `(n, s)`.
+        estimates: of the same shape, in the same order.
+        filter_length: taps of the distortion filters.
+        rate: samples per second.
+
+    Raises:
+        ValueError: the shapes differ or are not of this form, samples are no finite floats, a
+            source is silent, or a number makes no sense.
+
+    Source: Vincent, Gribonval & Févotte, "Performance measurement in blind audio source
+    separation", IEEE TASLP 14, 2006.
+    """
+    references, estimates = checked_pair(references, estimates)
+    taps = checked_taps(filter_length)
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate={rate} Hz makes no sense; clips are weighted by their seconds")
+    if references.shape[1] != 1:
+        raise ValueError(f"{tuple(references.shape)} is not mono, (sources, samples); mix it down")
+    for name, sources in (("references", references), ("estimates", estimates)):
+        if not sources.any(-1).all():
+            raise ValueError(f"one of the {name} is silent, which has no ratio; leave its clip out")
+    samples = references.shape[-1]
+    energies, _ = energies_of_track(references, estimates, [(0, samples)], taps)
+    _, _, _, interference, artifacts, filtered, explained = energies[..., 0]
+    return ClipScores(
+        # Artifacts are orthogonal to all that filters make of the sources: the energies add up.
+        decibels(filtered, interference + artifacts),
+        decibels(filtered, interference),
+        decibels(explained, artifacts),
+        samples / rate,
+    )
+
+
+def score_clip(
+    references: Tensor | np.ndarray, estimates: Tensor | np.ndarray, rate: int = 16_000
+) -> ClipScores:
+    """The same, with the mixture, the sum of the sources, as the floor.
+
+    Raises:
+        ValueError: as `bss_eval_mono`.
+    """
+    references, estimates = checked_pair(references, estimates)
+    mixture = references.sum(0).expand_as(references)
+    scores = bss_eval_mono(references, estimates, rate=rate)
+    return replace(scores, floor=bss_eval_mono(references, mixture, rate=rate).sdr)
+
+
+def gnsdr(clips: Sequence[ClipScores]) -> Tensor:
+    """Global normalised SDR `(n,)`: the mean gain over the mixture, weighted by length.
+
+    A clip without a score, NaN, leaves its source without a mean: whoever reports the mean decides
+    which clips are left out.
+
+    Raises:
+        ValueError: there are no clips, or one has no floor.
+
+    Source: Hsu & Jang, "On the improvement of singing voice separation for monaural recordings
+    using the MIR-1K dataset", IEEE TASLP 18, 2010.
+    """
+    for number, clip in enumerate(clips):
+        if clip.floor is None:
+            raise ValueError(f"clips[{number}] has no floor to gain over; score it by score_clip")
+    return _weighted_mean(clips, [clip.sdr - clip.floor for clip in clips])
+
+
+def gsir(clips: Sequence[ClipScores]) -> Tensor:
+    """Global SIR `(n,)`: the mean, weighted by length.
+
+    Raises:
+        ValueError: there are no clips.
+    """
+    return _weighted_mean(clips, [clip.sir for clip in clips])
+
+
+def gsar(clips: Sequence[ClipScores]) -> Tensor:
+    """Global SAR `(n,)`: the mean, weighted by length.
+
+    Raises:
+        ValueError: there are no clips.
+    """
+    return _weighted_mean(clips, [clip.sar for clip in clips])
+
+
+def _weighted_mean(clips: Sequence[ClipScores], values: list[Tensor]) -> Tensor:
+    if not values:
+        raise ValueError("there are no clips to take the mean of")
+    seconds = values[0].new_tensor([clip.seconds for clip in clips])
+    return (torch.stack(values, 1) * seconds).sum(1) / seconds.sum()

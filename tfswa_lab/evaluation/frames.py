@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Stretch = tuple[int, int]  # first sample, and the one after the last
+Span = tuple[int, int]  # first sample, and the one after the last
 
 QUIETEST, LOUDEST = 1e-100, 1e100  # peaks: energies of whole songs must stay numbers
 
@@ -103,7 +103,7 @@ def checked_taps(filter_length: int) -> int:
     return taps
 
 
-def frames_in_seconds(samples: int, window: float, hop: float, rate: float) -> list[Stretch]:
+def frames_in_seconds(samples: int, window: float, hop: float, rate: float) -> list[Span]:
     """Frames of some samples, for a window and a hop in seconds.
 
     Raises:
@@ -128,7 +128,7 @@ def _in_samples(seconds: float, rate: float) -> float:
     return whole if math.isclose(samples, whole, rel_tol=1e-12) else samples
 
 
-def frames_of(samples: int, window: float, hop: float) -> list[Stretch]:
+def frames_of(samples: int, window: float, hop: float) -> list[Span]:
     """Where frames begin and end; all that are whole, or one that is all there is.
 
     >>> frames_of(10, 4, 3)
@@ -169,14 +169,16 @@ def _manner(silent: Tensor) -> str:
     return "is silent throughout"
 
 
-def chosen(stems: Tensor, which: list[int]) -> Tensor:
+def select_stems(stems: Tensor, which: list[int]) -> Tensor:
     """Some of the stems; all of them are not copied."""
     return stems if len(which) == len(stems) else stems[which]
 
 
-def silent_frames(references: Tensor, estimates: Tensor, frames: list[Stretch]) -> Tensor:
-    """In which frames `(m,)` any reference or estimate `(n, c, s)` is silent."""
-    both = [*references, *estimates]
+def silent_frames(
+    references: Tensor, estimates: Tensor, stems: list[int], frames: list[Span]
+) -> Tensor:
+    """In which frames `(m,)` the reference or the estimate of any of these stems is silent."""
+    both = [x[stem] for stem in stems for x in (references, estimates)]
     silent = [any(_is_silent(stem[:, start:stop]) for stem in both) for start, stop in frames]
     return torch.tensor(silent, device=references.device)
 

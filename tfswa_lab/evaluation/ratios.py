@@ -2,7 +2,7 @@
 
 Four numbers go by the name of SDR. `sdr` is BSSEval v4's (also SNR, framewise); `usdr` is that of
 the whole track (the Music Demixing Challenge's); `si_sdr` leaves the gain out; and BSSEval's
-`clips.bss_eval_mono` leaves out whatever a filter of 512 taps can do.
+`bsseval.bss_eval_mono` leaves out whatever a filter of 512 taps can do.
 
 Axis letters: `n` stems, `c` channels, `s` samples, `m` frames.
 
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfswa_lab.evaluation.bsseval import decibels
+from tfswa_lab.audio import decibels
 from tfswa_lab.evaluation.frames import (
     audible,
     checked_pair,
-    chosen,
     frames_in_seconds,
+    select_stems,
     silent_frames,
 )
 
@@ -57,9 +57,9 @@ def sdr(
     _, scored, _ = audible(references, estimates)
     ratios = references.new_full((len(references), len(frames)), torch.nan, dtype=torch.float64)
     if scored:
-        pair = chosen(references, scored), chosen(estimates, scored)
+        silent = silent_frames(references, estimates, scored, frames)
+        pair = select_stems(references, scored), select_stems(estimates, scored)
         by_frame = [_ratio(*(x[..., start:stop] for x in pair)) for start, stop in frames]
-        silent = silent_frames(*pair, frames)
         ratios[scored] = torch.stack(by_frame, 1).masked_fill(silent, torch.nan)
     return ratios
 

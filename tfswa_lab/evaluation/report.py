@@ -1,4 +1,4 @@
-"""What a set of scores comes to: SiSEC's medians and the Music Demixing Challenge's means.
+"""The report of an evaluation: SiSEC's medians and the Music Demixing Challenge's means.
 
 The two are different numbers of different definitions and never share a table.
 
@@ -8,11 +8,24 @@ Notebook: 08_evaluation
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from tfswa_lab.evaluation.bsseval import median_of
-from tfswa_lab.evaluation.scores import RATIOS, Ratios, TrackScores, shortened
+import numpy as np
+
+from tfswa_lab.evaluation.bsseval import ignoring_nan
+from tfswa_lab.evaluation.oracles import BOUNDS
+from tfswa_lab.evaluation.scores import (
+    ESTIMATES,
+    RATIOS,
+    Folders,
+    Ratios,
+    TrackScores,
+    difference,
+    read_scores,
+    shortened,
+)
 
 PERFECT = 100  # dB; there is no error but that of rounding
 # What is scored: its name in tables.
@@ -73,7 +86,10 @@ class Report:
         """SiSEC: stem → ratio → the median over songs of the median over frames, in dB."""
         songs = [track.medians for track in self.scores[method]]
         return {
-            stem: {ratio: median_of([song[stem][ratio] for song in songs]) for ratio in RATIOS}
+            stem: {
+                ratio: ignoring_nan(np.nanmedian, [song[stem][ratio] for song in songs])
+                for ratio in RATIOS
+            }
             for stem in self.stems
         }
 
@@ -85,7 +101,10 @@ class Report:
             ratio: "uSDR" or "SI-SDR".
         """
         songs = [track.whole for track in self.scores[method]]
-        return {stem: mean_of([song[stem][ratio] for song in songs]) for stem in self.stems}
+        return {
+            stem: ignoring_nan(np.nanmean, [song[stem][ratio] for song in songs])
+            for stem in self.stems
+        }
 
     def facts(self) -> dict[str, str]:
         """What was scored, and how, in words."""
@@ -135,7 +154,7 @@ class Report:
         means = {method: self.means(method) for method in self.methods}
         rows = [(stem, *(show(means[method][stem]) for method in means)) for stem in self.stems]
         if len(self.stems) > 1:
-            total = (mean_of(list(means[method].values())) for method in means)
+            total = (ignoring_nan(np.nanmean, list(means[method].values())) for method in means)
             rows.append(("mean of stems", *map(show, total)))
         columns = ("stem", *(NAMES[method] for method in means))
         return Table("Mean over songs of uSDR (Music Demixing), in dB", columns, tuple(rows))
@@ -180,7 +199,7 @@ def _between(
     score: Callable[[TrackScores, str], float],
 ) -> str:
     """A score and, in brackets, the highest of each of these bounds."""
-    highest = [highest_of([score(bound, stem) for bound in bounds]) for bounds in ends]
+    highest = [ignoring_nan(np.nanmax, [score(bound, stem) for bound in bounds]) for bounds in ends]
     return show(score(song, stem)) + (f" ({' … '.join(map(show, highest))})" if ends else "")
 
 
@@ -194,25 +213,6 @@ def whole_sdr(song: TrackScores, stem: str) -> float:
     return song.whole[stem]["uSDR"]
 
 
-def mean_of(values: Sequence[float]) -> float:
-    """The mean of those that are numbers.
-
-    >>> mean_of([1.0, math.nan, 4.0])
-    2.5
-    """
-    numbers = [value for value in values if not math.isnan(value)]
-    return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-def highest_of(values: Sequence[float]) -> float:
-    """The highest of those that are numbers, NaN if none is.
-
-    >>> highest_of([1.0, math.nan, 4.0])
-    4.0
-    """
-    return max((value for value in values if not math.isnan(value)), default=math.nan)
-
-
 def show(value: float) -> str:
     """Two decimals, a dash for none, and what is but rounding as such.
 
@@ -222,3 +222,67 @@ def show(value: float) -> str:
     if value > PERFECT:
         return f">{PERFECT}"
     return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def load_report(
+    output_dir: str | Path, split: str = "test", bounds_dir: str | Path | None = None
+) -> Report:
+    """Read what `evaluate` wrote, with the bounds that are there for all songs.
+
+    Of an evaluation that was killed it has the songs that are finished, and its notes say so.
+
+    Raises:
+        FileNotFoundError: there are no scores.
+        ValueError: a file is not of ours, or broken, or of other settings than another.
+    """
+    folders = Folders.of(output_dir, bounds_dir, split)
+    names = [path.stem for path in folders.scored()]
+    if not names:
+        raise FileNotFoundError(
+            f"{folders.output / split} holds no scores; evaluate something first"
+        )
+    gaps = ()
+    if set(wanted := folders.read_songs()) - set(names):
+        gaps = (f"{len(names)} of {len(wanted)} songs are scored: evaluate again for the rest",)
+    there = []
+    for bound in BOUNDS:
+        count = sum(folders.path(bound, name).is_file() for name in names)
+        if count == len(names):
+            there.append(bound)
+        elif count:
+            gaps += (f"{NAMES[bound]}: left out, scored for {count} of {len(names)} songs",)
+    return read_report(folders, names, there, gaps)
+
+
+def read_report(
+    folders: Folders, tracks: Iterable[str], bounds: Iterable[str], gaps: tuple[str, ...] = ()
+) -> Report:
+    """Read the scores of these songs.
+
+    Raises:
+        FileNotFoundError: they are not all there.
+        ValueError: a file is broken, or of other settings, stems or files than another.
+    """
+    scores = {
+        method: [read_scores(folders.path(method, name)) for name in sorted(tracks)]
+        for method in (ESTIMATES, *bounds)
+    }
+    _check_alike(folders, scores)
+    return Report(scores, gaps)
+
+
+def _check_alike(folders: Folders, scores: dict[str, list[TrackScores]]) -> None:
+    first, *others = scores[ESTIMATES]
+    for song in others:
+        if differs := difference(first.settings, song.settings):
+            raise ValueError(
+                f"{folders.path(ESTIMATES, song.track)} was scored otherwise than "
+                f"{first.track}: {differs}; evaluate again, and overwrite"
+            )
+    for method in scores.keys() - {ESTIMATES}:
+        for own, other in zip(scores[ESTIMATES], scores[method], strict=True):
+            if not own.comparable(other):
+                raise ValueError(
+                    f"{folders.path(method, own.track)} is of other frames, stems or audio than "
+                    "the estimates; evaluate them again, with another bounds_dir"
+                )

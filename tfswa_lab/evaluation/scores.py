@@ -1,11 +1,12 @@
-"""The scores of a song as a file: museval's JSON, and under a key of our own what museval lacks.
+"""The scores of songs, and the files that hold them, so that nothing is scored twice.
 
-    FOLDER/SPLIT/TRACK.json
+    OUTPUT/SPLIT/TRACK.json                 scores of the estimates
+    OUTPUT/SPLIT.songs.txt                  names of all songs that are to be scored
+    OUTPUT/bounds/BOUND/SPLIT/TRACK.json    of the floor (mixture) and the ceilings (irm, mwf)
 
-`museval.EvalStore().add_eval_dir(FOLDER)` reads those of the test split. A frame without a value
-is NaN, as museval writes it, though strict JSON has no such number; our own key is strict.
-
-Axis letters: `n` stems, `m` frames.
+A song's file is museval's JSON, and under a key of our own what museval lacks:
+`museval.EvalStore().add_eval_dir(OUTPUT)` reads those of the test split. A frame without a value is
+NaN, as museval writes it, though strict JSON has no such number; our own key is strict.
 
 Notebook: 08_evaluation
 """
@@ -14,18 +15,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
+from filelock import FileLock
 
 from tfswa_lab.durable import write_whole
-from tfswa_lab.evaluation.bsseval import BSSEval, median_of
+from tfswa_lab.evaluation.bsseval import ignoring_nan
 
+ESTIMATES = "estimates"  # beside "mixture", "irm" and "mwf", what can be scored
 RATIOS = ("SDR", "ISR", "SIR", "SAR")
 OURS = "tfswa_lab"  # the key
-DECIMALS = 5  # museval's
 
 Ratios = dict[str, dict[str, float]]  # stem → name of a ratio → dB
 
@@ -60,7 +62,7 @@ class TrackScores:
     def medians(self) -> Ratios:
         """Medians over the frames that have a value, NaN where none has."""
         return {
-            stem: {name: median_of(values) for name, values in ratios.items()}
+            stem: {name: ignoring_nan(np.nanmedian, values) for name, values in ratios.items()}
             for stem, ratios in self.frames.items()
         }
 
@@ -75,22 +77,70 @@ class TrackScores:
         )
 
 
-def frames_by_stem(result: BSSEval, stems: tuple[str, ...]) -> dict[str, dict[str, list[float]]]:
-    """Ratios as museval stores them: rounded, and NaN where they are infinite."""
-    ratios = (result.sdr, result.isr, result.sir, result.sar)  # (n, m) each
-    return {
-        stem: {name: _rounded(ratio[i]) for name, ratio in zip(RATIOS, ratios, strict=True)}
-        for i, stem in enumerate(stems)
-    }
+@dataclass(frozen=True)
+class Folders:
+    """Where the scores lie.
 
+    Args:
+        output: of the estimates.
+        bounds: of floor and ceilings; evaluations of several models can share it.
+        split: `train`, `valid` or `test`.
 
-def _rounded(values: Tensor) -> list[float]:
-    return [round(x, DECIMALS) if math.isfinite(x) else math.nan for x in values.tolist()]
+    Raises:
+        NotADirectoryError: one of them is a file.
+        ValueError: they are the same.
+    """
 
+    output: Path
+    bounds: Path
+    split: str
 
-def scores_path(folder: Path, split: str, track: str) -> Path:
-    """Where the scores of a song lie."""
-    return folder / split / f"{track}.json"
+    def __post_init__(self):
+        for folder in (self.output, self.bounds):
+            if folder.exists() and not folder.is_dir():
+                raise NotADirectoryError(f"{folder} is a file; choose a folder for the scores")
+        if self.output.resolve() == self.bounds.resolve():
+            raise ValueError(
+                f"bounds_dir={self.bounds} is the output folder itself; floor and ceilings need "
+                f"one of their own, e.g. {self.bounds / 'bounds'}"
+            )
+
+    @classmethod
+    def of(cls, output_dir: str | Path, bounds_dir: str | Path | None, split: str) -> Folders:
+        """With the bounds in `output_dir/bounds` if nobody says otherwise."""
+        return cls(Path(output_dir), Path(bounds_dir or Path(output_dir, "bounds")), split)
+
+    def path(self, method: str, track: str) -> Path:
+        """The file of the scores of a song."""
+        folder = self.output if method == ESTIMATES else self.bounds / method
+        return folder / self.split / f"{track}.json"
+
+    def scored(self) -> list[Path]:
+        """The files that are there of the estimates."""
+        return sorted((self.output / self.split).glob("[!.]*.json"))
+
+    @property
+    def _songs(self) -> Path:
+        # Not in the folder of the split: museval takes any JSON file there for a song.
+        return self.output / f"{self.split}.songs.txt"
+
+    def write_songs(self, names: Iterable[str]) -> None:
+        """Write down what is to be scored, so that a report can say what is missing."""
+        write_whole({self._songs: [f"{name}\n".encode() for name in names]})
+
+    def read_songs(self) -> list[str]:
+        """What is to be scored; none where nobody wrote it down."""
+        return self._songs.read_text("utf-8").split("\n")[:-1] if self._songs.is_file() else []
+
+    def write(self, scores: Mapping[str, TrackScores]) -> None:
+        """Write the scores of a song; bounds first, so that estimates are never without."""
+        files = {method: self.path(method, found.track) for method, found in scores.items()}
+        if bounds := {files[method]: scores[method] for method in scores if method != ESTIMATES}:
+            self.bounds.mkdir(parents=True, exist_ok=True)
+            # Not `.lock`: the folder can be another evaluation's output, which holds that.
+            with FileLock(self.bounds / ".bounds.lock"):  # others that share them wait
+                write_scores(bounds)
+        write_scores({files[method]: scores[method] for method in scores if method == ESTIMATES})
 
 
 def write_scores(files: Mapping[Path, TrackScores]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,16 @@ from torch import Tensor
 
 from tfswa_lab import __version__
 from tfswa_lab.audio import check_seconds
-from tfswa_lab.data.musdb import stem_parts
+from tfswa_lab.data.musdb import SPLITS, check_choice, stem_parts
 from tfswa_lab.data.tracks import Track
-from tfswa_lab.evaluation.bsseval import bss_eval
+from tfswa_lab.device import compute_threads
+from tfswa_lab.evaluation.bsseval import BSSEval, bss_eval
 from tfswa_lab.evaluation.estimates import Estimates
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.ratios import si_sdr, usdr
-from tfswa_lab.evaluation.scores import DECIMALS, TrackScores, frames_by_stem
-from tfswa_lab.evaluation.threads import compute_threads
+from tfswa_lab.evaluation.scores import ESTIMATES, RATIOS, TrackScores
 
-ESTIMATES = "estimates"  # beside "mixture", "irm" and "mwf", what can be scored
+DECIMALS = 5  # museval's
 ACCOMPANIMENT = "accompaniment"  # museval's name for all but the voice
 
 
@@ -48,30 +49,52 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """How songs are scored.
+class Evaluation:
+    """How estimates are evaluated.
 
     Args:
-        estimator: who makes or finds the estimates.
+        split: `train`, `valid` or `test`.
         window: length of a frame in seconds; longer than a song, it is one frame.
         hop: from one frame to the next, in seconds.
         seconds: how much of each song, from its beginning; None for all.
-        device: where ratios and oracles are computed.
+        bounds: of "mixture", "irm" and "mwf"; these take most of the time.
+        bounds_dir: of their scores, `bounds` in the output folder if None; several models can
+            share one.
+        jobs: processes, with a thread each; None for one with as many threads as torch uses now.
+        device: where ratios and bounds are computed.
+        overwrite: score all songs again, and bounds that are broken or differ.
 
     Raises:
-        ValueError: a number of seconds makes no sense.
+        ValueError: an argument is out of range.
     """
 
-    estimator: Estimator
+    split: str = "test"
     window: float = 1.0
     hop: float = 1.0
     seconds: float | None = None
+    bounds: Sequence[str] = tuple(BOUNDS)
+    bounds_dir: str | Path | None = None
+    jobs: int | None = None
     device: torch.device | str = "cpu"
+    overwrite: bool = False
 
     def __post_init__(self):
+        check_choice("split", self.split, SPLITS)
+        for name in self.bounds:
+            check_choice("bound", name, tuple(BOUNDS))
+        if self.jobs is not None and self.jobs < 1:
+            raise ValueError(f"jobs={self.jobs} must be 1 or more processes")
         for name in ("window", "hop", "seconds"):
-            if getattr(self, name) is not None:
-                check_seconds(name, getattr(self, name))
+            if (value := getattr(self, name)) is not None:
+                check_seconds(name, value)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """All that a worker needs to score songs: who makes or finds estimates, and how to evaluate."""
+
+    estimator: Estimator
+    how: Evaluation = Evaluation()
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -98,9 +121,9 @@ class Scoring:
         settings = {
             "version": __version__,
             "stems": self.parts,
-            "window": self.window,
-            "hop": self.hop,
-            "seconds": self.seconds,
+            "window": self.how.window,
+            "hop": self.how.hop,
+            "seconds": self.how.seconds,
         }
         try:
             return json.loads(json.dumps(settings | own, allow_nan=False))
@@ -119,11 +142,11 @@ class Scoring:
     def read(self, track: Track) -> tuple[Tensor, Tensor]:
         """Mixture `(2, s)` and stems `(n, 2, s)`."""
         frames = track.samples
-        if self.seconds is not None:
-            frames = min(frames, round(self.seconds * track.rate))
+        if self.how.seconds is not None:
+            frames = min(frames, round(self.how.seconds * track.rate))
         waveforms = track.read(self.sources, 0, frames, track.rate)
         stems = [sum(waveforms[part] for part in parts) for parts in self.parts.values()]
-        return waveforms["mixture"].to(self.device), torch.stack(stems).to(self.device)
+        return waveforms["mixture"].to(self.how.device), torch.stack(stems).to(self.how.device)
 
 
 def _digests(files: Mapping[str, Path]) -> dict[str, str]:
@@ -152,21 +175,27 @@ def score_track(
         FileNotFoundError: an estimate is missing.
         ValueError: a file is broken, or an estimate does not fit its song.
     """
+    how, scores = scoring.how, {}
     with compute_threads(threads or torch.get_num_threads()):
+        digests = scoring.digests(track, methods)
         mixture, stems = scoring.read(track)
         stems = _accompanied(mixture, stems)
-        digests = scoring.digests(track, methods)
-        return {
-            method: _score(
-                scoring,
-                track,
-                method,
+        for method in methods:
+            estimates, notes = _estimates(scoring, track, method, mixture, stems)
+            names = (*scoring.parts, ACCOMPANIMENT)[: len(stems)]
+            result = bss_eval(stems, estimates, how.window, how.hop, rate=track.rate)
+            scores[method] = TrackScores(
+                track.name,
+                _frames_by_stem(result, names),
+                _whole_by_stem(stems, estimates, names),
+                how.window,
+                how.hop,
+                scoring.settings(method),
                 digests[method],
-                stems,
-                *_estimates(scoring, track, method, mixture, stems),
+                (*notes, *(_named(note, names) for note in result.notes)),
+                stems.shape[-1] / track.rate,
             )
-            for method in methods
-        }
+    return scores
 
 
 def _estimates(
@@ -198,37 +227,31 @@ def bound(method: str, mixture: Tensor, stems: Tensor, complete: bool) -> Tensor
     return BOUNDS[method](mixture, sources)[: len(stems)]
 
 
-def _score(
-    scoring: Scoring,
-    track: Track,
-    method: str,
-    digests: dict[str, str],
-    stems: Tensor,
-    estimates: Tensor,
-    notes: tuple[str, ...],
-) -> TrackScores:
-    names = (*scoring.parts, ACCOMPANIMENT)[: len(stems)]
-    result = bss_eval(stems, estimates, scoring.window, scoring.hop, rate=track.rate)
-    ratios = usdr(stems, estimates).tolist(), si_sdr(stems, estimates).tolist()
-    whole = {
-        # Rounded as museval rounds: the last bits depend on the number of threads.
-        name: {"uSDR": round(plain, DECIMALS), "SI-SDR": round(invariant, DECIMALS)}
-        for name, plain, invariant in zip(names, *ratios, strict=True)
+def _frames_by_stem(result: BSSEval, stems: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Ratios as museval stores them: rounded, and NaN where they are infinite."""
+    ratios = (result.sdr, result.isr, result.sir, result.sar)  # (n, m) each
+    return {
+        stem: {name: _rounded(ratio[i]) for name, ratio in zip(RATIOS, ratios, strict=True)}
+        for i, stem in enumerate(stems)
     }
-    return TrackScores(
-        track.name,
-        frames_by_stem(result, names),
-        whole,
-        scoring.window,
-        scoring.hop,
-        scoring.settings(method),
-        digests,
-        (*notes, *(_named(note, names) for note in result.notes)),
-        stems.shape[-1] / track.rate,
-    )
 
 
-def _named(note: str, names: tuple[str, ...]) -> str:
+def _rounded(values: Tensor) -> list[float]:
+    return [round(x, DECIMALS) if math.isfinite(x) else math.nan for x in values.tolist()]
+
+
+def _whole_by_stem(
+    references: Tensor, estimates: Tensor, stems: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """uSDR and SI-SDR, rounded too: the last bits depend on the number of threads."""
+    ratios = usdr(references, estimates).tolist(), si_sdr(references, estimates).tolist()
+    return {
+        stem: {"uSDR": round(plain, DECIMALS), "SI-SDR": round(invariant, DECIMALS)}
+        for stem, plain, invariant in zip(stems, *ratios, strict=True)
+    }
+
+
+def _named(note: str, names: Sequence[str]) -> str:
     """The same note with names instead of numbers of stems."""
     for number, name in enumerate(names):
         note = note.replace(f"stem {number} ", f"{name} ")

@@ -10,12 +10,13 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tfswa_lab.durable import write_whole
-from tfswa_lab.evaluation.bsseval import median_of
-from tfswa_lab.evaluation.report import NAMES, Report, mean_of
+from tfswa_lab.evaluation.bsseval import ignoring_nan
+from tfswa_lab.evaluation.report import NAMES, Report
 from tfswa_lab.evaluation.scores import RATIOS, TrackScores
 from tfswa_lab.teaching.plots import OTHER_COLOUR, STEM_COLOURS
 
@@ -45,7 +46,7 @@ def plot_scores(report: Report, ratio: str = "SDR", ax: Axes | None = None) -> t
             songs = [of_song(song, stem, ratio) for song in report.scores[method]]
             look = _look(method, STEM_COLOURS.get(stem, OTHER_COLOUR))
             ax.scatter(_spread(len(songs), left, width), songs, max(8, 30 - len(songs)), **look)
-            of_all = median_of(songs) if ratio in RATIOS else mean_of(songs)
+            of_all = ignoring_nan(np.nanmedian if ratio in RATIOS else np.nanmean, songs)
             ax.hlines(of_all, left + 0.1 * width, left + 0.9 * width, "black", linewidth=1.5)
     for method in report.methods:  # in grey: a stem's colour is no part of the legend
         ax.scatter([], [], 24, **_look(method, OTHER_COLOUR), label=NAMES[method])
