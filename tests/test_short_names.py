@@ -99,6 +99,32 @@ SNIPPETS = {
                 importlib.import_module("tfswa_lab.memory" + inner)
                 call()
     """,
+    "scores": """
+        import torch
+        from tfswa_lab.evaluation import bss_eval, sdr, si_sdr, usdr
+        stems = torch.randn(2, 1, 16_000)
+        assert bss_eval(stems, 0.9 * stems, rate=8000).isr.round().tolist() == [[20.0] * 2] * 2
+        assert sdr(stems, 0.9 * stems, rate=8000).round().tolist() == [[20.0] * 2] * 2
+        assert usdr(stems, 0.9 * stems).round().tolist() == [20.0] * 2
+        assert si_sdr(stems, 0.9 * stems).min() > 100
+    """,
+    "an evaluation": """
+        import importlib, tempfile
+        from pathlib import Path
+        import soundfile, torch
+        folder = Path(tempfile.mkdtemp())
+        (folder / "test" / "Song").mkdir(parents=True)
+        for name in ("mixture", "vocals", "drums", "bass", "other"):
+            samples = torch.rand(9000, 2).numpy() / 5
+            soundfile.write(folder / "test" / "Song" / f"{name}.wav", samples, 44_100)
+        from tfswa_lab.evaluation import Evaluation, FolderEstimates, load_report
+        for _ in range(2):
+            from tfswa_lab.evaluation import evaluate
+            how = Evaluation(bounds=(), window=0.1, hop=0.1)
+            report = evaluate(FolderEstimates(folder), folder, folder / "scores", how)
+            assert report == load_report(folder / "scores")
+            importlib.import_module("tfswa_lab.evaluation.evaluate")
+    """,
     "separating": """
         import importlib, torch
         class Twice(torch.nn.Module):

@@ -78,19 +78,21 @@ class BSSEval:
         """`{"SDR": (n,), …}`: medians over the frames that have a value, as museval takes them."""
         named = {"SDR": self.sdr, "ISR": self.isr, "SIR": self.sir, "SAR": self.sar}
         return {
-            name: ratio.new_tensor([ignoring_nan(np.nanmedian, stem) for stem in ratio.tolist()])
+            name: ratio.new_tensor(ignoring_nan(np.nanmedian, ratio.numpy(force=True), axis=1))
             for name, ratio in named.items()
         }
 
 
-def ignoring_nan(statistic: Callable[[Sequence[float]], float], values: Sequence[float]) -> float:
+def ignoring_nan(
+    statistic: Callable, values: np.ndarray | Sequence[float], axis: int | None = None
+) -> np.ndarray:
     """numpy's `nanmedian`, `nanmean` or `nanmax`; NaN, without a warning, where all values are.
 
-    >>> ignoring_nan(np.nanmedian, [1.0, math.nan, 4.0])
+    >>> ignoring_nan(np.nanmedian, [1.0, math.nan, 4.0]).item()
     2.5
     """
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-        return float(statistic(values))
+        return statistic(values, axis=axis)
 
 
 def bss_eval(

@@ -8,7 +8,7 @@ Notebook: 08_evaluation
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.scores import (
     ESTIMATES,
     RATIOS,
+    WHOLE_RATIOS,
     Folders,
     Ratios,
     TrackScores,
@@ -82,15 +83,29 @@ class Report:
         """Names of the stems."""
         return tuple(self.scores["estimates"][0].frames)
 
+    def by_song(self, ratio: str, method: str = "estimates") -> np.ndarray:
+        """One number of each song and stem, `(songs, stems)` in dB, NaN where it has none.
+
+        Args:
+            ratio: SDR, ISR, SIR or SAR, medians over frames; or uSDR or SI-SDR, of whole songs.
+            method: what was scored.
+
+        Raises:
+            ValueError: there is no such ratio.
+        """
+        known = (*RATIOS, *WHOLE_RATIOS)
+        if ratio not in known:
+            raise ValueError(f"ratio={ratio!r}: choose one of {', '.join(known)}")
+        songs = self.scores[method]
+        named = [song.medians if ratio in RATIOS else song.whole for song in songs]
+        return np.array([[song[stem][ratio] for stem in self.stems] for song in named])
+
     def medians(self, method: str = "estimates") -> Ratios:
         """SiSEC: stem → ratio → the median over songs of the median over frames, in dB."""
-        songs = [track.medians for track in self.scores[method]]
+        medians = {x: ignoring_nan(np.nanmedian, self.by_song(x, method), axis=0) for x in RATIOS}
         return {
-            stem: {
-                ratio: ignoring_nan(np.nanmedian, [song[stem][ratio] for song in songs])
-                for ratio in RATIOS
-            }
-            for stem in self.stems
+            stem: {ratio: medians[ratio][number].item() for ratio in RATIOS}
+            for number, stem in enumerate(self.stems)
         }
 
     def means(self, method: str = "estimates", ratio: str = "uSDR") -> dict[str, float]:
@@ -100,11 +115,8 @@ class Report:
             method: what was scored.
             ratio: "uSDR" or "SI-SDR".
         """
-        songs = [track.whole for track in self.scores[method]]
-        return {
-            stem: ignoring_nan(np.nanmean, [song[stem][ratio] for song in songs])
-            for stem in self.stems
-        }
+        means = ignoring_nan(np.nanmean, self.by_song(ratio, method), axis=0)
+        return dict(zip(self.stems, means.tolist(), strict=True))
 
     def facts(self) -> dict[str, str]:
         """What was scored, and how, in words."""
@@ -136,8 +148,8 @@ class Report:
         return [
             self._medians_table(),
             self._means_table(),
-            self._songs_table("Median over frames of SDR, in dB", median_sdr),
-            self._songs_table("uSDR, in dB", whole_sdr),
+            self._songs_table("Median over frames of SDR, in dB", "SDR"),
+            self._songs_table("uSDR, in dB", "uSDR"),
         ]
 
     def _medians_table(self) -> Table:
@@ -159,20 +171,17 @@ class Report:
         columns = ("stem", *(NAMES[method] for method in means))
         return Table("Mean over songs of uSDR (Music Demixing), in dB", columns, tuple(rows))
 
-    def _songs_table(self, title: str, score: Callable[[TrackScores, str], float]) -> Table:
+    def _songs_table(self, title: str, ratio: str) -> Table:
         """Each score with the floor and the higher ceiling, as far as they are there."""
-        ends = {
-            name: [self.scores[method] for method in methods if method in self.scores]
-            for name, methods in ENDS.items()
-        }
-        ends = {name: bounds for name, bounds in ends.items() if bounds}
-        rows = []
-        for number, song in enumerate(self.scores["estimates"]):
-            around = [[songs[number] for songs in bounds] for bounds in ends.values()]
-            cells = [_between(song, around, stem, score) for stem in self.stems]
-            rows.append((song.track, *cells))
+        columns, ends = [self.by_song(ratio)], []
+        for name, methods in ENDS.items():
+            if bounds := [self.by_song(ratio, x) for x in methods if x in self.scores]:
+                columns.append(ignoring_nan(np.nanmax, np.stack(bounds), axis=0))
+                ends.append(name)
+        songs = zip(self.tracks, np.stack(columns, -1), strict=True)
+        rows = tuple((track, *map(_between, stems)) for track, stems in songs)
         within = f" ({' … '.join(ends)})" if ends else ""
-        return Table(title + within, ("song", *self.stems), tuple(rows))
+        return Table(title + within, ("song", *self.stems), rows)
 
     def notes(self) -> list[str]:
         """What a reader of the scores should know: what is missing, and by song what was done."""
@@ -192,25 +201,10 @@ class Report:
         return "\n\n".join(texts) + "\n"
 
 
-def _between(
-    song: TrackScores,
-    ends: Sequence[Sequence[TrackScores]],
-    stem: str,
-    score: Callable[[TrackScores, str], float],
-) -> str:
-    """A score and, in brackets, the highest of each of these bounds."""
-    highest = [ignoring_nan(np.nanmax, [score(bound, stem) for bound in bounds]) for bounds in ends]
-    return show(score(song, stem)) + (f" ({' … '.join(map(show, highest))})" if ends else "")
-
-
-def median_sdr(song: TrackScores, stem: str) -> float:
-    """SiSEC's score of a song."""
-    return song.medians[stem]["SDR"]
-
-
-def whole_sdr(song: TrackScores, stem: str) -> float:
-    """The Music Demixing Challenge's."""
-    return song.whole[stem]["uSDR"]
+def _between(values: Sequence[float]) -> str:
+    """A score and, in brackets, its floor and ceiling."""
+    score, *ends = map(show, values)
+    return score + (f" ({' … '.join(ends)})" if ends else "")
 
 
 def show(value: float) -> str:

@@ -26,7 +26,8 @@ from tfswa_lab.durable import write_whole
 from tfswa_lab.evaluation.bsseval import ignoring_nan
 
 ESTIMATES = "estimates"  # beside "mixture", "irm" and "mwf", what can be scored
-RATIOS = ("SDR", "ISR", "SIR", "SAR")
+RATIOS = ("SDR", "ISR", "SIR", "SAR")  # of frames
+WHOLE_RATIOS = ("uSDR", "SI-SDR")  # of whole songs
 OURS = "tfswa_lab"  # the key
 
 Ratios = dict[str, dict[str, float]]  # stem → name of a ratio → dB
@@ -62,7 +63,9 @@ class TrackScores:
     def medians(self) -> Ratios:
         """Medians over the frames that have a value, NaN where none has."""
         return {
-            stem: {name: ignoring_nan(np.nanmedian, values) for name, values in ratios.items()}
+            stem: {
+                name: float(ignoring_nan(np.nanmedian, values)) for name, values in ratios.items()
+            }
             for stem, ratios in self.frames.items()
         }
 

@@ -27,7 +27,7 @@ from tfswa_lab.evaluation.bsseval import BSSEval, bss_eval
 from tfswa_lab.evaluation.estimates import Estimates
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.ratios import si_sdr, usdr
-from tfswa_lab.evaluation.scores import ESTIMATES, RATIOS, TrackScores
+from tfswa_lab.evaluation.scores import ESTIMATES, RATIOS, WHOLE_RATIOS, TrackScores
 
 DECIMALS = 5  # museval's
 ACCOMPANIMENT = "accompaniment"  # museval's name for all but the voice
@@ -244,10 +244,10 @@ def _whole_by_stem(
     references: Tensor, estimates: Tensor, stems: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """uSDR and SI-SDR, rounded too: the last bits depend on the number of threads."""
-    ratios = usdr(references, estimates).tolist(), si_sdr(references, estimates).tolist()
+    ratios = torch.stack([usdr(references, estimates), si_sdr(references, estimates)], 1).tolist()
     return {
-        stem: {"uSDR": round(plain, DECIMALS), "SI-SDR": round(invariant, DECIMALS)}
-        for stem, plain, invariant in zip(stems, *ratios, strict=True)
+        stem: {name: round(x, DECIMALS) for name, x in zip(WHOLE_RATIOS, values, strict=True)}
+        for stem, values in zip(stems, ratios, strict=True)
     }
 
 

@@ -6,7 +6,6 @@ Notebook: 08_evaluation
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from tfswa_lab.durable import write_whole
 from tfswa_lab.evaluation.bsseval import ignoring_nan
 from tfswa_lab.evaluation.report import NAMES, Report
-from tfswa_lab.evaluation.scores import RATIOS, TrackScores
+from tfswa_lab.evaluation.scores import RATIOS
 from tfswa_lab.teaching.plots import OTHER_COLOUR, STEM_COLOURS
 
 MARKS = {"mixture": "v", "estimates": "o", "irm": "^", "mwf": "D"}
@@ -43,7 +42,8 @@ def plot_scores(report: Report, ratio: str = "SDR", ax: Axes | None = None) -> t
     for place, stem in enumerate(report.stems):
         for number, method in enumerate(report.methods):
             left = place - 0.42 + number * width
-            songs = [of_song(song, stem, ratio) for song in report.scores[method]]
+            songs = report.by_song(ratio, method)[:, place]
+            songs = np.where(np.isfinite(songs), songs, np.nan)
             look = _look(method, STEM_COLOURS.get(stem, OTHER_COLOUR))
             ax.scatter(_spread(len(songs), left, width), songs, max(8, 30 - len(songs)), **look)
             of_all = ignoring_nan(np.nanmedian if ratio in RATIOS else np.nanmean, songs)
@@ -74,18 +74,6 @@ def _look(method: str, colour: str) -> dict:
         "edgecolors": colour,
         "linewidths": 0.8,
     }
-
-
-def of_song(song: TrackScores, stem: str, ratio: str) -> float:
-    """One number of a song, NaN where it has none.
-
-    Raises:
-        ValueError: there is no such ratio.
-    """
-    known = song.medians[stem] | song.whole[stem]
-    if ratio not in known:
-        raise ValueError(f"ratio={ratio!r}: choose one of {', '.join(known)}")
-    return known[ratio] if math.isfinite(known[ratio]) else math.nan
 
 
 def write_picture(report: Report, path: Path) -> None:
