@@ -32,7 +32,7 @@ class TrainOptions:
     """What can be typed; None stands for "not given"."""
 
     preset: Annotated[str | None, RUN(help="tiny, small or default; tiny if absent.")] = None
-    output_dir: Annotated[Path | None, RUN(help="The run's folder; runs/PRESET if absent.")] = None
+    output_dir: Annotated[Path | None, RUN(help="Its folder; runs/MODEL-PRESET if absent.")] = None
     resume: Annotated[Path | None, RUN(help="A run's folder or checkpoint to go on from.")] = None
     seed: Annotated[int | None, RUN(help="Of weights, order and augmentation.")] = None
     data_root: Annotated[str | None, DATA(help="A tree as MUSDB18's; the band if absent.")] = None
@@ -87,13 +87,13 @@ def train(options: TrainOptions) -> None:
     # Imported here: `tfswa-lab --help` should not wait for torch.
     import torch
 
+    from tfswa_lab.training.presets import Preset
     from tfswa_lab.training.run import build_trainer, choose_preset
 
-    fields = given(options)
-    name, resume = fields.pop("preset", None), fields.pop("resume", None)
-    folder = fields.pop("output_dir", None) or run_folder(name or "tiny", resume)
+    changes, resume = given(options, Preset), options.resume
+    folder = options.output_dir or run_folder(options)
     with one_line_errors(LESS_MEMORY.format(folder=folder)):
-        preset = choose_preset(name, resume, fields)
+        preset = choose_preset(options.preset, resume, changes, options.use_amp)
         torch.manual_seed(preset.seed)  # of the first weights, alike in all processes
         trainer = build_trainer(preset, folder, progress=True)
         torch.manual_seed(preset.seed + trainer.fabric.global_rank)  # of dropout, unlike
@@ -106,8 +106,15 @@ def train(options: TrainOptions) -> None:
         )
 
 
-def run_folder(preset: str, resume: Path | None) -> Path:
-    """Where a run writes if nobody says so: `RUN` for `RUN` and `RUN/checkpoints/….ckpt`."""
+def run_folder(options: TrainOptions) -> Path:
+    """The folder of a run for which none is given: for a resumed one, its own.
+
+    >>> run_folder(TrainOptions(model="locoformer")).as_posix()
+    'runs/locoformer-tiny'
+    >>> run_folder(TrainOptions(resume=Path("runs/mine/checkpoints/step_00000120.ckpt"))).as_posix()
+    'runs/mine'
+    """
+    resume = options.resume
     if resume is None:
-        return Path("runs", preset)
+        return Path("runs", "-".join(filter(None, (options.model, options.preset or "tiny"))))
     return resume if resume.is_dir() else resume.parent.parent

@@ -42,32 +42,35 @@ NETWORKS = {
 UNET_SIZES = ("dims", "depths", "window_size", "num_heads")
 
 
-def choose_preset(name: str | None, resume: str | Path | None, options: dict) -> Preset:
+def choose_preset(
+    name: str | None, resume: str | Path | None, changes: dict, use_amp: bool | None = None
+) -> Preset:
     """A preset by name, or that of a checkpoint, with some fields changed.
 
     Args:
         name: of a preset, None for "tiny", or for the checkpoint's own.
         resume: a run's folder or one of its checkpoints, None for neither.
-        options: fields of `Preset`, and `use_amp`, short for the precision that fits the device.
+        changes: fields of `Preset`.
+        use_amp: True for the mixed precision that fits the device, False for none.
 
     Raises:
         FileNotFoundError: there is nothing to resume.
-        ValueError: there is no such preset or no choice of it, or an option makes no sense.
+        ValueError: there is no such preset or no choice of it, or a change makes no sense.
     """
     if resume is None:
-        preset = named_preset(name or "tiny", options.get("model", "tfswa_unet"))
+        preset = named_preset(name or "tiny", changes.get("model", "tfswa_unet"))
     elif name is None:
         preset = preset_of(find_checkpoint(resume))
     else:
         raise ValueError(f"a resumed run keeps its preset; leave preset={name!r} out")
-    options = dict(options)
-    if "use_amp" in options:
-        device = options.get("device", preset.device)
-        mixed = best_mixed_precision(device) if options.pop("use_amp") else "32-true"
-        if options.setdefault("precision", mixed) != mixed:
-            raise ValueError(f"precision={options['precision']} already says which; drop use_amp")
-    preset = replace(preset, **options)
-    foreign = ", ".join(name for name in UNET_SIZES if name in options)
+    if use_amp is not None:
+        device = changes.get("device", preset.device)
+        precision = best_mixed_precision(device) if use_amp else "32-true"
+        if changes.get("precision", precision) != precision:
+            raise ValueError(f"precision={changes['precision']} already says which; drop use_amp")
+        changes = changes | {"precision": precision}
+    preset = replace(preset, **changes)
+    foreign = ", ".join(name for name in UNET_SIZES if name in changes)
     if foreign and preset.model != "tfswa_unet":
         raise ValueError(f"model={preset.model!r} has no {foreign}: these are of tfswa_unet")
     return preset
