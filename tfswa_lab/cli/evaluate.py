@@ -2,7 +2,7 @@
 
 Most options are fields of `Evaluation` or `Segmentation`; one that is not given keeps its default.
 
-Notebook: 08_evaluation
+Notebook: 03_tfswa_unet
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table as RichTable
 
+    from tfswa_lab.evaluation.estimates import Estimator
     from tfswa_lab.evaluation.report import Report, Table
-    from tfswa_lab.evaluation.scoring import Estimator, Evaluation
+    from tfswa_lab.evaluation.scoring import Evaluation
 
 SONGS, SCORES, MODEL, MACHINE = map(panel, ("Songs and estimates", "Scores", "Model", "Machine"))
-LESS_MEMORY = "lower --segment-seconds, --batch-size or --jobs, or close what else uses the memory"
+LESS_MEMORY = "lower --segment-seconds, --batch-size or --jobs, or close other programs that use it"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class EvaluateOptions:
         Raises:
             ValueError: a value is out of range.
         """
-        from tfswa_lab.evaluation.scoring import BOUNDS, Evaluation
+        from tfswa_lab.evaluation.oracles import BOUNDS
+        from tfswa_lab.evaluation.scoring import Evaluation
 
         bounds = tuple(BOUNDS) if self.bounds else ()
         how = Evaluation(**given(self, Evaluation) | {"device": device, "bounds": bounds})

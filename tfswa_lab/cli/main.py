@@ -14,7 +14,7 @@ from tfswa_lab.cli.errors import one_line_errors
 from tfswa_lab.cli.evaluate import evaluate
 from tfswa_lab.cli.train import train
 
-LESS_MEMORY = "lower --segment-seconds, or close what else uses the memory"
+LESS_MEMORY = "lower --segment-seconds, or close other programs that use it"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 

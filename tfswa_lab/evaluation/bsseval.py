@@ -63,7 +63,7 @@ class BSSEval:
         sar: signal to artifacts.
         window: length of a frame in seconds.
         hop: from one frame to the next, in seconds.
-        notes: what the reader of the numbers should know, such as why some are NaN.
+        notes: remarks for the reader, such as why some ratios are NaN.
     """
 
     sdr: Tensor
@@ -106,7 +106,7 @@ def bss_eval(
 ) -> BSSEval:
     """SDR, ISR, SIR and SAR of separated stems, frame by frame.
 
-    The last frame must be whole: what is left behind it takes part in the filters only. A frame in
+    The last frame must be whole: samples behind it only count for the filters. A frame in
     which the channels of any reference or estimate cancel at every sample is NaN for all stems. A
     stem that is silent from beginning to end is NaN itself and left out of everything else; one
     whose channels cancel throughout is NaN as well, but it still interferes.
@@ -149,11 +149,11 @@ def bss_eval(
 def _decompose(
     references: Tensor, estimates: Tensor, frames: list[Span], taps: int, mode: str
 ) -> tuple[Tensor, float]:
-    """Energies `(7, n, m)` as `energies_of_track` has them, and the loading of the equations."""
+    """Energies `(7, n, m)` in the order of `energies_of_track`, and the loading."""
     if mode == "v4":
         return energies_of_track(references, estimates, frames, taps)
     alone = []
-    for start, stop in frames:  # one with filters of its own is a track of one frame
+    for start, stop in frames:  # a frame with filters of its own is a track of one frame
         pair = references[..., start:stop], estimates[..., start:stop]
         alone.append(energies_of_track(*pair, [(0, stop - start)], taps))
     energies, loadings = zip(*alone, strict=True)

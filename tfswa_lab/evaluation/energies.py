@@ -30,12 +30,12 @@ from tfswa_lab.evaluation.frames import Span
 from tfswa_lab.memory.sizes import GIB
 
 TILE = 44_100  # samples, for the correlations of a track that its frames do not tile
-LONGEST = 8 * TILE  # samples of a frame that is transformed in one go
-BLOCK = 44_100  # samples of a longer one that are transformed at once
-SAMPLES_AT_ONCE = 3_000_000  # of all channels: what is transformed while it is in the cache
-BINS_AT_ONCE = 128  # of a chunk of frames: what a core's cache holds
-CHUNK = 20  # spans: products of matrices want some, but a copy of what is kept is no use
-KEEP_BYTES = GIB  # of spectra that are needed twice; what is beyond is transformed twice
+LONGEST = 8 * TILE  # samples of a frame that is transformed at once
+BLOCK = 44_100  # samples of a longer frame that are transformed at once
+SAMPLES_AT_ONCE = 3_000_000  # of all channels: these fit into the cache while they are transformed
+BINS_AT_ONCE = 128  # of a chunk of spans: these fit into the cache of a core
+CHUNK = 20  # spans: fewer slow down the matrix products, more take memory for nothing
+KEEP_BYTES = GIB  # of spectra for their second use; the rest is transformed twice
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -43,7 +43,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 def energies_of_track(
     references: Tensor, estimates: Tensor, frames: list[Span], taps: int
 ) -> tuple[Tensor, float]:
-    """What the ratios are made of, with filters fitted to the whole track.
+    """Energies in each frame, with filters fitted to the whole track.
 
     Args:
         references: `(n, c, s)`.
@@ -72,13 +72,13 @@ def energies_of_track(
 
 
 def _tiles(samples: int, frame: int, taps: int) -> list[Span]:
-    """Spanes side by side, frames if possible: then these need not be transformed again."""
+    """Spans side by side; frames where possible, which then need no second transform."""
     step = frame if taps <= frame <= LONGEST else max(TILE, taps)
     return [(start, min(start + step, samples)) for start in range(0, samples, step)]
 
 
 def _filters(correlations: Tensor, stems: int, channels: int) -> tuple[Tensor, Tensor, float]:
-    """Filters `(l, p, p)` to the errors from all references and from the own ones, and loading.
+    """Filters `(l, p, p)` to the errors: from all references, from the own ones; and the loading.
 
     The recursion is thousands of small steps, whose launches alone take a GPU longer than the CPU
     needs for all of it: the few MiB of correlations are solved on the CPU, wherever the songs are.
@@ -104,12 +104,12 @@ def _own(matrices: Tensor, stems: int, channels: int) -> Tensor:
 class FrameSpectra:
     """A sequence of spectra `(f, m, r)`, each of a chunk of spans.
 
-    In memory, spans come before bins: that is how spectra are turned fastest, and products of
-    matrices, bin by bin, take it as it is.
+    In memory, spans come before bins: spectra are transposed fastest into this order, and matrix
+    products, bin by bin, need no other.
 
     Args:
         references: `(n, c, s)`, any real type.
-        estimates: `(n, c, s)`; their errors, estimates − references, are what is transformed.
+        estimates: `(n, c, s)`; references and errors, estimates − references, are transformed.
         spans: at least one; the longest one decides the length of the transform.
         taps: of the filters that will be applied.
     """
@@ -128,7 +128,7 @@ class FrameSpectra:
         return len(self.chunks)
 
     def __getitem__(self, number: int) -> Tensor:
-        """What was kept of it, or made anew."""
+        """The spectra of a chunk, kept or computed anew."""
         if number in self.kept:
             return self.kept[number]
         spans = self.chunks[number]  # IndexError ends a loop
@@ -146,7 +146,7 @@ class FrameSpectra:
         return spectra.transpose(0, 1)
 
     def _fill(self, cut: Tensor, start: int, stop: int) -> None:
-        """Samples `(r, s)` of a span, and silence."""
+        """Write the samples `(r, s)` of a span, and silence after them."""
         references, errors = cut.split(self.channels)
         for part, signal in zip((references, errors), self.signals, strict=True):
             part[:, : stop - start] = signal[:, start:stop]
@@ -156,7 +156,7 @@ class FrameSpectra:
     def correlations(self, lags: int) -> Tensor:
         """Σ x_k[t] y_j[t + m] within the spans: `(l, p, r)`, by m, k and j.
 
-        As many spectra as there is room for are kept for the next time.
+        Spectra are kept for the next use, up to `KEEP_BYTES`.
         """
         products = self._no_products()
         for number, spectra in enumerate(side_by_side(self.__getitem__, range(len(self)))):
@@ -166,7 +166,7 @@ class FrameSpectra:
         return _by_lag(products, self.n_fft)[:lags]
 
     def correlations_across(self) -> Tensor:
-        """The same at all lags, of the first half of the spans with the second half."""
+        """Correlations at all lags of the first half of the spans with the second half."""
         chunks = side_by_side(self.__getitem__, range(len(self)))
         first, second = torch.cat(list(chunks), 1).chunk(2, 1)
         products = self._no_products()
@@ -179,7 +179,7 @@ class FrameSpectra:
 
 
 def _add_products(products: Tensor, first: Tensor, second: Tensor) -> None:
-    """Σ over spans, of real and imaginary parts with one another: `(f, 2p, 2r)`.
+    """Add the products of real and imaginary parts, summed over spans: `(f, 2p, 2r)`.
 
     Real matrices, because torch would copy complex ones to conjugate them.
     """
@@ -198,7 +198,7 @@ def _by_lag(products: Tensor, n_fft: int) -> Tensor:
 def correlations_across(
     references: Tensor, estimates: Tensor, borders: Sequence[int], lags: int
 ) -> Tensor:
-    """Σ x_k[t] y_j[t + m] over all t before a border with t + m behind it.
+    """Σ x_k[t] y_j[t + m] over all t before a border for which t + m is behind it.
 
     Args:
         references: `(n, c, s)`.
@@ -207,7 +207,7 @@ def correlations_across(
         lags: how many, from 0 on.
 
     Returns:
-        `(l, p, r)`, by m, k and j: what the correlations within the tiles lack.
+        `(l, p, r)`, by m, k and j; with those within the tiles they are those of the track.
     """
     reach, end = lags - 1, references.shape[-1]
     before = [(border - reach, border) for border in borders]
@@ -218,7 +218,7 @@ def correlations_across(
 
 
 def energies(spectra: FrameSpectra, filters: Sequence[Tensor], stems: int) -> Tensor:
-    """Sums of squares of what `_fill_parts` makes, in all spans.
+    """Energies of the signals that `_fill_parts` makes, in all spans.
 
     Args:
         spectra: of the frames.
@@ -229,8 +229,8 @@ def energies(spectra: FrameSpectra, filters: Sequence[Tensor], stems: int) -> Te
         `(7, n, m)`: s, the error, its three parts, s + spatial, s + spatial + interference.
     """
     gains = _gains(filters, spectra.n_fft)
-    weights = gains[0].real.new_full((spectra.bins,), 2.0 / spectra.n_fft)  # a bin stands for two
-    weights[[0, -1]] /= 2  # but the outermost
+    weights = gains[0].real.new_full((spectra.bins,), 2.0 / spectra.n_fft)  # a bin stands for two,
+    weights[[0, -1]] /= 2  # except the first and the last
 
     def of_chunk(number: int) -> Tensor:
         return _energies_of_chunk(spectra[number], gains, weights)
@@ -240,7 +240,7 @@ def energies(spectra: FrameSpectra, filters: Sequence[Tensor], stems: int) -> Te
 
 
 def _energies_of_chunk(chunk: Tensor, gains: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Of every channel `(7, p, m)`."""
+    """Energies `(7, p, m)` of every channel in a chunk of spans."""
     bins, frames, channels = chunk.shape[0], chunk.shape[1], chunk.shape[2] // 2
     parts = chunk.new_empty(7, min(BINS_AT_ONCE, bins), channels, frames)
     sums = 0.0
@@ -256,16 +256,16 @@ def _energies_of_chunk(chunk: Tensor, gains: Sequence[Tensor], weights: Tensor) 
 def energies_of_long(
     references: Tensor, estimates: Tensor, frame: Span, filters: Sequence[Tensor]
 ) -> Tensor:
-    """The same `(7, n, 1)` of a single frame of any length.
+    """Energies `(7, n, 1)` of a single frame of any length.
 
     Args:
         references: `(n, c, s)`.
         estimates: `(n, c, s)`.
         frame: the first sample, and the one after the last.
-        filters: as above.
+        filters: as `energies` takes them.
     """
     taps, (start, stop) = len(filters[0]), frame
-    # What a filter makes of a block depends on the samples before it, and it rings on at the end.
+    # The output of a filter depends on the samples before a block, and rings on after the last.
     starts = range(start, stop, BLOCK)
     spans = [(max(first - taps + 1, start), min(first + BLOCK, stop)) for first in starts]
     spectra = FrameSpectra(references, estimates, spans, taps)
@@ -282,12 +282,12 @@ def energies_of_long(
 
 
 def _gains(filters: Sequence[Tensor], n_fft: int) -> list[Tensor]:
-    """Matrices `(f, p, p)`; a column of a filter matrix makes one channel, hence the transposes."""
+    """Frequency responses `(f, p, p)`, transposed: a filter's columns become rows of a product."""
     return [torch.fft.rfft(each, n=n_fft, dim=0).mT.contiguous() for each in filters]
 
 
 def _fill_parts(parts: Tensor, chunk: Tensor, all_gains: Tensor, own_gains: Tensor) -> None:
-    """Spectra `(7, f, p, m)` in the order of `energies`, of some bins `(f, m, r)`."""
+    """Write spectra `(7, f, p, m)` in the order of `energies`, from some bins `(f, m, r)`."""
     parts[:2] = chunk.mT.unflatten(1, (2, -1)).transpose(0, 1)
     s, error, spatial, interference, artifacts, filtered, explained = parts
     torch.matmul(own_gains, s, out=spatial)
@@ -299,13 +299,13 @@ def _fill_parts(parts: Tensor, chunk: Tensor, all_gains: Tensor, own_gains: Tens
 
 
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map` in as many threads as torch has, each with a single thread of torch's.
+    """`map` in as many threads as torch uses, each with a single thread of torch's.
 
     Torch splits every operation among its threads and waits for all of them. Where operations are
-    many and short, and a core is busy with something else, the waiting takes longer than the work:
-    it is better to give each thread one item after the other.
+    many and short, and a core is busy with something else, the waiting takes longer than the work.
+    Here each thread gets an item of its own.
 
-    Results come in order, and few more than there are threads wait to be taken.
+    Results come in order; few more than there are threads are held until they are taken.
     """
     count = torch.get_num_threads()
     if count == 1:

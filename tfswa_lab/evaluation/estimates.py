@@ -1,8 +1,5 @@
 """Where the estimates of a song come from: a separator, or files that anybody wrote.
 
-`evaluate` takes any object with these three: `stems`; `settings()`, all that the estimates depend
-on; `files(track)`, checked; and `estimate(track, mixture)`.
-
 Axis letters: `n` stems, `c` channels, `s` samples.
 
 Notebook: 08_evaluation
@@ -11,9 +8,10 @@ Notebook: 08_evaluation
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +25,22 @@ from tfswa_lab.inference.separate import Segmentation, separate
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.storage import describe, load_separator
 
-Estimates = tuple[Tensor, tuple[str, ...]]  # (n, 2, s), and what the reader should know of them
+Estimates = tuple[Tensor, tuple[str, ...]]  # (n, 2, s), and notes for the reader
+
+
+class Estimator(Protocol):
+    """Any object that makes or finds estimates: `evaluate` needs these four names."""
+
+    stems: tuple[str, ...]
+
+    def settings(self) -> dict:
+        """Everything that the estimates depend on, except the files, in JSON's types."""
+
+    def files(self, track: Track) -> Mapping[str, Path]:
+        """The files of a song's estimates, checked, by the names that a reader sees."""
+
+    def estimate(self, track: Track, mixture: Tensor) -> Estimates:
+        """Estimates `(n, 2, s)` for the mixture `(2, s)`, and notes for the reader."""
 
 
 class ModelEstimates:
@@ -82,7 +95,7 @@ class ModelEstimates:
 
 
 def model_digest(separator: Separator) -> str:
-    """SHA-256 of its weights and sizes, wherever they lie."""
+    """SHA-256 of its weights and sizes, whatever its folder and device."""
     digest = sha256(json.dumps(describe(separator), sort_keys=True).encode())
     for name, tensor in sorted(separator.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -98,7 +111,7 @@ class FolderEstimates:
 
     Args:
         folder: of all songs.
-        stems: which to score; `other` is all that the rest leaves out.
+        stems: which to score; `other` is the sum of all that are not named.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -112,11 +125,11 @@ class FolderEstimates:
             raise FileNotFoundError(f"{self.folder}: no such folder of estimates; check the path")
 
     def settings(self) -> dict:
-        """Nothing but that they are files, whose digests are taken song by song."""
+        """Only that they are files: `Scoring.digests` adds their digests, song by song."""
         return {"estimates": "files"}
 
     def files(self, track: Track) -> dict[str, Path]:
-        """The files of a song by `estimates/STEM.wav`, after a look at their headers.
+        """The files of a song as `estimates/STEM.wav` → path, after a check of their headers.
 
         Raises:
             FileNotFoundError: one is missing.

@@ -1,11 +1,11 @@
-"""From songs and estimates to a report: in parallel, and nothing twice.
+"""From songs and estimates to a report: songs in parallel, and no song twice.
 
 A song whose files are there (`scores` says where) is finished. Each appears whole or not at all, so
-an evaluation that was killed goes on where it stopped. One that overwrites removes first what is in
-its way: killed, it goes on without `overwrite`, and with it begins anew.
+an evaluation that was killed goes on where it stopped. One that overwrites first removes the old
+scores: if it is killed, it goes on without `overwrite`, and with it begins anew.
 
-Processes whose parent is killed finish the song in hand, which nobody writes down, and end by
-themselves within six minutes.
+Processes whose parent is killed finish their song, whose scores are lost, and end by themselves
+within six minutes.
 
 Notebook: 08_evaluation
 """
@@ -22,12 +22,13 @@ from joblib import Parallel, delayed, effective_n_jobs
 
 from tfswa_lab.data.tracks import Track, find_tracks
 from tfswa_lab.durable import locked
+from tfswa_lab.evaluation.estimates import Estimator
 from tfswa_lab.evaluation.report import Report, read_report
 from tfswa_lab.evaluation.scores import ESTIMATES, Folders, TrackScores, difference, read_scores
-from tfswa_lab.evaluation.scoring import Estimator, Evaluation, Scoring, score_track
+from tfswa_lab.evaluation.scoring import Evaluation, Scoring, score_track
 
 Progress = Callable[[list[str]], Iterable[str]]
-Job = tuple[Track, list[str]]  # a song; of `estimates` and the bounds, what is left to score
+Job = tuple[Track, list[str]]  # a song, and which of `estimates` and the bounds are left to score
 
 
 def evaluate(
@@ -66,10 +67,9 @@ def evaluate(
 
 
 def pending_jobs(scoring: Scoring, tracks: Sequence[Track], folders: Folders) -> list[Job]:
-    """Songs that are not finished, after a look at the headers of their estimates.
+    """Songs that are not finished, after a check of the headers of their estimates.
 
-    An evaluation that overwrites loses its scores of the estimates here, and bounds that are broken
-    or differ.
+    An evaluation that overwrites removes its old scores here, and bounds that are broken or differ.
 
     Raises:
         FileNotFoundError: an estimate is missing.
@@ -90,7 +90,7 @@ def pending_jobs(scoring: Scoring, tracks: Sequence[Track], folders: Folders) ->
 
 
 def _refuse_others(tracks: Sequence[Track], folders: Folders) -> None:
-    """museval would aggregate all that lies there, so it must be the songs of this split."""
+    """Refuse scores of songs that are not in the split: museval would aggregate them too."""
     names = {track.name for track in tracks}
     odd = [path for path in folders.scored() if path.stem not in names]
     if odd:

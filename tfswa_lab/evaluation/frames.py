@@ -1,4 +1,4 @@
-"""What is compared with what: pairs of stems, their frames, and where one of them is silent.
+"""References and estimates before they are compared: checks, frames, and where they are silent.
 
 Axis letters: `n` stems, `c` channels, `s` samples, `m` frames.
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 Span = tuple[int, int]  # first sample, and the one after the last
 
-QUIETEST, LOUDEST = 1e-100, 1e100  # peaks: energies of whole songs must stay numbers
+QUIETEST, LOUDEST = 1e-100, 1e100  # peaks: the squares of other samples over- or underflow
 
 
 def checked_pair(
@@ -147,8 +147,8 @@ def frames_of(samples: int, window: float, hop: float) -> list[Span]:
 def audible(references: Tensor, estimates: Tensor) -> tuple[list[int], list[int], tuple[str, ...]]:
     """Stems whose reference sounds, stems that can be scored, and why the others cannot.
 
-    A stem whose channels cancel is silence to museval and has no ratios, but it sounds: what leaks
-    of it into other estimates is interference.
+    A stem whose channels cancel is silence to museval and has no ratios, but it sounds: where it
+    leaks into other estimates it is interference.
     """
     sounding, scored, notes = [], [], ()
     for stem, (reference, estimate) in enumerate(zip(references, estimates, strict=True)):
@@ -170,7 +170,7 @@ def _manner(silent: Tensor) -> str:
 
 
 def select_stems(stems: Tensor, which: list[int]) -> Tensor:
-    """Some of the stems; all of them are not copied."""
+    """The stems with these numbers; no copy where they are all of them."""
     return stems if len(which) == len(stems) else stems[which]
 
 
@@ -185,5 +185,5 @@ def silent_frames(
 
 def _is_silent(stem: Tensor) -> bool:
     """Whether the channels `(c, s)` add up to 0 at every sample, which is museval's silence."""
-    few = stem[:, ::97].sum(0, dtype=torch.float64)  # mostly enough to see that it is not
+    few = stem[:, ::97].sum(0, dtype=torch.float64)  # mostly enough: any sound is found here
     return not few.any() and not stem.sum(0, dtype=torch.float64).any()

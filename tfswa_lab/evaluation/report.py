@@ -28,7 +28,7 @@ from tfswa_lab.evaluation.scores import (
     shortened,
 )
 
-PERFECT = 100  # dB; there is no error but that of rounding
+PERFECT = 100  # dB; above it, the only error is that of rounding
 # What is scored: its name in tables.
 NAMES = {
     "mixture": "mixture (floor)",
@@ -36,7 +36,7 @@ NAMES = {
     "irm": "ideal ratio mask",
     "mwf": "Wiener oracle",
 }
-# What a song's score lies between, if it was scored.
+# Around a song's score, if they were scored too.
 ENDS = {"floor": ("mixture",), "higher ceiling": ("irm", "mwf")}
 
 
@@ -60,8 +60,8 @@ class Report:
 
     Args:
         scores: `estimates`, `mixture`, `irm`, `mwf` → the scores of all songs in the same order.
-        gaps: what is missing of it, for the reader.
-        origin: where estimates and songs come from, for the reader.
+        gaps: remarks on what is missing.
+        origin: where estimates and songs come from, in words.
     """
 
     scores: dict[str, list[TrackScores]]
@@ -208,7 +208,7 @@ def _between(values: Sequence[float]) -> str:
 
 
 def show(value: float) -> str:
-    """Two decimals, a dash for none, and what is but rounding as such.
+    """Two decimals; a dash for NaN, and ">100" where the only error is that of rounding.
 
     >>> show(3.14159), show(math.nan), show(193.4)
     ('3.14', '–', '>100')
@@ -223,11 +223,11 @@ def load_report(
 ) -> Report:
     """Read what `evaluate` wrote, with the bounds that are there for all songs.
 
-    Of an evaluation that was killed it has the songs that are finished, and its notes say so.
+    The report of an evaluation that was killed has the finished songs, and its notes say so.
 
     Raises:
         FileNotFoundError: there are no scores.
-        ValueError: a file is not of ours, or broken, or of other settings than another.
+        ValueError: a file was written by another program, is broken, or has other settings.
     """
     folders = Folders.of(output_dir, bounds_dir, split)
     names = [path.stem for path in folders.scored()]

@@ -25,7 +25,7 @@ from filelock import FileLock
 from tfswa_lab.durable import write_whole
 from tfswa_lab.evaluation.bsseval import ignoring_nan
 
-ESTIMATES = "estimates"  # beside "mixture", "irm" and "mwf", what can be scored
+ESTIMATES = "estimates"  # what is scored, besides the bounds "mixture", "irm" and "mwf"
 RATIOS = ("SDR", "ISR", "SIR", "SAR")  # of frames
 WHOLE_RATIOS = ("uSDR", "SI-SDR")  # of whole songs
 OURS = "tfswa_lab"  # the key
@@ -35,7 +35,7 @@ Ratios = dict[str, dict[str, float]]  # stem → name of a ratio → dB
 
 @dataclass(frozen=True)
 class TrackScores:
-    """What is known about one set of estimates of one song.
+    """Scores of one set of estimates of one song, and everything that they depend on.
 
     Args:
         track: name of the song.
@@ -43,9 +43,9 @@ class TrackScores:
         whole: stem → uSDR, SI-SDR → dB of the whole song.
         window: length of a frame in seconds.
         hop: from one frame to the next, in seconds.
-        settings: all that the numbers depend on, but for the files.
+        settings: everything that the numbers depend on, except the files.
         files: SHA-256 of each file.
-        notes: why a number is missing, and what was done to the estimates.
+        notes: why a number is missing, and how the estimates were changed.
         seconds: how much of the song was scored.
     """
 
@@ -110,7 +110,7 @@ class Folders:
 
     @classmethod
     def of(cls, output_dir: str | Path, bounds_dir: str | Path | None, split: str) -> Folders:
-        """With the bounds in `output_dir/bounds` if nobody says otherwise."""
+        """With the bounds in `output_dir/bounds` if `bounds_dir` is None."""
         return cls(Path(output_dir), Path(bounds_dir or Path(output_dir, "bounds")), split)
 
     def path(self, method: str, track: str) -> Path:
@@ -119,7 +119,7 @@ class Folders:
         return folder / self.split / f"{track}.json"
 
     def scored(self) -> list[Path]:
-        """The files that are there of the estimates."""
+        """The files of the estimates that are there."""
         return sorted((self.output / self.split).glob("[!.]*.json"))
 
     @property
@@ -128,15 +128,15 @@ class Folders:
         return self.output / f"{self.split}.songs.txt"
 
     def write_songs(self, names: Iterable[str]) -> None:
-        """Write down what is to be scored, so that a report can say what is missing."""
+        """Write the list of songs to be scored, so that a report can say how many are missing."""
         write_whole({self._songs: [f"{name}\n".encode() for name in names]})
 
     def read_songs(self) -> list[str]:
-        """What is to be scored; none where nobody wrote it down."""
+        """Songs that are to be scored; none where no list was written."""
         return self._songs.read_text("utf-8").split("\n")[:-1] if self._songs.is_file() else []
 
     def write(self, scores: Mapping[str, TrackScores]) -> None:
-        """Write the scores of a song; bounds first, so that estimates are never without."""
+        """Write the scores of a song; bounds first, so that no estimates lack theirs."""
         files = {method: self.path(method, found.track) for method, found in scores.items()}
         if bounds := {files[method]: scores[method] for method in scores if method != ESTIMATES}:
             self.bounds.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ class Folders:
 
 
 def write_scores(files: Mapping[Path, TrackScores]) -> None:
-    """Write some, each file whole or not at all.
+    """Write scores, each file whole or not at all.
 
     Raises:
         OSError: the disk is full, or a folder cannot be written to.
@@ -228,7 +228,7 @@ def read_scores(path: Path) -> TrackScores:
 
 
 def difference(there: dict, wanted: dict) -> str:
-    """The first value of settings or digests that differs, in words; none if none does.
+    """The first value of settings or digests that differs, in words; empty if none does.
 
     >>> difference({"hop": 1.0, "seconds": 3}, {"hop": 0.5, "seconds": 3})
     'hop was 1.0 and is 0.5 now'
@@ -243,6 +243,6 @@ def difference(there: dict, wanted: dict) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value as text, of a digest the beginning."""
+    """A value as text; only the beginning of a digest."""
     text = str(value)
     return f"{text[:8]}…" if len(text) == 64 else text

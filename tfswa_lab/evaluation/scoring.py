@@ -1,4 +1,4 @@
-"""One song in, its scores out: what a worker does.
+"""Score one song: the work of one process of an evaluation.
 
 Axis letters: `n` stems, `c` channels, `s` samples.
 
@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,28 +23,13 @@ from tfswa_lab.data.musdb import SPLITS, check_choice, stem_parts
 from tfswa_lab.data.tracks import Track
 from tfswa_lab.device import compute_threads
 from tfswa_lab.evaluation.bsseval import BSSEval, bss_eval
-from tfswa_lab.evaluation.estimates import Estimates
+from tfswa_lab.evaluation.estimates import Estimator
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.ratios import si_sdr, usdr
 from tfswa_lab.evaluation.scores import ESTIMATES, RATIOS, WHOLE_RATIOS, TrackScores
 
 DECIMALS = 5  # museval's
 ACCOMPANIMENT = "accompaniment"  # museval's name for all but the voice
-
-
-class Estimator(Protocol):
-    """What `evaluate` asks of those that make or find estimates."""
-
-    stems: tuple[str, ...]
-
-    def settings(self) -> dict:
-        """All that the estimates depend on but the files, in JSON's types."""
-
-    def files(self, track: Track) -> Mapping[str, Path]:
-        """The files that the estimates of a song lie in, under names for people."""
-
-    def estimate(self, track: Track, mixture: Tensor) -> Estimates:
-        """Estimates `(n, 2, s)` for the mixture `(2, s)`, and notes for the reader."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +68,15 @@ class Evaluation:
             check_choice("bound", name, tuple(BOUNDS))
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"jobs={self.jobs} must be 1 or more processes")
-        for name in ("window", "hop", "seconds"):
-            if (value := getattr(self, name)) is not None:
-                check_seconds(name, value)
+        check_seconds("window", self.window)
+        check_seconds("hop", self.hop)
+        if self.seconds is not None:
+            check_seconds("seconds", self.seconds)
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """All that a worker needs to score songs: who makes or finds estimates, and how to evaluate."""
+    """Scores songs: the estimator, and how its estimates are evaluated."""
 
     estimator: Estimator
     how: Evaluation = Evaluation()
@@ -103,17 +88,17 @@ class Scoring:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What is read of a song."""
+        """The files of a song that are read."""
         return ("mixture", *(part for parts in self.parts.values() for part in parts))
 
     def settings(self, method: str) -> dict:
-        """All that scores depend on but the files, as JSON gives it back.
+        """Everything that scores depend on, except the files, as JSON gives it back.
 
         Args:
             method: `estimates` or the name of a bound.
 
         Raises:
-            ValueError: those of the estimator hold what JSON cannot.
+            ValueError: the estimator's settings are not of JSON's types.
         """
         own = {"bound": method}
         if method == ESTIMATES:
@@ -166,10 +151,10 @@ def score_track(
     does with the voice: interference can only be told from artifacts if there is something else.
 
     Args:
-        scoring: how.
+        scoring: the estimator, and how to evaluate.
         track: the song.
         methods: `estimates` and names of bounds.
-        threads: that torch may use, None for as many as it does.
+        threads: that torch may use; None for as many as it uses now.
 
     Raises:
         FileNotFoundError: an estimate is missing.
@@ -201,7 +186,7 @@ def score_track(
 def _estimates(
     scoring: Scoring, track: Track, method: str, mixture: Tensor, stems: Tensor
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """What is scored, and notes on it."""
+    """Estimates `(n, 2, s)` by this method, and notes on them."""
     if method != ESTIMATES:
         complete = len(scoring.parts) == 1 or "other" in scoring.parts
         return bound(method, mixture, stems, complete), ()
@@ -252,7 +237,7 @@ def _whole_by_stem(
 
 
 def _named(note: str, names: Sequence[str]) -> str:
-    """The same note with names instead of numbers of stems."""
+    """A note with the names of stems instead of their numbers."""
     for number, name in enumerate(names):
         note = note.replace(f"stem {number} ", f"{name} ")
     return note
