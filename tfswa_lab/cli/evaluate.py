@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from tfswa_lab.evaluation.scoring import Evaluation
 
 SONGS, SCORES, MODEL, MACHINE = map(panel, ("Songs and estimates", "Scores", "Model", "Machine"))
-LESS_MEMORY = "lower --segment-seconds, --batch-size or --jobs, or close other programs that use it"
+LESS_MEMORY = (
+    "lower --segment-seconds, --batch-size or --jobs, or close other programs that use memory"
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tfswa_lab.cli.errors import one_line_errors
 from tfswa_lab.cli.evaluate import evaluate
 from tfswa_lab.cli.train import train
 
-LESS_MEMORY = "lower --segment-seconds, or close other programs that use it"
+LESS_MEMORY = "lower --segment-seconds, or close other programs that use memory"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 

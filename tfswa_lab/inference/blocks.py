@@ -33,7 +33,7 @@ def read_blocks(path: str | Path, size: int = BLOCK) -> Iterator[Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not audio, is empty, damaged, or has NaN or infinite samples.
     """
-    audio.read(path, frames=1)  # says what is wrong with a file that is no song at all
+    audio.read(path, frames=1)  # its errors name a file that is missing or no audio
     position = 0
     try:
         with soundfile.SoundFile(path) as file:
@@ -135,7 +135,7 @@ def _wav_file(
 ) -> Iterator[soundfile.SoundFile]:
     channels, samples = shape
     size = channels * samples * {"PCM_16": 2, "FLOAT": 4}[subtype]
-    form = "WAV" if size < WAV_BYTES else "RF64"  # the same with 64 bits
+    form = "WAV" if size < WAV_BYTES else "RF64"  # counts its bytes with 64 bits
     try:
         with soundfile.SoundFile(path, "w", rate, channels, subtype, format=form) as file:
             yield file

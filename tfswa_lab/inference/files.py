@@ -18,7 +18,7 @@ from tfswa_lab.models.separator import Separator
 
 
 class SeparatedFile(NamedTuple):
-    """What `separate_file` wrote: a file per stem, and the gain that all of them have in common."""
+    """What `separate_file` wrote: a file per stem, and the gain that was applied to all of them."""
 
     files: list[Path]
     gain: float
@@ -76,14 +76,14 @@ def separate_file(
 
 
 def _check_song(song: Path) -> tuple[int, int]:
-    """Rate and length, after decoding it all: damage should be found before the work."""
+    """Rate and length, after decoding the whole song: damage is found before the work."""
     start, rate = audio.read(song, frames=1)
     audio.to_stereo(start)  # or an error: it has too many channels
     return rate, sum(block.shape[-1] for block in read_blocks(song))
 
 
 def _to_16_bit(path: Path, gain: float, rate: int, shape: tuple[int, int]) -> None:
-    """Turn a file of floats into one of integers, under the same name."""
+    """Replace a file of floats by one of 16-bit integers, under the same name."""
     scaled = (gain * block[None] for block in read_blocks(path))
     with parts_of([path]) as parts:
         write_blocks(parts, scaled, rate, shape, "PCM_16")

@@ -34,7 +34,7 @@ class Segmentation:
         segment_seconds: length of a segment; a shorter song is separated whole.
         overlap: share of a segment that the next one covers again, from 0 to 0.5.
         shifts: average so many estimates, whose segments begin elsewhere; 0 and 1 are one.
-        batch_size: segments at once; halved, and halved again, where memory is short.
+        batch_size: segments at once; halved, and halved again, where memory runs out.
 
     Raises:
         ValueError: a value is out of range or of another type.
@@ -251,7 +251,7 @@ def cut_segments(blocks: Iterable[Tensor], starts: list[int], size: int) -> Iter
     blocks, position = iter(blocks), 0
     held = next(blocks, torch.empty(0))
     for start in starts:
-        held, position = held[..., start - position :], start  # nobody asks for earlier samples
+        held, position = held[..., start - position :], start  # no later segment needs them
         while held.shape[-1] < size:
             if (block := next(blocks, None)) is None:
                 got, expected = position + held.shape[-1], starts[-1] + size
@@ -263,7 +263,7 @@ def cut_segments(blocks: Iterable[Tensor], starts: list[int], size: int) -> Iter
 def separate_batches(
     separator: nn.Module, segments: Iterable[Tensor], batch_size: int
 ) -> Iterator[Tensor]:
-    """Estimates `(n, c, s)` of segments `(c, s)`, `batch_size` or, from an error on, fewer at once.
+    """Estimates `(n, c, s)` of segments `(c, s)`, `batch_size` at once, fewer if memory runs out.
 
     Raises:
         torch.OutOfMemoryError: there is no memory even for one segment.
@@ -284,7 +284,7 @@ def separate_batches(
 
 
 def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
-    """Estimates `(b, n, c, s)` like the batch in device and precision; None if memory is short."""
+    """Estimates `(b, n, c, s)` on the batch's device, in its precision; None if memory runs out."""
     device = next(separator.parameters(), batch).device
     try:
         return separator(batch.to(device)).to(batch)
@@ -294,9 +294,9 @@ def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
         if len(batch) == 1:
             raise torch.OutOfMemoryError(
                 f"{device} has no memory for one segment of {batch.shape[-1]} samples; "
-                "shorten the segments, or close what else uses the memory"
+                "shorten the segments, or close other programs that use memory"
             ) from error
-    return None  # outside the handler, where the error no longer holds on to the memory
+    return None  # outside the handler: there the error no longer keeps the memory alive
 
 
 class _Callable(ModuleType):
