@@ -9,8 +9,9 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
+    submodules=["separate"],  # which can be called
     submod_attrs={
         "files": ["SeparatedFile", "separate_file"],
-        "separate": ["Segmentation", "separate", "separate_stream", "separate_track"],
+        "separate": ["Segmentation", "separate_stream", "separate_track"],
     },
 )
