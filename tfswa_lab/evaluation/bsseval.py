@@ -74,12 +74,15 @@ class BSSEval:
     hop: float
     notes: tuple[str, ...]
 
+    def ratios(self) -> dict[str, Tensor]:
+        """`{"SDR": (n, m), …}`: the four ratios by the names that museval gives them."""
+        return {"SDR": self.sdr, "ISR": self.isr, "SIR": self.sir, "SAR": self.sar}
+
     def medians(self) -> dict[str, Tensor]:
         """`{"SDR": (n,), …}`: medians over the frames that have a value, as museval takes them."""
-        named = {"SDR": self.sdr, "ISR": self.isr, "SIR": self.sir, "SAR": self.sar}
         return {
             name: ratio.new_tensor(ignoring_nan(np.nanmedian, ratio.numpy(force=True), axis=1))
-            for name, ratio in named.items()
+            for name, ratio in self.ratios().items()
         }
 
 

@@ -135,11 +135,13 @@ class FolderEstimates:
             FileNotFoundError: one is missing.
             ValueError: one is broken, or of another sample rate or length than the song.
         """
+        return {f"estimates/{path.name}": path for path in self._lengths(track)}
+
+    def _lengths(self, track: Track) -> dict[Path, int]:
+        """The files of a song, and how many samples each has."""
         folder = self._folder_of(track)
-        paths = {stem: folder / f"{stem}.wav" for stem in self.stems}
-        for path in paths.values():
-            _check_estimate(path, track)
-        return {f"estimates/{stem}.wav": path for stem, path in paths.items()}
+        paths = [folder / f"{stem}.wav" for stem in self.stems]
+        return {path: _checked_length(path, track) for path in paths}
 
     def _folder_of(self, track: Track) -> Path:
         places = [self.folder / track.path.parent.name / track.name, self.folder / track.name]
@@ -154,19 +156,19 @@ class FolderEstimates:
     def estimate(self, track: Track, mixture: Tensor) -> Estimates:
         """The first samples of the files, as many as the mixture `(2, s)` has, on its device."""
         length, estimates, notes = mixture.shape[-1], [], ()
-        for path in self.files(track).values():
+        for path, samples in self._lengths(track).items():
             estimate, _ = audio.read(path, frames=length)
             if estimate.shape[0] == 1:
                 notes += (f"the estimate {path.name} is mono and was doubled",)
             if missing := length - estimate.shape[-1]:
                 notes += (f"the estimate {path.name} ends {missing} samples early: padded",)
-            elif (surplus := read_header(path)[2] - track.samples) > 0:
+            elif (surplus := samples - track.samples) > 0:
                 notes += (f"the estimate {path.name} is {surplus} samples too long: cut",)
             estimates.append(F.pad(audio.to_stereo(estimate), (0, missing)))
         return torch.stack(estimates).to(mixture.device), notes
 
 
-def _check_estimate(path: Path, track: Track) -> None:
+def _checked_length(path: Path, track: Track) -> int:
     rate, channels, samples = read_header(path)
     if rate != track.rate:
         raise ValueError(
@@ -179,3 +181,4 @@ def _check_estimate(path: Path, track: Track) -> None:
             f"{path} has {samples} samples, but {track.path} has {track.samples}: more than a "
             "second is missing or too much; is it the estimate of another song?"
         )
+    return samples

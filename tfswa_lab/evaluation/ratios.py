@@ -81,8 +81,7 @@ def usdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> Ten
     Source: Mitsufuji et al., "Music demixing challenge 2021", Frontiers in Signal Processing 2022,
     eq. 1.
     """
-    references, estimates = checked_pair(references, estimates)
-    return _ratio(references, estimates).masked_fill(_silent(references), torch.nan)
+    return _usdr(*checked_pair(references, estimates))
 
 
 def si_sdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> Tensor:
@@ -102,7 +101,26 @@ def si_sdr(references: Tensor | np.ndarray, estimates: Tensor | np.ndarray) -> T
 
     Source: Le Roux et al., "SDR – half-baked or well done?", ICASSP 2019, eq. 5.
     """
-    references, estimates = checked_pair(references, estimates)
+    return _si_sdr(*checked_pair(references, estimates))
+
+
+def whole_ratios(
+    references: Tensor | np.ndarray, estimates: Tensor | np.ndarray
+) -> dict[str, Tensor]:
+    """Both ratios of whole tracks, by name: `{"uSDR": (n,), "SI-SDR": (n,)}`.
+
+    Raises:
+        ValueError: the shapes differ or are not of this form, or samples are no finite floats.
+    """
+    pair = checked_pair(references, estimates)
+    return {"uSDR": _usdr(*pair), "SI-SDR": _si_sdr(*pair)}
+
+
+def _usdr(references: Tensor, estimates: Tensor) -> Tensor:
+    return _ratio(references, estimates).masked_fill(_silent(references), torch.nan)
+
+
+def _si_sdr(references: Tensor, estimates: Tensor) -> Tensor:
     product = power = 0.0
     for reference, estimate in _blocks(references, estimates):
         product = product + _sum(reference * estimate)
@@ -122,7 +140,7 @@ def _ratio(references: Tensor, estimates: Tensor, gain: Tensor | float = 1.0) ->
 
 
 def _blocks(references: Tensor, estimates: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Stretches of both in float64, in which a whole song takes much memory."""
+    """Blocks of both in float64; a whole song in float64 would take much memory."""
     pair = (x.split(SAMPLES_AT_ONCE, -1) for x in (references, estimates))
     for reference, estimate in zip(*pair, strict=True):
         yield reference.double(), estimate.double()

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from torch import Tensor
 
 from tfswa_lab.durable import write_whole
 from tfswa_lab.evaluation.bsseval import ignoring_nan
@@ -29,6 +30,7 @@ ESTIMATES = "estimates"  # what is scored, besides the bounds "mixture", "irm" a
 RATIOS = ("SDR", "ISR", "SIR", "SAR")  # of frames
 WHOLE_RATIOS = ("uSDR", "SI-SDR")  # of whole songs
 OURS = "tfswa_lab"  # the key
+DECIMALS = 5  # museval's; bits beyond them depend on the number of threads
 
 Ratios = dict[str, dict[str, float]]  # stem → name of a ratio → dB
 
@@ -78,6 +80,28 @@ class TrackScores:
             and self.frames.keys() == other.frames.keys()
             and all(self.files[name] == other.files[name] for name in audio)
         )
+
+
+def frames_by_stem(
+    ratios: Mapping[str, Tensor], stems: Sequence[str]
+) -> dict[str, dict[str, list[float]]]:
+    """Ratios of frames `(n, m)` as museval stores them: rounded, NaN where they are infinite."""
+    return {
+        stem: {name: _rounded(values[i].tolist()) for name, values in ratios.items()}
+        for i, stem in enumerate(stems)
+    }
+
+
+def _rounded(values: list[float]) -> list[float]:
+    return [round(x, DECIMALS) if math.isfinite(x) else math.nan for x in values]
+
+
+def whole_by_stem(ratios: Mapping[str, Tensor], stems: Sequence[str]) -> Ratios:
+    """Ratios of whole songs `(n,)`, rounded as well."""
+    return {
+        stem: {name: round(values[i].item(), DECIMALS) for name, values in ratios.items()}
+        for i, stem in enumerate(stems)
+    }
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,12 @@ from tfswa_lab.audio import check_seconds
 from tfswa_lab.data.musdb import SPLITS, check_choice, stem_parts
 from tfswa_lab.data.tracks import Track
 from tfswa_lab.device import compute_threads
-from tfswa_lab.evaluation.bsseval import BSSEval, bss_eval
+from tfswa_lab.evaluation.bsseval import bss_eval
 from tfswa_lab.evaluation.estimates import Estimator
 from tfswa_lab.evaluation.oracles import BOUNDS
-from tfswa_lab.evaluation.ratios import si_sdr, usdr
-from tfswa_lab.evaluation.scores import ESTIMATES, RATIOS, WHOLE_RATIOS, TrackScores
+from tfswa_lab.evaluation.ratios import whole_ratios
+from tfswa_lab.evaluation.scores import ESTIMATES, TrackScores, frames_by_stem, whole_by_stem
 
-DECIMALS = 5  # museval's
 ACCOMPANIMENT = "accompaniment"  # museval's name for all but the voice
 
 
@@ -168,11 +166,12 @@ def score_track(
         for method in methods:
             estimates, notes = _estimates(scoring, track, method, mixture, stems)
             names = (*scoring.parts, ACCOMPANIMENT)[: len(stems)]
+            whole = whole_ratios(stems, estimates)
             result = bss_eval(stems, estimates, how.window, how.hop, rate=track.rate)
             scores[method] = TrackScores(
                 track.name,
-                _frames_by_stem(result, names),
-                _whole_by_stem(stems, estimates, names),
+                frames_by_stem(result.ratios(), names),
+                whole_by_stem(whole, names),
                 how.window,
                 how.hop,
                 scoring.settings(method),
@@ -210,30 +209,6 @@ def bound(method: str, mixture: Tensor, stems: Tensor, complete: bool) -> Tensor
     """
     sources = stems if complete else torch.cat([stems, mixture[None] - stems.sum(0)])
     return BOUNDS[method](mixture, sources)[: len(stems)]
-
-
-def _frames_by_stem(result: BSSEval, stems: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-    """Ratios as museval stores them: rounded, and NaN where they are infinite."""
-    ratios = (result.sdr, result.isr, result.sir, result.sar)  # (n, m) each
-    return {
-        stem: {name: _rounded(ratio[i]) for name, ratio in zip(RATIOS, ratios, strict=True)}
-        for i, stem in enumerate(stems)
-    }
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(x, DECIMALS) if math.isfinite(x) else math.nan for x in values.tolist()]
-
-
-def _whole_by_stem(
-    references: Tensor, estimates: Tensor, stems: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """uSDR and SI-SDR, rounded too: the last bits depend on the number of threads."""
-    ratios = torch.stack([usdr(references, estimates), si_sdr(references, estimates)], 1).tolist()
-    return {
-        stem: {name: round(x, DECIMALS) for name, x in zip(WHOLE_RATIOS, values, strict=True)}
-        for stem, values in zip(stems, ratios, strict=True)
-    }
 
 
 def _named(note: str, names: Sequence[str]) -> str:
