@@ -136,6 +136,7 @@ def test_no_memory_for_a_single_segment_is_told_in_one_line(model, tmp_path, mon
     assert result.exit_code == 1
     (line,) = [line for line in result.stderr.splitlines() if "Error" in line]
     assert line.startswith("Error: out of memory")
+    assert ("(tried to allocate 9.00 GiB)" in line) == ("9.00 GiB" in str(error))
     assert "--segment-seconds" in line
     assert "Traceback" not in result.output
     assert list((tmp_path / "out").iterdir()) == []

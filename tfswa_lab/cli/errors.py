@@ -45,5 +45,6 @@ def _in_short(error: Exception) -> str:
     >>> _in_short(RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has …"))
     ' (tried to allocate 9.00 GiB)'
     """
-    size = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    texts = f"{error} {error.__cause__}"
+    size = re.search(r"tried to allocate ([\d.]+ \w+)", texts, re.IGNORECASE)
     return f" (tried to allocate {size[1]})" if size else ""
