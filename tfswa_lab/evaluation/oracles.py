@@ -1,4 +1,4 @@
-"""What a score lies between: the mixture itself as the floor, and masks that know the truth.
+"""Floor and ceilings of a score: the mixture itself, and masks computed from the true sources.
 
 Waveforms are transformed one by one: all spectra of a whole song at once, and what makes them, are
 gigabytes.
@@ -19,13 +19,13 @@ from torch import Tensor
 from tfswa_lab.stft import STFTProcessor
 
 N_FFT, HOP_LENGTH = 4096, 1024  # of both oracles
-BINS_AT_ONCE = 16  # of the Wiener filter: what a core's cache holds of a song
+BINS_AT_ONCE = 16  # of the Wiener filter: a song's fit into the cache of a core
 LOADING = 1e-8  # of the mixture's power, so that its covariance can be inverted
-SILENCE = 1e-100  # instead of no power, by which nothing can be divided
+SILENCE = 1e-100  # instead of a power of 0, to divide by
 
 
 def mixture_as_estimate(mixture: Tensor, sources: Tensor) -> Tensor:
-    """The mixture `(c, s)` as the estimate of every source `(n, c, s)`: the score of no work."""
+    """The mixture `(c, s)` as the estimate of every source `(n, c, s)`: no separation."""
     return mixture.expand_as(sources)
 
 
@@ -53,8 +53,8 @@ def ideal_ratio_mask(mixture: Tensor, sources: Tensor) -> Tensor:
 def multichannel_wiener(mixture: Tensor, sources: Tensor) -> Tensor:
     """Estimates `(n, c, s)` by the multichannel Wiener filter of the true sources.
 
-    Each source is taken for Gaussian noise with covariance v(f, t) R(f): its power in every cell,
-    and one matrix a bin for where it lies between the channels. In every cell the filter
+    Each source is modelled as Gaussian noise with covariance v(f, t) R(f): its power in every cell,
+    and one matrix per bin for its place between the channels. In every cell the filter
 
         v R (Σ v R)⁻¹
 
@@ -94,13 +94,13 @@ def wiener_filter(mixture: Tensor, sources: Tensor) -> Tensor:
 
 
 def _loading(matrix: Tensor) -> Tensor:
-    """A small share of the mean of the diagonals of `(…, c, c)`, on the diagonals."""
+    """Diagonal matrices `(…, c, c)`: a small share of the mean of each matrix's diagonal."""
     level = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return (LOADING * level + SILENCE) * torch.eye(matrix.shape[-1]).to(matrix)
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    """Of matrices `(…, c, c)`, written out for stereo: a library takes much longer for millions."""
+    """Inverse matrices `(…, c, c)`; written out for stereo, faster than a library for millions."""
     if matrix.shape[-1] != 2:
         return torch.linalg.inv(matrix)
     a, b, c, d = matrix.flatten(-2).unbind(-1)

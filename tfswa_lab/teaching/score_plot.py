@@ -25,8 +25,8 @@ MARKS = {"mixture": "v", "estimates": "o", "irm": "^", "mwf": "D"}
 def plot_scores(report: Report, ratio: str = "SDR", ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Every song's score, floor and ceilings, stem by stem, in dB.
 
-    A dot is a song, in the order of the report. A line is what the report's tables say of all of
-    them: the median of SDR, ISR, SIR and SAR, the mean of uSDR and SI-SDR.
+    A dot is a song, in the order of the report. A line is the number in the report's tables: the
+    median over songs of SDR, ISR, SIR or SAR, or the mean of uSDR or SI-SDR.
 
     Args:
         report: of `evaluate`.
@@ -61,7 +61,7 @@ def plot_scores(report: Report, ratio: str = "SDR", ax: Axes | None = None) -> t
 
 
 def _spread(count: int, left: float, width: float) -> list[float]:
-    """Places side by side, or songs of equal scores would hide one another."""
+    """Places side by side: at one place, songs of equal scores would hide one another."""
     return [left + width * (0.15 + 0.7 * (number + 0.5) / count) for number in range(count)]
 
 
