@@ -10,7 +10,8 @@ from torch.cuda import _memory_viz as viewer
 from tfswa_lab.memory.predict.allocator import replay
 from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.snapshot.emit import as_snapshot, write_snapshot
-from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
+from tfswa_lab.memory.trace.stacks import Frame
+from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 MIB = 2**20
 FORWARD = (Frame("model.py", 12, "forward"), Frame("train.py", 3, "step"))

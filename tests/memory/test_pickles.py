@@ -15,7 +15,8 @@ import pytest
 from tfswa_lab.memory.snapshot import read
 from tfswa_lab.memory.snapshot.emit import as_snapshot
 from tfswa_lab.memory.snapshot.pickles import SnapshotError, read_plain
-from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
+from tfswa_lab.memory.trace.stacks import Frame
+from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 PROTO = b"\x80\x04"
 

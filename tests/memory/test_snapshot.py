@@ -12,8 +12,9 @@ from tfswa_lab.memory.predict.allocator import OutOfMemory, replay
 from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.snapshot import SnapshotError, diff, read
 from tfswa_lab.memory.snapshot.emit import as_snapshot, write_snapshot
-from tfswa_lab.memory.trace.stacks import NOBODY, NOWHERE, user_line
-from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
+from tfswa_lab.memory.snapshot.snapshot import NOBODY, NOWHERE, site_of
+from tfswa_lab.memory.trace.stacks import Frame
+from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 MIB = 2**20
 TORCH = Frame("/venv/lib/python3.12/site-packages/torch/nn/modules/linear.py", 134, "forward")
@@ -128,10 +129,10 @@ def test_holders_are_named_by_their_own_line():
 
 
 def test_lines_of_torch_and_of_c_are_not_the_users():
-    assert [user_line(stack) for stack in STACKS] == LINES
+    assert [site_of(stack) for stack in STACKS] == LINES
     mine = Frame("/home/me/torch/train.py", 1, "main")  # a folder of that name is no torch
-    assert user_line([Frame("/opt/pytorch/torch/_ops.py", 5, "call"), mine]) == str(mine)
-    assert user_line([Frame("C:\\v\\site-packages\\torch\\x.py", 5, "f"), mine]) == str(mine)
+    assert site_of([Frame("/opt/pytorch/torch/_ops.py", 5, "call"), mine]) == str(mine)
+    assert site_of([Frame("C:\\v\\site-packages\\torch\\x.py", 5, "f"), mine]) == str(mine)
 
 
 def test_fragmentation_adds_up():

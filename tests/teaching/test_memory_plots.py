@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from torch import nn
 
-from tfswa_lab.memory.trace.timeline import CATEGORIES, Block, Frame, Timeline, by_category, by_line
+from tfswa_lab.memory.trace.stacks import Frame
+from tfswa_lab.memory.trace.timeline import CATEGORIES, Block, Timeline, by_category, by_line
 from tfswa_lab.memory.trace.tracer import Tracer
 from tfswa_lab.teaching import memory_plots as plots
 

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
+from tfswa_lab.memory.trace.stacks import Frame
+from tfswa_lab.memory.trace.timeline import Block, Timeline
 from tfswa_lab.teaching import memory_view as view
 
 MIB = 2**20

@@ -13,8 +13,8 @@ from itertools import pairwise
 
 from tfswa_lab.memory.gauges import DeviceSignals
 from tfswa_lab.memory.leaks.trend import grows, slope, slows
-from tfswa_lab.memory.trace.stacks import in_short, line_of
-from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline, top
+from tfswa_lab.memory.trace.stacks import Frame, in_short, user_frame
+from tfswa_lab.memory.trace.timeline import Block, Timeline, top
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Census:
     def at_peak(self, count: int = 2) -> list[tuple[str, int]]:
         """The lines that hold most bytes when most are allocated, and how many."""
         event = self._timeline.peak().event
-        held = self._timeline.held_by(event, lambda block: in_short(line_of(block.frames)))
+        held = self._timeline.held_by(event, lambda block: in_short(user_frame(block.frames)))
         return [(line, size) for line, size in top(held, count) if line != "others"]
 
     def freed_by_gc(self) -> list[int]:
@@ -96,7 +96,7 @@ class Census:
         found = next(filter(None, (self.garbage(at) for at in reversed(range(self.steps)))), [])
         sizes = Counter()
         for block in found:
-            sizes[line_of(block.frames)] += block.rounded
+            sizes[user_frame(block.frames)] += block.rounded
         return max(sizes, key=sizes.get, default=None)
 
     def levels(self, blocks: list[Block], age: int = 0) -> list[int]:
@@ -144,7 +144,7 @@ class Site:
     @property
     def line(self) -> Frame | None:
         """That makes them, None if it is not known."""
-        return line_of(self.blocks[0].frames)
+        return user_frame(self.blocks[0].frames)
 
     @property
     def alive(self) -> list[Block]:
@@ -201,7 +201,7 @@ def sites(census: Census) -> list[Site]:
     """All lines whose blocks outlive a step, those that grow most first."""
     groups: dict[tuple, list[Block]] = {}
     for block in census.blocks:
-        groups.setdefault((line_of(block.frames), block.op, block.phase), []).append(block)
+        groups.setdefault((user_frame(block.frames), block.op, block.phase), []).append(block)
     found = [_site(blocks, census) for blocks in groups.values()]
     return sorted(found, key=lambda site: -site.per_step)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tfswa_lab.memory.gauges import DeviceSignals
 from tfswa_lab.memory.leaks.suspects import Culprit
 from tfswa_lab.memory.leaks.traced_steps import NOTHING, Ending
-from tfswa_lab.memory.trace.timeline import Frame
+from tfswa_lab.memory.trace.stacks import Frame
 
 
 @dataclass(frozen=True)

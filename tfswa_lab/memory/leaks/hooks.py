@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules import module as modules_of_torch
 from torch.optim import optimizer as optimizers_of_torch
 
-from tfswa_lab.memory.trace.timeline import Frame
+from tfswa_lab.memory.trace.stacks import Frame
 
 OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 GLOBAL = (modules_of_torch, optimizers_of_torch)

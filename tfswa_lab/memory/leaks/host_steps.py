@@ -23,8 +23,7 @@ from tfswa_lab.memory.leaks.autograd_graph import graph_of, last_of
 from tfswa_lab.memory.leaks.referrers import of_types, overlooked
 from tfswa_lab.memory.leaks.traced_steps import Ending, Numbered, ending_of, resting_gc
 from tfswa_lab.memory.leaks.trend import grows, slope, slows
-from tfswa_lab.memory.trace.stacks import line_of
-from tfswa_lab.memory.trace.timeline import Frame
+from tfswa_lab.memory.trace.stacks import Frame, user_frame
 
 FRAMES = 12  # of Python that are kept for each allocation
 SETTLING = 2  # steps that are run before the first look
@@ -180,7 +179,7 @@ def _lines_that_grew(
     grown = []
     for change in after.compare_to(before, "traceback"):
         inward = [Frame(each.filename, each.lineno, "") for each in change.traceback]
-        line = line_of(inward[::-1])
+        line = user_frame(inward[::-1])
         if line is not None and change.size_diff > 0:
             grown.append((change.size_diff, line))
     return sorted(grown, key=lambda pair: -pair[0])

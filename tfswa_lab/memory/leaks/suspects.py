@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from tfswa_lab.memory.leaks.census import Census, Site
 from tfswa_lab.memory.leaks.holders import Holders, Holding
 from tfswa_lab.memory.leaks.spelling import LRU_CACHE
-from tfswa_lab.memory.trace.timeline import Block, Frame
+from tfswa_lab.memory.trace.stacks import Frame
+from tfswa_lab.memory.trace.timeline import Block
 from tfswa_lab.memory.trace.tracer import has_storage
 
 SEVERAL = 6  # keys that would not be in order by chance

@@ -28,8 +28,8 @@ from tfswa_lab.memory.leaks.census import Boundary, Census
 from tfswa_lab.memory.leaks.hooks import hook_counts
 from tfswa_lab.memory.leaks.referrers import of_types
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
-from tfswa_lab.memory.trace.stacks import line_of
-from tfswa_lab.memory.trace.timeline import Block, Frame
+from tfswa_lab.memory.trace.stacks import Frame, user_frame
+from tfswa_lab.memory.trace.timeline import Block
 from tfswa_lab.memory.trace.tracer import Tracer, parts_of
 
 END_OF_DATA = (StopIteration, StopAsyncIteration, IndexError, EOFError)
@@ -211,7 +211,7 @@ class TracedSteps:
     def line_of_graph(self, tensor: Tensor) -> Frame | None:
         """The line of the last operation in a tensor's graph that was made in these steps."""
         frames = (self._tracer.lines_of(node) for node in graph_of([tensor]))
-        return next(filter(None, map(line_of, frames)), None)
+        return next(filter(None, map(user_frame, frames)), None)
 
     def has_tracebacks(self) -> bool:
         """Whether any traceback is kept that was made since the start."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tfswa_lab.memory.predict.allocator import CachingAllocator, OutOfMemory, SegmentPart, by_event
 from tfswa_lab.memory.snapshot.pickles import write_plain
-from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
+from tfswa_lab.memory.trace.stacks import Frame
+from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 SEPARATOR = " | "  # of category and module in `user_metadata`
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tfswa_lab.memory.snapshot.pickles import SnapshotError
-from tfswa_lab.memory.trace.timeline import Frame
+from tfswa_lab.memory.trace.stacks import Frame
 
 ACTIONS = (
     "alloc",

@@ -6,6 +6,7 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,9 +38,11 @@ from tfswa_lab.memory.snapshot.report import (
     fragmentation,
 )
 from tfswa_lab.memory.snapshot.schema import Contents, History, Segment, parse
-from tfswa_lab.memory.trace.stacks import user_line
+from tfswa_lab.memory.trace.stacks import Frame, user_frame
 from tfswa_lab.memory.trace.timeline import Block, Timeline
 
+NOWHERE = "(no stack was recorded)"
+NOBODY = "(no line outside of torch: its own threads, such as the backward pass)"
 BYTES_EACH = 8  # the least that a block or an entry takes in a file
 
 
@@ -195,7 +198,7 @@ class Snapshot:
     @cached_property
     def lines(self) -> list[str]:
         """The user's line of each stack."""
-        return [user_line(stack) for stack in self.contents.stacks]
+        return [site_of(stack) for stack in self.contents.stacks]
 
     def _one(self, device: int | None) -> int:
         if device is not None:
@@ -203,6 +206,13 @@ class Snapshot:
         if len(self.devices) > 1:
             raise ValueError(f"the snapshot has devices {self.devices}; choose one with device=")
         return self.devices[0] if self.devices else 0
+
+
+def site_of(stack: Sequence[Frame]) -> str:
+    """The user's line of a stack, or why there is none."""
+    if frame := user_frame(stack):
+        return str(frame)
+    return NOBODY if stack else NOWHERE
 
 
 def diff(before: Snapshot, after: Snapshot, device: int | None = None) -> list[Change]:

@@ -6,7 +6,8 @@ Notebook: 05_where_memory_goes
 import sys
 from types import ModuleType
 
-from tfswa_lab.memory.trace.timeline import Block, Frame, Peak, Timeline
+from tfswa_lab.memory.trace.stacks import Frame
+from tfswa_lab.memory.trace.timeline import Block, Peak, Timeline
 from tfswa_lab.memory.trace.trace import Trace, trace
 
 __all__ = ["Block", "Frame", "Peak", "Timeline", "Trace", "trace"]

@@ -1,4 +1,6 @@
-"""Which lines of Python are being executed, without those of libraries.
+"""Which lines of Python are being executed, and which of them is the user's.
+
+One rule for traces, snapshots and leaks, on this machine's paths and on a stranger's.
 
 Notebook: 05_where_memory_goes
 """
@@ -9,40 +11,102 @@ import re
 import sys
 import sysconfig
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import CodeType
+from typing import NamedTuple
 
 import einops
 import torch
 
-from tfswa_lab.memory.trace.timeline import Frame
-
 MOST = 16  # lines of a stack that are kept
-VERBS = Path(__file__).parents[1]
-# Lines in these say nothing about the model.
-HIDDEN = (
-    *(str(Path(library.__file__).parent) for library in (torch, einops)),
-    *(str(VERBS / verb) for verb in ("trace", "predict", "leaks")),
-    "<frozen",
+
+
+class Frame(NamedTuple):
+    """A line of Python that was being executed."""
+
+    filename: str
+    line: int
+    name: str  # of the function
+
+    def __str__(self) -> str:
+        return f"{self.filename}:{self.line} ({self.name})"
+
+
+def user_frame(frames: Sequence[Frame]) -> Frame | None:
+    """The innermost line outside of libraries, else the innermost outside of torch; None without.
+
+    The networks of this package count as the user's: the lessons are about their lines.
+
+    Args:
+        frames: innermost first.
+
+    >>> import copy
+    >>> frames = [Frame(copy.__file__, 153, "deepcopy"), Frame("train.py", 9, "step")]
+    >>> user_frame(frames).filename
+    'train.py'
+    """
+    known = [frame for frame in frames if not is_torch(frame.filename)]
+    own = (frame for frame in known if not is_library(frame.filename))
+    return next(own, known[0] if known else None)
+
+
+def in_short(frame: Frame | None) -> str:
+    """File, line and function. Notebook cells have generated file names: these become `cell`.
+
+    >>> in_short(Frame("/home/me/train.py", 9, "step"))
+    'train.py:9 (step)'
+    """
+    if frame is None:
+        return "lines unknown"
+    name = f" ({frame.name})" if frame.name else ""
+    file = "cell" if "ipykernel" in frame.filename else Path(frame.filename).name
+    return f"{file}:{frame.line}{name}"
+
+
+# Where torch and what it runs on lie here, wherever they were installed.
+_TORCH_HERE = tuple(str(Path(library.__file__).parent) for library in (torch, einops))
+# And on other machines; C++, generated code, and what traces, predicts and diagnoses.
+_TORCH = re.compile(
+    r"[/\\](site|dist)-packages[/\\](torch|torchaudio|functorch|einops)[/\\]"
+    r"|[/\\]torch[/\\](nn|autograd|optim|utils|cuda|amp|fx|jit|distributed|_\w+)([/\\]|\.py)"
+    r"|[/\\]tfswa_lab[/\\]memory[/\\](trace|predict|leaks)[/\\]"
+    r"|\.(c|cc|cpp|cxx|cu|cuh|h|hpp|pyx|S)$"
+    r"|^(\?*|<frozen .*)$"
 )
+_LIBRARIES_HERE = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_LIBRARIES = re.compile(
+    r"[/\\](site|dist)-packages[/\\]|[/\\]lib[/\\]python3[.\d]*[/\\]|^<string>$", re.IGNORECASE
+)
+_OWN_NETWORKS = re.compile(r"[/\\](site|dist)-packages[/\\]tfswa_lab[/\\]")
+
+
+@cache
+def is_torch(filename: str) -> bool:
+    """Whether lines of a file say nothing about the model: torch's, C++, and the tracer's own."""
+    return filename.startswith(_TORCH_HERE) or bool(_TORCH.search(filename))
+
+
+@cache
+def is_library(filename: str) -> bool:
+    """Whether a file is of the standard library or was installed, and is no network of ours."""
+    if _OWN_NETWORKS.search(filename):
+        return False
+    return filename.startswith(_LIBRARIES_HERE) or bool(_LIBRARIES.search(filename))
 
 
 class CallSites:
     """Stacks as tuples of `Frame`; equal lines are one object."""
 
     def __init__(self):
-        self._hidden: dict[CodeType, bool] = {}
         self._frames: dict[tuple[CodeType, int], Frame] = {}
 
     def here(self) -> tuple[Frame, ...]:
-        """The lines that led here, innermost first."""
+        """The lines that led here, innermost first, without torch's."""
         found, frame = [], sys._getframe(1)
         while frame is not None and len(found) < MOST:
             code = frame.f_code
-            hidden = self._hidden.get(code)
-            if hidden is None:
-                hidden = self._hidden[code] = code.co_filename.startswith(HIDDEN)
-            if not hidden:
+            if not is_torch(code.co_filename):
                 found.append(self._of(code, frame.f_lineno))
             frame = frame.f_back
         return tuple(found)
@@ -53,65 +117,3 @@ class CallSites:
             frame = Frame(code.co_filename, line, code.co_qualname)
             self._frames[code, line] = frame
         return frame
-
-
-LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-
-
-def line_of(frames: Sequence[Frame]) -> Frame | None:
-    """The innermost line outside of libraries, else outside of torch; None without either.
-
-    Args:
-        frames: innermost first.
-
-    Notebook: 06_leak_diagnosis
-
-    >>> import copy
-    >>> frames = [Frame(copy.__file__, 153, "deepcopy"), Frame("train.py", 9, "step")]
-    >>> line_of(frames).filename
-    'train.py'
-    """
-    known = [frame for frame in frames if not frame.filename.startswith(HIDDEN)]
-    own = (frame for frame in known if not frame.filename.startswith(LIBRARIES))
-    return next(own, known[0] if known else None)
-
-
-def in_short(line: Frame | None) -> str:
-    """File, line and function; a notebook's cell has a number for a name that nobody knows.
-
-    Notebook: 06_leak_diagnosis
-
-    >>> in_short(Frame("/home/me/train.py", 9, "step"))
-    'train.py:9 (step)'
-    """
-    if line is None:
-        return "lines unknown"
-    name = f" ({line.name})" if line.name else ""
-    file = "cell" if "ipykernel" in line.filename else Path(line.filename).name
-    return f"{file}:{line.line}{name}"
-
-
-NOWHERE = "(no stack was recorded)"
-NOBODY = "(no line outside of torch: its own threads, such as the backward pass)"
-
-_NOT_OURS = re.compile(
-    r"[/\\](site|dist)-packages[/\\](torch|torchaudio|functorch)[/\\]"
-    r"|[/\\]torch[/\\](nn|autograd|optim|utils|cuda|amp|fx|jit|distributed|_\w+)([/\\]|\.py)"
-    r"|\.(c|cc|cpp|cxx|cu|cuh|h|hpp|pyx|S)$"
-    r"|^(\?*|<frozen .*>|<string>)$"
-)
-
-
-def user_line(stack: Sequence[Frame]) -> str:
-    """The innermost line of a stack that is neither torch's nor C++.
-
-    Notebook: 06_leak_diagnosis
-
-    >>> torch = Frame("/lib/python3.12/site-packages/torch/nn/functional.py", 9, "linear")
-    >>> user_line([torch, Frame("model.py", 12, "forward"), Frame("train.py", 3, "<module>")])
-    'model.py:12 (forward)'
-    """
-    for frame in stack:
-        if not _NOT_OURS.search(frame.filename):
-            return str(frame)
-    return NOBODY if stack else NOWHERE

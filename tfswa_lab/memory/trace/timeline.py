@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
 
 from tfswa_lab.memory.sizes import format_bytes
+from tfswa_lab.memory.trace.stacks import Frame, user_frame
 
 CATEGORIES = (
     "parameter",
@@ -24,17 +24,6 @@ CATEGORIES = (
     "activation",
     "temporary",
 )
-
-
-class Frame(NamedTuple):
-    """A line of Python that was being executed."""
-
-    filename: str
-    line: int
-    name: str  # of the function
-
-    def __str__(self) -> str:
-        return f"{self.filename}:{self.line} ({self.name})"
 
 
 @dataclass(eq=False)
@@ -145,8 +134,8 @@ def by_module(depth: int) -> Callable[[Block], str]:
 
 
 def by_line(block: Block) -> str:
-    """A key of `Timeline.held_by`: the innermost line."""
-    return str(block.frames[0]) if block.frames else "(unknown)"
+    """A key of `Timeline.held_by`: the user's line."""
+    return str(user_frame(block.frames) or "(unknown)")
 
 
 def top(held: Counter[str], count: int) -> Sequence[tuple[str, int]]:

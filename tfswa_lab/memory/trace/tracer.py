@@ -28,8 +28,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.trace.module_paths import ModulePaths, NodeId, NodeNumbers
-from tfswa_lab.memory.trace.stacks import CallSites
-from tfswa_lab.memory.trace.timeline import Block, Frame, Timeline
+from tfswa_lab.memory.trace.stacks import CallSites, Frame
+from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 
 class Birth(NamedTuple):

@@ -1,0 +1,65 @@
+"""One rule for the user's line: traces, leaks and snapshots charge a stack to the same line."""
+
+import copy
+
+import einops
+import numpy as np
+import pytest
+import torch
+
+from tfswa_lab.memory.leaks.census import Boundary, Census
+from tfswa_lab.memory.snapshot import read
+from tfswa_lab.memory.snapshot.emit import as_snapshot
+from tfswa_lab.memory.snapshot.snapshot import NOBODY
+from tfswa_lab.memory.trace.stacks import Frame, in_short, user_frame
+from tfswa_lab.memory.trace.timeline import Block, Timeline, by_line
+
+SITE = "/home/she/.venv/lib/python3.12/site-packages"
+MINE = Frame("/home/me/train.py", 9, "step")
+CELL = Frame("/tmp/ipykernel_4711/3087212312.py", 4, "<module>")
+STRANGERS = {
+    "torch": Frame(f"{SITE}/torch/nn/modules/linear.py", 134, "forward"),
+    "torchaudio": Frame(f"{SITE}/torchaudio/transforms/_transforms.py", 9, "forward"),
+    "a library": Frame(f"{SITE}/lightning/pytorch/loops/fit_loop.py", 250, "advance"),
+    "Debian": Frame("/usr/lib/python3/dist-packages/numpy/core/numeric.py", 1, "ones"),
+    "conda": Frame("/opt/conda/envs/x/lib/python3.11/copy.py", 153, "deepcopy"),
+    "Windows": Frame("C:\\py\\Lib\\site-packages\\torch\\_tensor.py", 5, "f"),
+    "C++": Frame("/pytorch/aten/src/ATen/native/cuda/Blas.cpp", 300, "addmm"),
+    "unknown": Frame("??", 0, "at::detail::empty_cuda"),
+    "frozen": Frame("<frozen importlib._bootstrap>", 241, "_call_with_frames_removed"),
+}
+LOCAL = {
+    "torch": Frame(torch.nn.functional.__file__, 9, "linear"),
+    "einops": Frame(einops.__file__, 3, "rearrange"),
+    "numpy": Frame(np.__file__, 3, "ones"),
+    "the standard library": Frame(copy.__file__, 153, "deepcopy"),
+}
+LIBRARIES = [*STRANGERS.values(), *LOCAL.values()]
+NETWORK = Frame(f"{SITE}/tfswa_lab/models/attention.py", 80, "forward")
+NAMESAKE = Frame("/home/me/torch/train.py", 1, "main")
+COMMAND = Frame("<string>", 1, "<module>")  # of `python -c`
+TABLE = [
+    *(((library, MINE), MINE) for library in LIBRARIES),
+    *(((library, CELL, MINE), CELL) for library in LIBRARIES),
+    ((STRANGERS["torch"], STRANGERS["a library"]), STRANGERS["a library"]),
+    ((STRANGERS["torch"], LOCAL["the standard library"], MINE), MINE),
+    ((LOCAL["numpy"], STRANGERS["a library"]), LOCAL["numpy"]),
+    ((STRANGERS["C++"], STRANGERS["torch"], MINE, STRANGERS["a library"]), MINE),
+    ((STRANGERS["torch"], NETWORK, MINE), NETWORK),  # the lessons are about its lines
+    ((STRANGERS["torch"], NAMESAKE), NAMESAKE),
+    ((STRANGERS["torch"], COMMAND), COMMAND),
+    ((STRANGERS["torch"], COMMAND, MINE), MINE),
+    ((STRANGERS["C++"], STRANGERS["unknown"], STRANGERS["torch"]), None),
+    ((STRANGERS["torch"], STRANGERS["frozen"]), None),
+]
+
+
+@pytest.mark.parametrize(("stack", "line"), TABLE)
+def test_traces_leaks_and_snapshots_agree(stack, line):
+    block = Block(512, 512, 1, frames=stack)
+    timeline = Timeline([block], 3)
+    assert user_frame(stack) == line
+    assert by_line(block) == str(line or "(unknown)")
+    assert Census([timeline], 0, [Boundary(2, 3)]).at_peak() == [(in_short(line), 512)]
+    (site,) = read(as_snapshot(timeline)).allocation_sites()
+    assert site.line == str(line or NOBODY)
