@@ -102,6 +102,37 @@ def test_importing_the_package_imports_no_room():
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
+FLOORS = (
+    {"cli"},
+    {"teaching", "performance"},
+    {"evaluation", "training"},
+    {"inference", "data"},
+    {"memory", "models"},
+    {"stft", "audio", "durable", "device", "weights", "doctor", "repair", "__version__"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def rooms_imported(source: str) -> set[str]:
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    found = set()
+    for node in nodes:
+        package, *inside = (node.module or "").split(".")
+        if package == "tfswa_lab":
+            found |= {inside[0]} if inside else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_rooms_import_downwards_only(path):
+    room = path.relative_to(CHECKOUT / "tfswa_lab").parts[0].removesuffix(".py")
+    others = rooms_imported(path.read_text()) - {room}
+    if room in FLOOR and FLOOR[room] < len(FLOORS) - 1:
+        assert {other for other in others if FLOOR[other] <= FLOOR[room]} == set()
+    else:
+        assert others <= FLOORS[-1]
+
+
 def imports_it(code: str, module: str) -> bool:
     """Whether a lesson imports `tfswa_lab.models.attention`, or its room `tfswa_lab.models`."""
     package, *room = module.split(".")[:2]
