@@ -6,6 +6,7 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from types import CellType, CoroutineType, FrameType, GeneratorType, TracebackType
@@ -34,7 +35,8 @@ class Container(NamedTuple):
     Args:
         kind: name of its class.
         length: how many elements it has.
-        limit: how many it can have, None if there is no limit.
+        limit: how many Python lets it have, None if there is no limit.
+        claim: an attribute of its owner that reads like a limit, and may be kept to or not.
         by_size: whether its keys are the sizes of what it keeps, and not counted up.
         by_content: whether its keys are anything but numbers that are counted up.
     """
@@ -42,6 +44,7 @@ class Container(NamedTuple):
     kind: str
     length: int = 0
     limit: int | None = None
+    claim: str = ""
     by_size: bool = False
     by_content: bool = False
 
@@ -50,37 +53,35 @@ def container_of(chain: Sequence[Any], at: int) -> Container:
     """What is known of a holder at a place in a chain.
 
     >>> from collections import deque
-    >>> container_of([deque([1, 2], maxlen=5)], 0)
-    Container(kind='deque', length=2, limit=5, by_size=False, by_content=False)
+    >>> container = container_of([deque([1, 2], maxlen=5)], 0)
+    >>> container.kind, container.length, container.limit
+    ('deque', 2, 5)
     """
     holder, owners = chain[at], chain[max(0, at - 2) : at]
-    cache = next((each for each in (holder, *owners) if isinstance(each, LRU_CACHE)), None)
-    length = len(holder) if isinstance(holder, Sized) and not isinstance(holder, Tensor) else 0
+    keys = {"by_size": _by_size(holder), "by_content": _by_content(holder)}
+    cache = holder if isinstance(holder, LRU_CACHE) else _owning_cache(holder, owners)
     if cache is not None:
-        length, limit = cache.cache_info().currsize, cache.cache_info().maxsize
-        return Container("lru_cache", length, limit, _by_size(holder), _by_content(holder))
-    limit = getattr(holder, "maxlen", None)
-    if limit is None:
-        limit = next((found for each in owners if (found := _limit(each, length))), None)
-    return Container(type(holder).__name__, length, limit, _by_size(holder), _by_content(holder))
+        known = cache.cache_info()
+        return Container("lru_cache", known.currsize, known.maxsize, **keys)
+    length = len(holder) if isinstance(holder, Sized) and not isinstance(holder, Tensor) else 0
+    limit = holder.maxlen if isinstance(holder, deque) else None
+    claim = next(filter(None, (_claim(each, length) for each in (holder, *owners))), "")
+    return Container(type(holder).__name__, length, limit, claim, **keys)
 
 
-def _limit(owner: Any, length: int) -> int | None:
-    """A number of an object that its own methods hold against how many elements it has."""
-    if isinstance(owner, nn.Module):
-        return None
+def _owning_cache(holder: Any, owners: Sequence[Any]) -> Any:
+    """The `lru_cache` whose own dictionary a holder is; a cache with a limit shows none."""
+    cache = owners[-1] if owners and isinstance(holder, dict) else None
+    unlimited = isinstance(cache, LRU_CACHE) and cache.cache_info().maxsize is None
+    return cache if unlimited else None
+
+
+def _claim(owner: Any, length: int) -> str:
+    """An attribute with the name of a limit and a value that is not exceeded; empty without."""
     for name, value in getattr(owner, "__dict__", {}).items():
-        enough = isinstance(value, int) and value >= max(length, 1)
-        if LIMITS.match(name) and enough and _is_used(owner, name):
-            return value
-    return None
-
-
-def _is_used(owner: Any, name: str) -> bool:
-    """Whether a method reads an attribute, besides the one that sets it."""
-    methods = (each for kind in type(owner).__mro__ for each in vars(kind).items())
-    codes = (getattr(method, "__code__", None) for key, method in methods if key != "__init__")
-    return any(code is not None and name in code.co_names for code in codes)
+        if LIMITS.match(name) and isinstance(value, int) and value >= max(length, 1):
+            return f"{name} = {value}"
+    return ""
 
 
 def _by_size(holder: Any) -> bool:

@@ -108,7 +108,15 @@ def leak(f: Findings) -> Diagnosis | None:
     if main.pinned >= PINNED and verdict == "leak of tensors":
         cause += f"; a view that is kept pins a storage {main.pinned:.0f} times its size"
     growth = _growth([each for group in kinds.values() for each in group])
-    return Diagnosis(verdict, cause, _levels(f), growth, _advice(verdict, main))
+    evidence = (*_only_if(main), *_levels(f))
+    return Diagnosis(verdict, cause, evidence, growth, _advice(verdict, main))
+
+
+def _only_if(culprit: Culprit) -> tuple[str, ...]:
+    """A limit that a program names is no evidence: it may be printed, and kept to nowhere."""
+    claim = culprit.container.claim
+    said = f"it grows so far; bounded only if the program keeps to `{claim}`"
+    return (f"{said}, which a larger `longest` would show",) if claim else ()
 
 
 def bounded(culprit: Culprit, steps: int) -> bool:
