@@ -28,7 +28,7 @@ from events import REHEARSAL, attempt
 from record import record, table
 
 from tfswa_lab.memory.leaks import diagnose
-from tfswa_lab.memory.leaks.traced_steps import Numbered
+from tfswa_lab.memory.leaks.traced_steps import StepCaller
 from tfswa_lab.memory.leaks.verdicts import LEAKS
 from tfswa_lab.memory.trace.tracer import has_storage
 
@@ -74,7 +74,7 @@ def _leaks(script) -> bool:
 
 
 def _called_a_leak_by_counting(script) -> bool:
-    call, counts = Numbered(script.prepare()[0]), []
+    call, counts = StepCaller(script.prepare()[0]), []
     for _ in range(12):
         call()
         gc.collect()

@@ -1,4 +1,4 @@
-"""What judges who had not read the rules found them to get wrong, so that they never do again."""
+"""Scripts that the rules once got wrong, found by judges who had not read the rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second set that was written after the first unseen one had been mended."""
+"""A second set that was written after the first unseen one had been fixed."""
 
 from __future__ import annotations
 

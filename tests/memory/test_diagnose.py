@@ -1,4 +1,4 @@
-"""What `diagnose` asks of its arguments, survives in a step, and leaves as it was."""
+"""Which arguments `diagnose` refuses, which errors it survives, and what it leaves unchanged."""
 
 import gc
 import random
@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tfswa_lab.memory.leaks import diagnose
+from tfswa_lab.memory.leaks.census import fills_up
 from tfswa_lab.memory.leaks.traced_steps import FROZEN_BY_PYTHON, resting_gc
-from tfswa_lab.memory.leaks.trend import fills_up
 
 
 def lazy():
@@ -89,7 +89,7 @@ def test_an_error_in_later_steps_is_told(error, failed):
     assert not found.leaks
 
 
-def test_a_circle_is_found_though_the_data_end():
+def test_a_cycle_is_found_though_the_data_end():
     def step(number):
         if number > 12:
             raise StopIteration
@@ -147,7 +147,7 @@ def test_the_heap_is_frozen_unless_the_user_froze_it(monkeypatch, frozen, calls)
 
 AFTER_ASYNCIO = """
 import asyncio, gc
-from tfswa_lab.memory.leaks.referrers import overlooked
+from tfswa_lab.memory.leaks.referrers import untracked_containers
 
 async def wait():
     future = asyncio.get_running_loop().create_future()
@@ -156,7 +156,7 @@ async def wait():
 
 asyncio.run(wait())
 for _ in range(3):
-    overlooked((dict,))
+    untracked_containers((dict,))
     gc.collect()
 print("done")
 """
@@ -181,7 +181,7 @@ def test_tensors_that_an_export_left_behind_are_no_memory():
 def test_garbage_that_others_keep_stays():
     gc.garbage.append("theirs")
     try:
-        test_a_circle_is_found_though_the_data_end()
+        test_a_cycle_is_found_though_the_data_end()
         assert gc.garbage == ["theirs"]
     finally:
         gc.garbage.clear()

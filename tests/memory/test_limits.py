@@ -1,4 +1,4 @@
-"""A limit is believed where Python keeps to it or the growth is seen to end, and nowhere else."""
+"""A limit is believed where Python enforces it or the growth is seen to end, and nowhere else."""
 
 import functools
 from collections import deque
@@ -166,7 +166,7 @@ def test_a_limit_out_of_reach_is_not_taken_on_trust(step):
 @pytest.mark.parametrize("kind", [Printed, CutByNobody, Compared, Cut])
 def test_a_limit_that_is_only_named_is_told_as_a_condition(kind):
     found = diagnose(kind(FAR))
-    assert "grows so far; bounded only if the program keeps to `capacity = 10000`" in str(found)
+    assert "grows so far; bounded only if the program enforces `capacity = 10000`" in str(found)
 
 
 def test_nothing_is_said_of_a_limit_that_was_exceeded():

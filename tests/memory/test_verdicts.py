@@ -1,16 +1,16 @@
-"""The rules that need a card to happen, on findings made by hand; and the order of the rules."""
+"""The rules that need a GPU, on findings made by hand; and the order of the rules."""
 
 import pytest
 
 from tfswa_lab.memory.gauges import DeviceSignals
-from tfswa_lab.memory.leaks.findings import Findings, HostGrowth
-from tfswa_lab.memory.leaks.verdicts import judge
+from tfswa_lab.memory.leaks.host_steps import HostGrowth
+from tfswa_lab.memory.leaks.verdicts import Findings, judge
 
 MIB, STEPS = 2**20, 12
 
 
-def on_a_card(reserved, used=None, peak=100 * MIB, retries=0):
-    """Findings of steps that all need the same, while the card says something else."""
+def on_a_gpu(reserved, used=None, peak=100 * MIB, retries=0):
+    """Findings of steps that all need the same, while the GPU says something else."""
     used = used or [each + 500 * MIB for each in reserved]
     signals = [
         DeviceSignals(peak, r, u, retries * at)
@@ -19,12 +19,12 @@ def on_a_card(reserved, used=None, peak=100 * MIB, retries=0):
     return Findings(STEPS, [50 * MIB] * STEPS, [peak] * STEPS, device=signals)
 
 
-def test_a_card_that_is_at_rest_is_healthy():
-    assert judge(on_a_card([120 * MIB] * STEPS)).verdict == "healthy"
+def test_a_gpu_at_rest_is_healthy():
+    assert judge(on_a_gpu([120 * MIB] * STEPS)).verdict == "healthy"
 
 
 def test_more_is_reserved_with_each_step_though_none_needs_more():
-    found = judge(on_a_card([(120 + 40 * step) * MIB for step in range(STEPS)]))
+    found = judge(on_a_gpu([(120 + 40 * step) * MIB for step in range(STEPS)]))
     assert found.verdict == "fragmentation"
     assert found.growth_per_step == 40 * MIB
     assert not found.leaks
@@ -32,18 +32,18 @@ def test_more_is_reserved_with_each_step_though_none_needs_more():
 
 
 def test_the_allocator_emptied_its_cache_to_find_room():
-    assert judge(on_a_card([180 * MIB] * STEPS, retries=1)).verdict == "fragmentation"
+    assert judge(on_a_gpu([180 * MIB] * STEPS, retries=1)).verdict == "fragmentation"
 
 
 def test_an_early_peak_left_a_large_cache():
-    found = judge(on_a_card([900 * MIB] * STEPS))
+    found = judge(on_a_gpu([900 * MIB] * STEPS))
     assert found.verdict == "reserved cache"
     assert "900.00 MiB are reserved" in found.cause
 
 
-def test_the_card_fills_beyond_what_is_reserved():
+def test_the_gpu_fills_beyond_what_is_reserved():
     reserved = [120 * MIB] * STEPS
-    found = judge(on_a_card(reserved, [(500 + 20 * step) * MIB for step in range(STEPS)]))
+    found = judge(on_a_gpu(reserved, [(500 + 20 * step) * MIB for step in range(STEPS)]))
     assert found.verdict == "outside the allocator"
     assert found.leaks
     assert found.growth_per_step == 20 * MIB

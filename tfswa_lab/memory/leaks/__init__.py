@@ -1,6 +1,6 @@
-"""Does a step lose memory, which line makes what is lost, and what holds it?
+"""Does a step lose memory, which line allocates it, and which object keeps it alive?
 
-Lazy, because pytest loads `pytest_plugin` wherever this package is installed.
+Lazy, because pytest imports `pytest_plugin` wherever this package is installed.
 
 Notebook: 06_leak_diagnosis
 """

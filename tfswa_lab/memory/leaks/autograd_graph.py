@@ -1,6 +1,6 @@
-"""What autograd's graph keeps: tensors saved for the backward pass, found from its nodes.
+"""Tensors that autograd's graph saves for the backward pass, found from its nodes.
 
-These tensors need not exist in Python, so the collector of cycles cannot tell who holds them.
+They need not exist in Python, so the garbage collector does not know who holds them.
 
 Notebook: 06_leak_diagnosis
 """
@@ -16,11 +16,11 @@ from torch.autograd.graph import Node
 
 from tfswa_lab.memory.trace.tracer import has_storage
 
-MOST = 100_000  # nodes that are looked at
+MOST = 100_000  # nodes that a search looks at
 
 
 def graph_of(tensors: Iterable[Tensor]) -> dict[Node, Tensor]:
-    """All nodes of the graphs that made some tensors, and the first that leads to each.
+    """All nodes of the graphs that made some tensors, and the first tensor that leads to each.
 
     >>> import torch
     >>> x = torch.ones(2, requires_grad=True)
@@ -39,7 +39,7 @@ def graph_of(tensors: Iterable[Tensor]) -> dict[Node, Tensor]:
 
 
 def last_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Those that no other was made from: they keep the graph.
+    """The tensors that no other tensor was made from: they keep the graph alive.
 
     >>> import torch
     >>> x = torch.ones(2, requires_grad=True)
@@ -53,16 +53,16 @@ def last_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor for tensor in made if tensor.grad_fn not in inner]
 
 
-class Reach:
-    """Which of some tensors leads to what graphs have saved.
+class SavedTensors:
+    """What the graphs of some tensors have saved, and which tensor keeps it alive.
 
     Args:
-        tensors: those that come first are preferred.
+        tensors: of two that lead to the same node, the first is named.
 
     Attributes:
-        nodes: of their graphs, and the tensors that lead to them.
-        storages: addresses of what the nodes saved, and the tensors that lead there.
-        packed: identities of what hooks keep instead, and the tensors that lead there.
+        nodes: of the graphs, and the tensors that lead to them.
+        storages: addresses of storages that the nodes saved, and the tensors that lead there.
+        packed: identities of objects that saved-tensor hooks keep instead, and the tensors.
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
@@ -82,16 +82,16 @@ class Reach:
         return self.packed.get(id(thing))
 
     def _note(self, saved: Any, tensor: Tensor) -> None:
-        """What is packed is not unpacked: that may run a forward pass again."""
+        """Packed objects are not unpacked: that might run a forward pass again."""
         data, hook = getattr(saved, "data", None), getattr(saved, "unpack_hook", None)
         if has_storage(data):
             self.storages.setdefault(address_of(data), tensor)
-        if hook is not None:  # both are kept by C++, so that their identities stay
+        if hook is not None:  # C++ keeps both, so their identities stay
             self.packed |= {id(hook): tensor, id(data): tensor}
 
 
 def address_of(thing: Tensor | UntypedStorage) -> int:
-    """Where the storage of a tensor is managed, the same for all tensors in it."""
+    """The address of a storage, the same for all tensors in it."""
     return (thing.untyped_storage() if isinstance(thing, Tensor) else thing)._cdata
 
 

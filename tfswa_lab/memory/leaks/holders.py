@@ -1,7 +1,7 @@
-"""Who holds a block of memory: the way from a name in the program down to the storage.
+"""Who keeps memory alive: a chain of holders from a name, or objects in a reference cycle.
 
-Python's references are followed first. Where they end, what C++ holds is looked through: tensors
-hold storages, parameters their gradients, graphs what they saved, arrays the tensors they view.
+Python's references are followed first. Where they end, references in C++ go on: tensors hold
+storages, parameters hold gradients, graphs hold saved tensors, arrays hold the tensors they view.
 
 Notebook: 06_leak_diagnosis
 """
@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from types import FrameType
+from types import CellType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import Node
 
-from tfswa_lab.memory.leaks.autograd_graph import Reach, last_of
-from tfswa_lab.memory.leaks.referrers import HeapPaths, of_types, overlooked, referents
-from tfswa_lab.memory.leaks.spelling import Words, words
+from tfswa_lab.memory.leaks.autograd_graph import SavedTensors, last_of
+from tfswa_lab.memory.leaks.referrers import HeapPaths, of_types, referents, untracked_containers
+from tfswa_lab.memory.leaks.spelling import Spelled, spell
+from tfswa_lab.memory.leaks.traced_steps import resting_gc
 from tfswa_lab.memory.trace.tracer import has_storage, parts_of
 
-DEEPEST = 5  # references of C++ in one chain
+DEEPEST = 5  # references in C++ in one chain
 
 
 class Holding(NamedTuple):
@@ -32,8 +33,8 @@ class Holding(NamedTuple):
 
     Args:
         chain: objects from a name down to the storage, each of which holds the next one.
-        rooted: whether the first is a name; else nothing in Python is known to hold it.
-        graph: whether autograd's graph is one of the links.
+        rooted: whether the first has a name; else nothing in Python is known to hold it.
+        graph: whether autograd's graph is a part of the chain.
     """
 
     chain: list[Any]
@@ -42,10 +43,10 @@ class Holding(NamedTuple):
 
 
 class Holders:
-    """Looks for holders among all objects that there are now.
+    """Finds holders among all objects that are alive.
 
     Args:
-        named: objects with names, such as the step and the model.
+        named: objects with names of their own, such as the step and the model.
     """
 
     def __init__(self, named: dict[str, Any]):
@@ -61,7 +62,7 @@ class Holders:
         self.paths.ignore(named, self._tensors, leaves, self._owners, self._gradients)
 
     def of(self, storage: UntypedStorage) -> Holding:
-        """The chain to a storage."""
+        """The chain that ends with a storage."""
         return self._climb(storage, frozenset(), False)
 
     def look_up(self, storages: Iterable[UntypedStorage]) -> None:
@@ -69,12 +70,12 @@ class Holders:
         every = [thing for storage in storages for thing in (storage, *self._on(storage))]
         self.paths.look_up(every)
 
-    def spell(self, chain: list[Any]) -> Words:
-        """The last object of a chain in words."""
-        return words(chain, self._names)
+    def spell(self, chain: list[Any]) -> Spelled:
+        """The last object of a chain, as code."""
+        return spell(chain, self._names)
 
-    def name(self, thing: Any) -> Words:
-        """Any object in words."""
+    def name(self, thing: Any) -> Spelled:
+        """Any object, as code."""
         return self.spell(self.paths.to(thing)[0])
 
     def _climb(self, thing: Any, below: frozenset[int], graph: bool) -> Holding:
@@ -100,27 +101,27 @@ class Holders:
         return self.paths.is_root(thing) or isinstance(thing, FrameType)
 
     def _beyond(self, thing: Any) -> Iterator[tuple[Any, bool]]:
-        """What holds an object without Python knowing, and whether that is a graph."""
+        """Holders that Python does not know, and whether a graph is between."""
         if isinstance(thing, UntypedStorage):
             tensors = self._on(thing)
             yield from ((tensor, False) for tensor in tensors)
-            yield self._reach.holder_of(thing), True
-            yield from ((array, False) for array in self._looking_into(tensors))
+            yield self._saved.holder_of(thing), True
+            yield from ((array, False) for array in self._arrays_of(tensors))
         elif isinstance(thing, np.ndarray):
-            for each in self._overlooked.values():
+            for each in self._untracked.values():
                 if any(inner is thing for inner in referents(each)):
                     yield each, False
         elif isinstance(thing, Tensor):
             pairs = zip(self._owners, self._gradients, strict=True)
             yield from ((owner, False) for owner, gradient in pairs if gradient is thing)
-            yield self._reach.holder_of(thing), True
+            yield self._saved.holder_of(thing), True
         elif isinstance(thing, Node):
-            yield self._reach.holder_of(thing), True
+            yield self._saved.holder_of(thing), True
         elif type(thing) is dict:
             threads = of_types((threading.local,))
             yield from ((each, False) for each in threads if vars(each) is thing)
         else:
-            yield self._reach.holder_of(thing), True
+            yield self._saved.holder_of(thing), True
 
     def _on(self, storage: UntypedStorage) -> list[Tensor]:
         """Tensors that lie in a storage."""
@@ -132,28 +133,28 @@ class Holders:
         self.paths.ignore(tensors)
         return tensors
 
-    def _looking_into(self, tensors: list[Tensor]) -> list[np.ndarray]:
+    def _arrays_of(self, tensors: list[Tensor]) -> list[np.ndarray]:
         """Arrays that view some tensors."""
         viewed = set(map(id, tensors))
-        looking = [array for array in self._arrays.values() if id(_viewed(array)) in viewed]
-        self.paths.ignore(looking)
-        return looking
+        viewing = [array for array in self._arrays.values() if id(_viewed(array)) in viewed]
+        self.paths.ignore(viewing)
+        return viewing
 
     @cached_property
-    def _reach(self) -> Reach:
+    def _saved(self) -> SavedTensors:
         last = last_of([*self._gradients, *self._tensors])
         gradients = set(map(id, self._gradients))
         self.paths.look_up(last)
         held = [t for t in last if id(t) in gradients or self.paths.is_held(t)]
-        reach = Reach(held)
-        self.paths.ignore(last, held, reach.nodes, reach.storages, reach.packed)
-        return reach
+        saved = SavedTensors(held)
+        self.paths.ignore(last, held, saved.nodes, saved.storages, saved.packed)
+        return saved
 
     @cached_property
     def _arrays(self) -> dict[int, np.ndarray]:
-        """Arrays that view tensors, by identity; the collector of cycles does not know them."""
+        """Arrays that view tensors, by identity; the garbage collector does not track them."""
         arrays = {}
-        for holder in (*gc.get_objects(), *self._overlooked.values()):
+        for holder in (*gc.get_objects(), *self._untracked.values()):
             for each in referents(holder):
                 if issubclass(type(each), np.ndarray) and isinstance(_viewed(each), Tensor):
                     arrays[id(each)] = each
@@ -161,15 +162,85 @@ class Holders:
         return arrays
 
     @cached_property
-    def _overlooked(self) -> dict[int, Any]:
-        """Dictionaries and tuples that the collector overlooks, as of names and arrays only."""
-        found = overlooked((dict, tuple))
+    def _untracked(self) -> dict[int, Any]:
+        """Dictionaries and tuples that the collector does not track, such as those of arrays."""
+        found = untracked_containers((dict, tuple))
         self.paths.ignore(found)
         return found
 
 
 def _viewed(array: np.ndarray) -> Any:
-    """What an array looks into, maybe through others; None if it owns its memory."""
+    """The object whose memory an array views; None if the array owns its memory."""
     while isinstance(array, np.ndarray):
         array = array.base
     return array
+
+
+PLAIN = (dict, list, tuple, set, CellType, Tensor, type, ModuleType)  # their names say little
+
+
+def cycle_of_step(run: Callable[[], Any], tries: int = 10) -> str:
+    """The reference cycle that a step leaves behind, as code; empty if there is none.
+
+    Args:
+        run: runs a step.
+        tries: the number of steps to run, at most, until one leaves tensors behind.
+
+    >>> class Cell: ...
+    >>> def step():
+    ...     cell = Cell()
+    ...     cell.me, cell.data = cell, Tensor(3)
+    >>> cycle_of_step(step)
+    'Cell.me is the Cell itself'
+    """
+    with resting_gc():
+        flags = gc.get_debug()
+        for _ in range(tries):
+            try:
+                run()
+            except Exception:  # such as no more data: the verdict stands without the cycle
+                return ""
+            others = len(gc.garbage)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            gc.set_debug(flags)
+            try:
+                if any(isinstance(each, Tensor) for each in gc.garbage[others:]):
+                    return _shortest_cycle(gc.garbage[others:])
+            finally:
+                del gc.garbage[others:]
+                gc.collect()
+    return ""
+
+
+def _shortest_cycle(garbage: Iterable[Any]) -> str:
+    things = {id(each): each for each in garbage}
+    edges = {at: [id(r) for r in referents(each)] for at, each in things.items()}
+    telling = [at for at, each in things.items() if not isinstance(each, PLAIN)]
+    cycles = [cycle for at in telling if (cycle := _cycle(at, edges))]
+    if not cycles:
+        return ", ".join(sorted({type(things[at]).__name__ for at in telling}))
+    chain = [things[at] for at in min(cycles, key=len)]
+    spelled = spell(chain, {id(chain[0]): type(chain[0]).__name__})
+    if isinstance(chain[0], FunctionType):
+        return f"{spelled.expression}, in the closure of {chain[0].__qualname__}, is the function"
+    return f"{spelled.expression} is the {type(chain[0]).__name__} itself"
+
+
+def _cycle(start: int, edges: dict[int, list[int]]) -> list[int]:
+    """The shortest chain from an object back to itself; empty if there is none."""
+    came_from, level = {}, [start]
+    while level and start not in came_from:
+        above = []
+        for at in level:
+            for to in edges[at]:
+                if to in edges and to not in came_from:
+                    came_from[to] = at
+                    above.append(to)
+        level = above
+    if start not in came_from:
+        return []
+    way = [start, came_from[start]]
+    while way[-1] != start:
+        way.append(came_from[way[-1]])
+    return way[::-1]

@@ -1,11 +1,12 @@
-"""How many hooks hang on modules, tensors and optimizers.
+"""How many hooks modules, tensors and optimizers have, and which lists of them grow.
 
 Notebook: 06_leak_diagnosis
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,30 @@ from tfswa_lab.memory.trace.stacks import Frame
 OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 GLOBAL = (modules_of_torch, optimizers_of_torch)
 
+Counts = Mapping[tuple[int, str], int]  # by the identity of the owner and the name of its list
 
-def hook_counts(owners: Iterable[Any]) -> dict[tuple[int, str], int]:
-    """Hooks of each kind that are registered, globally and on some objects.
+
+@dataclass(frozen=True)
+class Hooks:
+    """A list of hooks that grows.
+
+    Args:
+        name: of the list, such as `_forward_hooks`.
+        owner: what a program would write for the module or tensor that it belongs to.
+        count: the number of hooks at the end.
+        per_step: hooks that are added per step.
+        line: where the function that was added last is defined, if that is known.
+    """
+
+    name: str
+    owner: str
+    count: int
+    per_step: float
+    line: Frame | None = None
+
+
+def hook_counts(owners: Iterable[Any]) -> Counts:
+    """The number of hooks that are registered, globally and on some objects.
 
     Args:
         owners: modules, tensors and optimizers.
@@ -46,15 +68,35 @@ def hook_counts(owners: Iterable[Any]) -> dict[tuple[int, str], int]:
 def _lists_of_hooks(owner: Any) -> Iterable[str]:
     if issubclass(type(owner), Tensor):
         return OF_TENSORS
-    return [name for name, value in vars(owner).items() if _is_list_of_hooks(name, value)]
+    lists = (name for name, value in vars(owner).items() if isinstance(value, dict))
+    return [name for name in lists if name.endswith("_hooks")]
 
 
-def _is_list_of_hooks(name: str, value: Any) -> bool:
-    return name.endswith("_hooks") and isinstance(value, dict)
+def growing_hooks(
+    counts: Sequence[Counts], owners: Callable[[], list[Any]], spell: Callable[[Any], str]
+) -> Iterator[Hooks]:
+    """Lists of hooks that become longer in both halves of a run.
+
+    Args:
+        counts: of hooks, after every second step.
+        owners: all objects that may have hooks.
+        spell: what a program would write for one of them.
+    """
+    if len(counts) < 3:
+        return
+    early, middle, late = (counts[at] for at in (0, len(counts) // 2, -1))
+    for (identity, name), count in late.items():
+        before = early.get((identity, name), 0)
+        if before < middle.get((identity, name), 0) < count:
+            every = (*GLOBAL, *owners())
+            owner = next((each for each in every if id(each) == identity), None)
+            spelled = "torch" if any(owner is each for each in GLOBAL) else spell(owner)
+            per_step = (count - before) / (2 * len(counts) - 2)
+            yield Hooks(name, spelled, count, per_step, line_of_last(owner, name))
 
 
 def line_of_last(owner: Any, name: str) -> Frame | None:
-    """Where the newest function in a list of hooks is written; None if Python did not write it.
+    """Where the newest function in a list of hooks is defined; None if Python did not define it.
 
     Args:
         owner: that has the list as an attribute.

@@ -1,4 +1,4 @@
-"""Host memory from step to step, without a trace: Python's own, nodes of graphs, and the process's.
+"""Host memory from step to step, without a trace: Python's, nodes of graphs, and the process's.
 
 Notebook: 06_leak_diagnosis
 """
@@ -12,6 +12,7 @@ import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
@@ -20,42 +21,63 @@ from torch import Tensor
 
 from tfswa_lab.memory.gauges import heap_in_use
 from tfswa_lab.memory.leaks.autograd_graph import graph_of, last_of
-from tfswa_lab.memory.leaks.referrers import of_types, overlooked
-from tfswa_lab.memory.leaks.traced_steps import Ending, Numbered, ending_of, resting_gc
-from tfswa_lab.memory.leaks.trend import grows, slope, slows
+from tfswa_lab.memory.leaks.census import grows, slope, slows
+from tfswa_lab.memory.leaks.referrers import of_types, untracked_containers
+from tfswa_lab.memory.leaks.traced_steps import COMPLETED, StepCaller, outcome_of, resting_gc
 from tfswa_lab.memory.trace.stacks import Frame, user_frame
 
-FRAMES = 12  # of Python that are kept for each allocation
-SETTLING = 2  # steps that are run before the first look
-# Growth per step that is worth a word: of nodes; of bytes, as lists of numbers may grow; and of
-# bytes of the whole process, which has others' in it.
+FRAMES = 12  # Python frames that are kept for each allocation
+SETTLING = 2  # steps that run before the first measurement
+# The least growth per step that counts: in nodes; in bytes of Python, where a list of numbers may
+# grow; and in bytes of the process, which also holds memory of other libraries.
 LEAST = {"nodes": 1, "python": 1024, "process": 32 * 1024}
-BLOCK = 64  # bytes of a small object, about
+BLOCK = 64  # bytes of a small object, roughly
 CONTAINERS = (list, dict, set, deque)
 
 
+@dataclass(frozen=True)
+class HostGrowth:
+    """Growth of host memory.
+
+    Args:
+        kind: `nodes` of graphs, `python`, or `process`.
+        per_step: nodes or bytes.
+        size: bytes per step; for nodes, growth of the process.
+        line: the line that allocates, if it is known.
+        holder: what a program would write for the object that keeps it alive, if it is known.
+        where: where the first name in `holder` is defined.
+    """
+
+    kind: str
+    per_step: float
+    size: float
+    line: Frame | None = None
+    holder: str = ""
+    where: str = ""
+
+
 class HostSteps:
-    """Steps whose host memory is watched.
+    """Steps whose host memory is measured.
 
     Args:
         call: runs the next step.
-        old: tensors, among others, that were there before.
-        kinds: levels that are to be judged.
+        old: objects that are older than these steps; the tensors among them count.
+        kinds: levels that may count as growing.
 
     Attributes:
         levels: after each step, `nodes` of the graphs of all tensors, bytes that `python` (and
             NumPy) has allocated, and bytes of the `process`.
-        kernels: bytes per step that oneDNN kept, for sizes that it had not met.
-        ended: how the run ended, if it did so early.
+        kernels: bytes per step that oneDNN keeps for sizes that are new to it.
+        line: the line that allocates most of Python's growth, if it is known.
+        outcome: how the run ended.
     """
 
-    def __init__(self, call: Numbered, old: list[ref], kinds: Iterable[str] = LEAST):
+    def __init__(self, call: StepCaller, old: list[ref], kinds: Iterable[str] = LEAST):
         self.levels: dict[str, list[int]] = {name: [] for name in LEAST}
-        self.ended, self.kernels = Ending(), 0.0
+        self.outcome, self.kernels, self.line = COMPLETED, 0.0, None
         self.call = call
         self._old, self.kinds = old, kinds
-        self._lines: list[tuple[int, Frame]] = []
-        self._blocks: list[int] = []  # of Python's own allocator, which has those up to 512 bytes
+        self._blocks: list[int] = []  # of Python's allocator for objects up to 512 bytes
 
     def run(self, steps: int, longest: int) -> None:
         """Run some steps, and on to `longest` if something grows."""
@@ -68,7 +90,7 @@ class HostSteps:
             if self.growing == "process":
                 self._run_without_onednn(steps)
             if self.growing == "python":
-                self._lines = _lines_that_grew(before, tracemalloc.take_snapshot())
+                self.line = _line_that_grew(before, tracemalloc.take_snapshot())
 
     @property
     def growing(self) -> str:
@@ -77,35 +99,31 @@ class HostSteps:
             levels = self.levels[name]
             going_on = bool(levels) and grows(levels) and not slows(levels)
             enough = going_on and slope(levels) >= LEAST[name]
-            if enough and (name != "python" or self._is_borne_out):
+            if enough and (name != "python" or self._python_holds_more):
                 return name
         return ""
 
     @property
-    def _is_borne_out(self) -> bool:
-        """Whether what Python holds more is not made up for by what it held before it was watched.
+    def _python_holds_more(self) -> bool:
+        """Whether Python's growth is real, and not new objects in the places of older ones.
 
-        Where old objects make room for new ones, as the fourth best checkpoint does for a better
-        one, only the new ones are counted. Large objects are the C library's, small ones blocks.
+        `tracemalloc` counts only objects that are made while it runs. If a new checkpoint replaces
+        an older one, it sees growth, and the allocators see none: the C library's for large
+        objects, Python's blocks for small ones.
         """
         added = slope(self.levels["python"])
         large = slope(self.levels["process"])
         small = BLOCK * slope(self._blocks)
         return max(large, small) > added / 4
 
-    @property
-    def line(self) -> Frame | None:
-        """That allocates most of what Python holds more than before, if it is known."""
-        return self._lines[0][1] if self._lines else None
-
     def grown_container(self) -> Any:
-        """The list, dictionary, set or deque that got most new elements in some more steps."""
+        """The list, dictionary, set or deque that gets most new elements in some more steps."""
         return self._grown(lambda: of_types(CONTAINERS)) or self._grown(
-            lambda: list(overlooked((dict,)).values())
+            lambda: list(untracked_containers((dict,)).values())
         )
 
     def _grown(self, containers: Callable[[], list[Any]], steps: int = 4) -> Any:
-        """Grown twice: once may be another object at the place of one that has gone."""
+        """It has to grow twice: one growth may be a new object with the identity of an old one."""
         lengths = []
         for _ in range(2):
             lengths.append({id(each): len(each) for each in containers()})
@@ -121,7 +139,7 @@ class HostSteps:
         return container if most >= steps else None
 
     def deepest_tensor(self, steps: int = 6) -> Tensor:
-        """The tensor whose graph got most new nodes in some more steps."""
+        """The tensor whose graph gets most new nodes in some more steps."""
         before = {id(tensor): _depth(tensor) for tensor in last_of(of_types((Tensor,)))}
         self._run(steps)
         last = last_of(of_types((Tensor,)))
@@ -129,17 +147,17 @@ class HostSteps:
 
     def _run(self, steps: int, then: Callable[[], None] = lambda: None) -> None:
         for _ in range(steps):
-            if self.ended.words:
+            if self.outcome.error:
                 return
             try:
                 self.call()
-            except Exception as error:  # such as no more data: it has run all steps asked for
-                self.ended = ending_of(error, self.call.count)
+            except Exception as error:  # such as no more data: all requested steps have run
+                self.outcome = outcome_of(error, self.call.count)
                 return
             then()
 
     def _run_without_onednn(self, steps: int) -> None:
-        """Whether the process grows all the same; if not, it was oneDNN's cache of kernels."""
+        """Without oneDNN, does the process still grow? If not, its cache of kernels did."""
         grew = slope(self.levels["process"])
         self.levels["process"] = []
         with torch.backends.mkldnn.flags(False, None, None, None):
@@ -172,14 +190,11 @@ def _depth(tensor: Tensor) -> int:
     return len(graph_of([tensor]))
 
 
-def _lines_that_grew(
-    before: tracemalloc.Snapshot, after: tracemalloc.Snapshot
-) -> list[tuple[int, Frame]]:
-    """Bytes by which each line outside of torch and of this room holds more, most first."""
-    grown = []
-    for change in after.compare_to(before, "traceback"):
+def _line_that_grew(before: tracemalloc.Snapshot, after: tracemalloc.Snapshot) -> Frame | None:
+    """The line outside of torch and this package's memory tools that allocates most new memory."""
+    for change in after.compare_to(before, "traceback"):  # the largest change first
         inward = [Frame(each.filename, each.lineno, "") for each in change.traceback]
         line = user_frame(inward[::-1])
         if line is not None and change.size_diff > 0:
-            grown.append((change.size_diff, line))
-    return sorted(grown, key=lambda pair: -pair[0])
+            return line
+    return None

@@ -1,6 +1,6 @@
 """For your own test suite: a fixture that fails a test whose step loses memory.
 
-It is there wherever this package is installed; nothing has to be imported.
+It is available wherever this package is installed, without an import.
 
 Notebook: 06_leak_diagnosis
 """
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def assert_no_leak() -> Callable[..., Diagnosis]:
-    """Diagnose a step as `leaks.diagnose` does, and fail with its words if memory is lost.
+    """Diagnose a step as `leaks.diagnose` does, and fail with the diagnosis if memory is lost.
 
-    It fails, too, if a step raises an error (but for the end of its data), runs out of memory, or
-    takes more than `limit`.
+    It also fails if a step raises an error (but for the end of its data), runs out of memory, or
+    needs more than `limit`.
 
     Returns:
-        A function with the arguments of `diagnose`, that returns the diagnosis.
+        A function with the arguments of `diagnose`; it returns the diagnosis.
     """
-    from tfswa_lab.memory.leaks import diagnose  # torch is imported by tests that need it only
+    from tfswa_lab.memory.leaks import diagnose  # imports torch, which not every test needs
 
     def check(step: Callable, steps: int = 12, **options) -> Diagnosis:
         diagnosis = diagnose(step, steps, **options)

@@ -15,32 +15,32 @@ from typing import Any
 
 
 def of_types(types: tuple[type, ...]) -> list[Any]:
-    """All objects of some classes that the collector of cycles knows and has not frozen."""
+    """All objects of some classes that the garbage collector tracks and has not frozen."""
     things = gc.get_objects()
     kinds = {kind for kind in set(map(type, things)) if issubclass(kind, types)}
     return [thing for thing in things if type(thing) in kinds]
 
 
 def referents(thing: Any) -> list[Any]:
-    """What an object refers to; of a module, its names alone.
+    """The objects that an object refers to; of a module, only its dictionary of globals.
 
-    Before Python 3.12.6, `gc.get_referents` of asyncio's module in C frees twice what asyncio keeps
-    to use again, and the next collection never ends (CPython issue 122695).
+    Before Python 3.12.6, `gc.get_referents` of asyncio's module in C frees objects twice that
+    asyncio keeps to use again, and the next collection never ends (CPython issue 122695).
     """
     return [vars(thing)] if type(thing) is ModuleType else gc.get_referents(thing)
 
 
-def overlooked(types: tuple[type, ...]) -> dict[int, Any]:
-    """Containers that the collector does not know, by identity: those of plain things only.
+def untracked_containers(types: tuple[type, ...]) -> dict[int, Any]:
+    """Containers that the garbage collector does not track, by identity.
 
-    A dictionary of numbers, names or arrays is none of its, but what holds it is.
+    It does not track a dictionary of numbers, strings or arrays, but it tracks its holder.
     """
     held = (each for thing in gc.get_objects() for each in referents(thing))
     return {id(each): each for each in held if type(each) in types and not gc.is_tracked(each)}
 
 
-MOST = 50_000  # objects that are looked at on the way from one to a name
-ENDS = 8  # chains that lead nowhere and are told of
+MOST = 50_000  # objects that a search looks at
+ENDS = 8  # chains without a name that a search returns
 OF_CODE = {FrameType: "f_code", GeneratorType: "gi_code"}
 OURS = str(Path(__file__).parents[1])
 OUR_MODULES = __name__.rpartition(".leaks")[0]
@@ -54,7 +54,7 @@ class HeapPaths:
     """
 
     def __init__(self, roots: Iterable[Any] = ()):
-        self._ours: dict[int, Any] = {}  # our own lists, which refer to what is looked for, too
+        self._ours: dict[int, Any] = {}  # our own containers, excluded from the search
         self._referrers: dict[int, list[Any]] = {}
         self.ignore(self._ours, self._referrers)
         self._roots = {id(root) for root in roots}
@@ -66,16 +66,16 @@ class HeapPaths:
         self._ours.update((id(thing), thing) for thing in things)
 
     def close(self) -> None:
-        """Let go of all that was met; what refers to our lists, and so to itself, as well."""
+        """Drop all objects that were looked at, and the reference cycle of our own containers."""
         for each in (self._referrers, self._ours):
             each.clear()
 
     def to(self, target: Any) -> list[list[Any]]:
-        """Chains of holders down to an object, which is the last of each.
+        """Chains of holders that end with an object.
 
         Returns:
             The shortest one that begins with a root or a running function. If there is none, some
-            that begin with the last holders that Python knows of, the shortest first.
+            that begin with a holder which nothing in Python refers to, the shortest first.
         """
         if self.is_root(target):
             return [[target]]
@@ -95,27 +95,27 @@ class HeapPaths:
         return [_chain(end, below, met) for end in (*ends, *last)[:ENDS]]
 
     def is_root(self, thing: Any) -> bool:
-        """Whether it has a name by itself: globals, classes, and what was given."""
+        """Whether an object has a name: globals, classes, and the roots that were given."""
         if id(thing) in self._roots or id(thing) in self._globals or issubclass(type(thing), type):
             return True
         return is_globals(thing)
 
     def look_up(self, things: Iterable[Any]) -> None:
-        """Find the referrers of many objects at once, which takes no longer than of a few."""
+        """Find the referrers of many objects at once, which takes as long as for one."""
         new = [thing for thing in things if id(thing) not in self._referrers]
         self.ignore(things, new)
         if not new:
             return
         found = {id(thing): [] for thing in new}
         self._referrers.update(found)
-        asked = tuple(new)  # Python 3.13 finds this tuple of arguments among the referrers
+        asked = tuple(new)  # Python 3.13 counts this tuple of arguments among the referrers
         referrers = gc.get_referrers(*asked)
         self.ignore(found, asked, referrers, *found.values())
         for holder in referrers:
             if id(holder) in self._ours or _is_ours(holder):
                 continue
             held = {id(each) for each in referents(holder)}
-            if self._ours.keys().isdisjoint(held):  # else an iterator over a list of ours
+            if self._ours.keys().isdisjoint(held):  # else it is an iterator over a list of ours
                 for each in held & found.keys():
                     found[each].append(holder)
 
@@ -125,7 +125,7 @@ class HeapPaths:
         return bool(self._referrers[id(thing)])
 
     def _above(self, level: list[Any], below: dict[int, int]) -> list[Any]:
-        """What refers to a level and was not met before; notes in `below` what it holds of it."""
+        """New holders of the objects of a level; `below` gets the object that each one holds."""
         self.look_up(level)
         above = []
         self.ignore(above)
@@ -138,7 +138,7 @@ class HeapPaths:
 
 
 def is_globals(thing: Any) -> bool:
-    """Whether it is a dictionary of globals that code was run in.
+    """Whether an object is a dictionary of globals that code was run in.
 
     >>> is_globals(globals()), is_globals({})
     (True, False)
@@ -147,7 +147,7 @@ def is_globals(thing: Any) -> bool:
 
 
 def running_locals() -> Iterator[tuple[FrameType, Any]]:
-    """Local variables of all functions that are running, without ours."""
+    """Local variables of all running functions but ours, with their frames."""
     for frame in list(sys._current_frames().values()):
         while frame is not None:
             if frame.f_code.co_flags & CO_OPTIMIZED and not _is_ours(frame):

@@ -1,4 +1,4 @@
-"""Chains of holders in words: `trainer.history[…]`, a global of train.py.
+"""Spells a chain of holders as code: `trainer.history[…]`, a global of train.py.
 
 Notebook: 06_leak_diagnosis
 """
@@ -36,14 +36,14 @@ OF_FRAMES = ("gi_frame", "cr_frame", "ag_frame")
 LONGEST = 140  # characters of an expression
 
 
-class Words(NamedTuple):
-    """How a program would write a holder, and where the name it begins with is found."""
+class Spelled(NamedTuple):
+    """What a program would write for a holder, and where its first name is defined."""
 
     expression: str
     where: str
 
 
-def words(chain: Sequence[Any], roots: dict[int, str]) -> Words:
+def spell(chain: Sequence[Any], roots: dict[int, str]) -> Spelled:
     """The last object of a chain, spelled from the first.
 
     Args:
@@ -52,12 +52,12 @@ def words(chain: Sequence[Any], roots: dict[int, str]) -> Words:
 
     >>> history = [[], ["tensor"]]
     >>> names = {"__builtins__": {}, "__name__": "train", "history": history}
-    >>> words([names, history, history[1]], {})
-    Words(expression='history[1]', where='global of train')
+    >>> spell([names, history, history[1]], {})
+    Spelled(expression='history[1]', where='global of train')
     """
     first, where = _beginning(chain[0], roots)
     parts = [first, *(_access(chain, at) for at in range(1, len(chain)))]
-    return Words(_readable("".join(parts)), where)
+    return Spelled(_readable("".join(parts)), where)
 
 
 def _beginning(top: Any, roots: dict[int, str]) -> tuple[str, str]:
@@ -77,7 +77,7 @@ def _beginning(top: Any, roots: dict[int, str]) -> tuple[str, str]:
 
 
 def _access(chain: Sequence[Any], at: int) -> str:
-    """What is written after a holder to come to the object that it holds, at a place in a chain."""
+    """The code that leads from a holder to the next object of a chain, such as `.name`."""
     holder, held = chain[at - 1], chain[at]
     if isinstance(holder, dict):
         return _item(holder, held, at < 2 or _is_namespace(chain[at - 2], holder))
@@ -91,7 +91,7 @@ def _access(chain: Sequence[Any], at: int) -> str:
         return ""
     if isinstance(holder, Context):
         return _variable(holder, chain[at + 1 :])
-    if type(holder).__name__.startswith("hamt"):  # a context's own mapping
+    if type(holder).__name__.startswith("hamt"):  # the mapping inside a context
         return ""
     if isinstance(holder, Tensor):
         return ".grad" if holder.is_leaf and holder.grad is held else ""
@@ -113,7 +113,7 @@ def _key(key: Any) -> str:
 
 
 def _is_namespace(owner: Any, names: Any) -> bool:
-    """Whether a dictionary lists the attributes of an object."""
+    """Whether a dictionary has the attributes of an object."""
     return isinstance(names, dict) and (
         getattr(owner, "__dict__", None) is names or isinstance(owner, type)
     )
@@ -124,7 +124,7 @@ def _index(holder: Sequence[Any], held: Any) -> int | str:
 
 
 def _free_variable(chain: Sequence[Any], at: int) -> str:
-    """The name of a variable that a function closes over: function, tuple, cell, value."""
+    """The name of a closed-over variable, in a chain of function, tuple, cell and value."""
     function = chain[at - 3] if at >= 3 else None
     if not isinstance(function, FunctionType):
         return ".<closure>"
@@ -133,7 +133,7 @@ def _free_variable(chain: Sequence[Any], at: int) -> str:
 
 
 def _variable(context: Context, below: Sequence[Any]) -> str:
-    """The name of a context variable: context, its mapping in some nodes, value."""
+    """The name of a context variable, in a chain of context, nodes of its mapping and value."""
     names = (key.name for key, value in context.items() if any(value is each for each in below))
     return f"[{next(names, '…')}]"
 

@@ -1,4 +1,4 @@
-"""What piles up, who makes it and who holds it, in words and figures: no object is kept.
+"""Lines whose blocks pile up, with the objects that hold them; only names and numbers are kept.
 
 Notebook: 06_leak_diagnosis
 """
@@ -18,27 +18,193 @@ from torch import Tensor, UntypedStorage, nn
 from torch.autograd.graph import Node
 from torch.optim import Optimizer
 
-from tfswa_lab.memory.leaks.census import Census, Site
+from tfswa_lab.memory.leaks.census import Census, Site, fills_up
 from tfswa_lab.memory.leaks.holders import Holders, Holding
 from tfswa_lab.memory.leaks.spelling import LRU_CACHE
-from tfswa_lab.memory.trace.stacks import Frame
+from tfswa_lab.memory.sizes import format_bytes
+from tfswa_lab.memory.trace.stacks import Frame, in_short
 from tfswa_lab.memory.trace.timeline import Block
 from tfswa_lab.memory.trace.tracer import has_storage
 
-SEVERAL = 6  # keys that would not be in order by chance
+# Objects that may be between a holder and a block.
+KINDS = {
+    "exception": (TracebackType, BaseException),
+    "frame": (FrameType, GeneratorType, CoroutineType),
+    "optimizer": (Optimizer,),
+    "parameter": (nn.Parameter,),
+    "node": (Node,),
+}
+UNNAMED = (CellType, tuple)  # variables that functions close over
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """Blocks of one line that pile up, and their holder.
+
+    Args:
+        line: the line that allocates them.
+        op: the operator that does.
+        phase: as in `Block`.
+        per_step: their growth in bytes.
+        held: bytes of those that are alive.
+        births: the steps that allocated them.
+        holder: what a program would write for the object that holds them all.
+        where: where the first name in `holder` is defined.
+        container: that object, as a container.
+        path: what a program would write for one of the blocks.
+        through: what is between the holder and a block: names of `KINDS`, `graph`, `hook`.
+        pinned: how many times larger the storage is than the tensor that keeps it.
+        rooted: whether a name leads to the holder.
+    """
+
+    line: Frame | None
+    op: str
+    phase: str
+    per_step: float
+    held: int
+    births: tuple[int, ...]
+    holder: str
+    where: str
+    container: Container
+    path: str
+    through: frozenset[str]
+    pinned: float
+    rooted: bool
+
+    @property
+    def of_optimizer(self) -> bool:
+        """Whether an optimizer made or holds the blocks."""
+        return self.phase == "optimizer" or "optimizer" in self.through
+
+    def is_bounded(self, steps: int) -> bool:
+        """Whether the container will stop growing: by its limit, or because its keys come again.
+
+        Args:
+            steps: the number of steps that were run.
+        """
+        container = self.container
+        again = container.by_content and fills_up(self.births, steps)
+        return container.limit is not None or container.by_size or again
+
+    def __str__(self) -> str:
+        unseen = "made out of sight: in another thread, from an array, or sparse"
+        where = f"made at {in_short(self.line)}" if self.line else unseen
+        op = self.op.removeprefix("aten.").split(".")[0]
+        return f"{format_bytes(self.held)} {where}" + (f" by {op}" if op else "")
+
+    @property
+    def held_by(self) -> str:
+        """The holder, in a sentence."""
+        container = self.container
+        what = f"a {container.kind}" + (f" of {container.length}" if container.length else "")
+        graph = ", through the graph that made it" if "graph" in self.through else ""
+        path = f"; one of them is `{self.path}`" if self.path != self.holder else ""
+        return f"held by `{self.holder}` ({what}, {self.where}){graph}{path}"
+
+
+def suspects_of(
+    sites: Sequence[Site],
+    census: Census,
+    holders: Holders,
+    storages: dict[Block, ref[UntypedStorage]],
+) -> list[Suspect]:
+    """The holders of the blocks of some lines; lines whose blocks are gone by now are left out.
+
+    Args:
+        sites: the lines.
+        census: of the steps.
+        holders: finds them.
+        storages: of all blocks that were alive at the end.
+    """
+    samples = [_samples(site.alive, census, storages) for site in sites]
+    every = [storage for each in samples for storage in each]
+    holders.paths.ignore(samples, every, *samples)
+    holders.look_up(every)
+    pairs = zip(sites, samples, strict=True)
+    return [
+        _suspect(site, [holders.of(s) for s in found], holders) for site, found in pairs if found
+    ]
+
+
+def _suspect(site: Site, holdings: list[Holding], holders: Holders) -> Suspect:
+    chain, at = holdings[0].chain, _joint([each.chain for each in holdings])
+    top = at if len(holdings) > 1 else 0
+    holder, path = holders.spell(chain[: at + 1]), holders.spell(chain[:-1]).expression
+    return Suspect(
+        line=site.line,
+        op=site.blocks[0].op,
+        phase=site.blocks[0].phase,
+        per_step=site.per_step,
+        held=sum(block.size for block in site.alive),
+        births=tuple(site.births),
+        holder=holder.expression,
+        where=holder.where,
+        container=container_of(chain, at),
+        path=path,
+        through=_through(holdings[0], top, path),
+        pinned=_pinned(chain),
+        rooted=holdings[0].rooted,
+    )
+
+
+def _samples(
+    blocks: list[Block], census: Census, storages: dict[Block, ref[UntypedStorage]]
+) -> list[UntypedStorage]:
+    """Storages of two steps; the last step is left out if there are others."""
+    by_birth = {census.birth(block): block for block in blocks if block in storages}
+    births = sorted(by_birth)
+    inner = births[:-1] if len(births) > 2 else births
+    chosen = {inner[len(inner) // 2], inner[-1]} if inner else ()
+    found = [storages[by_birth[birth]]() for birth in sorted(chosen)]
+    return [storage for storage in found if storage is not None]
+
+
+def _joint(chains: Sequence[list[Any]]) -> int:
+    """The place of the last holder that two chains share; in one chain, of the last named one."""
+    first = chains[0]
+    if len(chains) > 1:
+        same = [a is b for a, b in zip(*chains[:2], strict=False)]
+        at = same.index(False) - 1 if False in same else len(same) - 1
+    else:
+        at = next((at for at, each in enumerate(first) if isinstance(each, Tensor)), 1) - 1
+    while at > 0 and isinstance(first[at], UNNAMED) and isinstance(first[at + 1], UNNAMED):
+        at += 1
+    return max(at, 0)
+
+
+def _through(holding: Holding, at: int, path: str) -> frozenset[str]:
+    below = holding.chain[at + 1 :]
+    found = {name for name, kinds in KINDS.items() if any(isinstance(o, kinds) for o in below)}
+    tensors = [each for each in holding.chain if isinstance(each, Tensor)]
+    own_hook = any(tensor._backward_hooks is holding.chain[0] for tensor in tensors)
+    if holding.graph or any(tensor.grad_fn is not None for tensor in tensors):
+        found.add("graph")
+    return frozenset(found | ({"hook"} if own_hook or "_hooks[" in path else set()))
+
+
+def _pinned(chain: list[Any]) -> float:
+    """How many times larger a storage is than the tensor or array that views it."""
+    array, view, storage = [None, *chain][-3:]
+    view = array if isinstance(array, np.ndarray) else view
+    if not (has_storage(view) or isinstance(view, np.ndarray)) or not view.nbytes:
+        return 1.0
+    return storage.nbytes() / view.nbytes
+
+
+SEVERAL = 6  # keys that are hardly in order by chance
 LIMITS = re.compile(r"_?(maxlen|max_?size|capacity|max_(items|entries|len))$", re.I)
 
 
 class Container(NamedTuple):
-    """What is known of a holder.
+    """A holder as a container.
 
     Args:
         kind: name of its class.
-        length: how many elements it has.
-        limit: how many Python lets it have, None if there is no limit.
-        claim: an attribute of its owner that reads like a limit, and may be kept to or not.
-        by_size: whether its keys are the sizes of what it keeps, and not counted up.
-        by_content: whether its keys are anything but numbers that are counted up.
+        length: the number of its elements.
+        limit: the number at which Python removes elements, None without.
+        claim: an attribute that has the name of a limit, enforced or not, such as `capacity = 9`.
+        by_size: whether its keys are sizes of the tensors that it keeps, and no running numbers.
+        by_content: whether its keys are anything but running numbers.
     """
 
     kind: str
@@ -50,7 +216,7 @@ class Container(NamedTuple):
 
 
 def container_of(chain: Sequence[Any], at: int) -> Container:
-    """What is known of a holder at a place in a chain.
+    """The holder at a place in a chain, as a container.
 
     >>> from collections import deque
     >>> container = container_of([deque([1, 2], maxlen=5)], 0)
@@ -77,7 +243,7 @@ def _owning_cache(holder: Any, owners: Sequence[Any]) -> Any:
 
 
 def _claim(owner: Any, length: int) -> str:
-    """An attribute with the name of a limit and a value that is not exceeded; empty without."""
+    """An attribute with the name of a limit, and a value that is not exceeded; empty without."""
     for name, value in getattr(owner, "__dict__", {}).items():
         if LIMITS.match(name) and isinstance(value, int) and value >= max(length, 1):
             return f"{name} = {value}"
@@ -87,15 +253,15 @@ def _claim(owner: Any, length: int) -> str:
 def _by_size(holder: Any) -> bool:
     if not isinstance(holder, dict) or not holder:
         return False
-    if len(holder) >= SEVERAL and _counted_up(holder):
+    if len(holder) >= SEVERAL and _has_running_number(holder):
         return False
     columns = _columns(holder)
     differing = {at for at, parts in enumerate(columns) if len(set(parts)) > 1 or len(parts) == 1}
-    return all(_tells_size(key, value, differing) for key, value in list(holder.items()))
+    return all(_has_size(key, value, differing) for key, value in list(holder.items()))
 
 
-def _tells_size(key: Any, value: Any, places: set[int]) -> bool:
-    """Whether a key has at one of some places a length of a tensor that it stands for."""
+def _has_size(key: Any, value: Any, places: set[int]) -> bool:
+    """Whether a part of a key, at one of some places, is a length of the tensor that it names."""
     parts = (part for at, part in enumerate(_flat(key)) if at in places)
     keys = {part for part in parts if type(part) is int and part > 1}
     tensors = [value] if isinstance(value, Tensor) else _flat(value)
@@ -108,11 +274,11 @@ def _flat(value: Any) -> Sequence[Any]:
 
 
 def _by_content(holder: Any) -> bool:
-    return isinstance(holder, dict) and len(holder) > 1 and not _counted_up(holder)
+    return isinstance(holder, dict) and len(holder) > 1 and not _has_running_number(holder)
 
 
-def _counted_up(holder: dict) -> bool:
-    """Whether a part of the keys is a number that grows from key to key, or has one in it."""
+def _has_running_number(holder: dict) -> bool:
+    """Whether a part of the keys is, or contains, a number that grows from key to key."""
     columns = ([_number(part) for part in column] for column in _columns(holder))
     return any(None not in each and each == sorted(each) and each[0] < each[-1] for each in columns)
 
@@ -129,138 +295,3 @@ def _number(key: Any) -> int | float | None:
         return key
     found = re.findall(r"\d+", key) if isinstance(key, str) else []
     return int(found[-1]) if found else None
-
-
-# What may lead from a holder to a block, and what that is called.
-KINDS = {
-    "exception": (TracebackType, BaseException),
-    "frame": (FrameType, GeneratorType, CoroutineType),
-    "optimizer": (Optimizer,),
-    "parameter": (nn.Parameter,),
-    "node": (Node,),
-}
-UNNAMED = (CellType, tuple)  # variables that functions close over
-
-
-@dataclass(frozen=True)
-class Culprit:
-    """Blocks of one line that pile up, and their holder.
-
-    Args:
-        line: that makes them.
-        op: the operator that does.
-        phase: as in `Block`.
-        per_step: bytes by which they grow.
-        held: bytes of all that are alive.
-        births: steps that they come from.
-        holder: what a program would write for the object that holds them all.
-        where: the name that this begins with is found.
-        container: that object, as far as it is a container.
-        path: what a program would write for one of the blocks.
-        through: what leads from the holder to a block: names of `KINDS`, `graph`, `hook`.
-        pinned: how many times larger the storage is than the tensor that keeps it.
-        rooted: whether a name leads to the holder.
-    """
-
-    line: Frame | None
-    op: str
-    phase: str
-    per_step: float
-    held: int
-    births: tuple[int, ...]
-    holder: str
-    where: str
-    container: Container
-    path: str
-    through: frozenset[str]
-    pinned: float
-    rooted: bool
-
-
-def culprits_of(
-    sites: Sequence[Site],
-    census: Census,
-    holders: Holders,
-    storages: dict[Block, ref[UntypedStorage]],
-) -> list[Culprit]:
-    """Who holds the blocks of some lines, without those that have gone since.
-
-    Args:
-        sites: the lines.
-        census: that they are from.
-        holders: to look them up.
-        storages: of all blocks that were alive at the end.
-    """
-    samples = [_samples(site.alive, census, storages) for site in sites]
-    every = [storage for each in samples for storage in each]
-    holders.paths.ignore(samples, every, *samples)
-    holders.look_up(every)
-    pairs = zip(sites, samples, strict=True)
-    return [
-        _culprit(site, [holders.of(s) for s in found], holders) for site, found in pairs if found
-    ]
-
-
-def _culprit(site: Site, holdings: list[Holding], holders: Holders) -> Culprit:
-    chain, at = holdings[0].chain, _joint([each.chain for each in holdings])
-    top = at if len(holdings) > 1 else 0
-    holder, path = holders.spell(chain[: at + 1]), holders.spell(chain[:-1]).expression
-    return Culprit(
-        line=site.line,
-        op=site.blocks[0].op,
-        phase=site.blocks[0].phase,
-        per_step=site.per_step,
-        held=sum(block.size for block in site.alive),
-        births=tuple(site.births),
-        holder=holder.expression,
-        where=holder.where,
-        container=container_of(chain, at),
-        path=path,
-        through=_through(holdings[0], top, path),
-        pinned=_pinned(chain),
-        rooted=holdings[0].rooted,
-    )
-
-
-def _samples(
-    blocks: list[Block], census: Census, storages: dict[Block, ref[UntypedStorage]]
-) -> list[UntypedStorage]:
-    """Storages of two steps, neither of them the last if there are others."""
-    by_birth = {census.birth(block): block for block in blocks if block in storages}
-    births = sorted(by_birth)
-    inner = births[:-1] if len(births) > 2 else births
-    chosen = {inner[len(inner) // 2], inner[-1]} if inner else ()
-    found = [storages[by_birth[birth]]() for birth in sorted(chosen)]
-    return [storage for storage in found if storage is not None]
-
-
-def _joint(chains: Sequence[list[Any]]) -> int:
-    """Place of the last holder that chains have in common; of the last named one, of one chain."""
-    first = chains[0]
-    if len(chains) > 1:
-        same = [a is b for a, b in zip(*chains[:2], strict=False)]
-        at = same.index(False) - 1 if False in same else len(same) - 1
-    else:
-        at = next((at for at, each in enumerate(first) if isinstance(each, Tensor)), 1) - 1
-    while at > 0 and isinstance(first[at], UNNAMED) and isinstance(first[at + 1], UNNAMED):
-        at += 1
-    return max(at, 0)
-
-
-def _through(holding: Holding, at: int, path: str) -> frozenset[str]:
-    below = holding.chain[at + 1 :]
-    found = {name for name, kinds in KINDS.items() if any(isinstance(o, kinds) for o in below)}
-    tensors = [each for each in holding.chain if isinstance(each, Tensor)]
-    own_hook = any(tensor._backward_hooks is holding.chain[0] for tensor in tensors)
-    if holding.graph or any(tensor.grad_fn is not None for tensor in tensors):
-        found.add("graph")
-    return frozenset(found | ({"hook"} if own_hook or "_hooks[" in path else set()))
-
-
-def _pinned(chain: list[Any]) -> float:
-    """What the storage has to what is looked at of it, by a tensor or by an array."""
-    array, view, storage = [None, *chain][-3:]
-    view = array if isinstance(array, np.ndarray) else view
-    if not (has_storage(view) or isinstance(view, np.ndarray)) or not view.nbytes:
-        return 1.0
-    return storage.nbytes() / view.nbytes

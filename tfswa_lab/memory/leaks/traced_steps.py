@@ -1,8 +1,8 @@
-"""Runs steps under a trace and takes stock in between.
+"""Runs steps under a trace and looks at the heap after each one.
 
-The collector of cycles rests while a step runs and is called between steps, so that what only it
-frees is told apart. All that existed before is frozen meanwhile (`gc.freeze`): what is new can be
-looked through in milliseconds.
+The garbage collector is off while a step runs and is called between steps: so it is known what
+only the collector frees. All older objects are frozen meanwhile (`gc.freeze`), which makes a look
+through the new ones a matter of milliseconds.
 
 Notebook: 06_leak_diagnosis
 """
@@ -35,50 +35,50 @@ from tfswa_lab.memory.trace.tracer import Tracer, parts_of
 END_OF_DATA = (StopIteration, StopAsyncIteration, IndexError, EOFError)
 
 
-class Ending(NamedTuple):
-    """Why a run ended; of one that did not end early, all is empty.
+class Outcome(NamedTuple):
+    """How a run of steps ended; all is empty if no step raised an error.
 
     Args:
-        words: which step, and the error.
-        failed: whether the error is another one than those that tell the end of data.
-        out_of_memory: whether there was no memory left.
+        error: the step that raised an error, and the error.
+        failed: whether that error means anything but the end of the data.
+        out_of_memory: whether it means that there was no memory left.
     """
 
-    words: str = ""
+    error: str = ""
     failed: bool = False
     out_of_memory: bool = False
 
 
-NOTHING = Ending()  # ended early
+COMPLETED = Outcome()
 
 
-def ending_of(error: Exception, step: int) -> Ending:
-    """The ending that an error makes of a run.
+def outcome_of(error: Exception, step: int) -> Outcome:
+    """The outcome of a run in which a step raised an error.
 
-    >>> ending_of(StopIteration(), 12)
-    Ending(words='step 12 ended with StopIteration', failed=False, out_of_memory=False)
+    >>> outcome_of(StopIteration(), 12)
+    Outcome(error='step 12 ended with StopIteration', failed=False, out_of_memory=False)
     """
     said = ": ".join(filter(None, (type(error).__name__, str(error))))
     failed = not isinstance(error, END_OF_DATA)
-    return Ending(f"step {step} ended with {said}", failed, is_out_of_memory(error))
+    return Outcome(f"step {step} ended with {said}", failed, is_out_of_memory(error))
 
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 GIVEN = (*POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
 
 
-class Numbered:
-    """Calls a step, with its number if it needs an argument.
+class StepCaller:
+    """Calls a step, and gives it its number if it needs an argument.
 
     Attributes:
-        count: how often it was called, without those that failed.
+        count: the number of calls that did not fail.
 
     Raises:
         ValueError: it only makes a generator or a coroutine, or needs several arguments.
         TypeError: it cannot be called, or is a network, which needs an input.
 
     >>> seen = []
-    >>> call = Numbered(lambda number: seen.append(number))
+    >>> call = StepCaller(lambda number: seen.append(number))
     >>> call(), call(), seen
     (None, None, [0, 1])
     """
@@ -88,20 +88,20 @@ class Numbered:
         self._step, self._parameter = step, _needed(step)
 
     def __call__(self) -> None:
-        """Run the next step; what it returns is let go."""
+        """Run the next step, and drop what it returns."""
         try:
             made = self._step(self.count) if self._parameter else self._step()
         except Exception as error:
             if self._parameter and not self.count:
                 error.add_note(f"the step was given its number, 0, as `{self._parameter}`")
             raise
-        if _never_began(made):
+        if _has_not_started(made):
             _refuse_lazy(self._step)
         self.count += 1
 
 
 def _needed(step: Any) -> str:
-    """The name of the argument that it cannot do without, empty if there is none."""
+    """The name of the argument that the step needs, empty if it needs none."""
     if isinstance(step, nn.Module):
         raise TypeError("step is a network; pass a function that makes its input and calls it")
     if not callable(step):
@@ -113,7 +113,7 @@ def _needed(step: Any) -> str:
         _refuse_lazy(step)
     try:
         parameters = inspect.signature(step).parameters.values()
-    except ValueError:  # of builtins that do not tell
+    except ValueError:  # some builtins have no signature
         return ""
     needed = [each for each in parameters if each.default is each.empty and each.kind in GIVEN]
     if len(needed) > 1 or any(each.kind not in POSITIONAL for each in needed):
@@ -122,7 +122,7 @@ def _needed(step: Any) -> str:
     return needed[0].name if needed else ""
 
 
-def _never_began(made: Any) -> bool:
+def _has_not_started(made: Any) -> bool:
     if inspect.isgenerator(made):
         return inspect.getgeneratorstate(made) == inspect.GEN_CREATED
     return inspect.iscoroutine(made) and inspect.getcoroutinestate(made) == inspect.CORO_CREATED
@@ -141,35 +141,35 @@ FROZEN_BY_PYTHON = 1000
 
 
 class TracedSteps:
-    """Steps that are run one after another, and what is known of them.
+    """Steps that run one after another, and what the trace and the heap show of them.
 
     Args:
         call: runs the next step.
-        model: whose parts are to be called by their paths.
+        model: a module whose parts are named by their paths.
 
     Attributes:
-        ended: how the run ended, if it did so early.
+        outcome: how the run ended.
     """
 
     def __init__(self, call: Callable[[], None], model: nn.Module | None = None):
-        self.ended = Ending()
+        self.outcome = COMPLETED
         self._call, self._boundaries = call, []
         self._tracer = Tracer()
-        gc.collect()  # what is lost already is not to be counted
+        gc.collect()  # older garbage does not count
         if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # nor what was cached before
+            torch.cuda.empty_cache()  # nor an older cache
         self._old = [ref(owner) for owner in of_types(OWNERS)]
         if model is not None:
             self._tracer.modules.name(model)
 
     @property
     def done(self) -> int:
-        """How many steps have been run to their end."""
+        """The number of steps that have run to their end."""
         return len(self._boundaries)
 
     @contextmanager
     def running(self) -> Iterator[TracedSteps]:
-        """Trace, with the collector of cycles at rest."""
+        """Trace, with the garbage collector off."""
         with resting_gc(), self._tracer:
             self._register(self._old_owners())
             self._start = self._tracer.event
@@ -179,49 +179,50 @@ class TracedSteps:
         """Run steps until `count` are done.
 
         Args:
-            may_fail: an error ends the run instead of being raised, as steps beyond those that
-                were asked for may find no more data. Running out of memory always does.
+            may_fail: whether an error ends the run instead of being raised, because there may be
+                no data for more steps than the user asked for. An out-of-memory error always
+                ends the run.
         """
-        while self.done < count and not self.ended.words:
+        while self.done < count and not self.outcome.error:
             self._tracer.step()
             try:
                 self._call()
             except Exception as error:
-                self.ended = ending_of(error, self.done)
-                if not (may_fail or self.ended.out_of_memory):
+                self.outcome = outcome_of(error, self.done)
+                if not (may_fail or self.outcome.out_of_memory):
                     error.add_note(f"raised in step {self.done} of a diagnosis of leaks")
                     raise
             else:
-                self._take_stock()
+                self._look()
 
     def census(self) -> Census:
-        """What is known so far."""
+        """Memory after each step so far."""
         devices = sorted(self._tracer.devices, key=lambda device: device.startswith("cpu"))
         timelines = [self._tracer.timeline(device) for device in devices if device != "meta"]
         return Census(timelines, self._start, self._boundaries)
 
     def references(self) -> dict[Block, ref]:
-        """Weak references to the storages of all blocks that are there now."""
+        """Weak references to the storages of all blocks that are alive now."""
         return {block: ref(storage) for block, storage in self._tracer.living()}
 
     def owners(self) -> list[ref]:
-        """All tensors, modules and optimizers that there are."""
+        """Weak references to all tensors, modules and optimizers."""
         return [*self._old, *map(ref, of_types(OWNERS))]
 
     def line_of_graph(self, tensor: Tensor) -> Frame | None:
-        """The line of the last operation in a tensor's graph that was made in these steps."""
+        """The line of the last operation in a tensor's graph, if a step ran it."""
         frames = (self._tracer.lines_of(node) for node in graph_of([tensor]))
         return next(filter(None, map(user_frame, frames)), None)
 
     def has_tracebacks(self) -> bool:
-        """Whether any traceback is kept that was made since the start."""
+        """Whether a traceback that a step made is alive."""
         return bool(of_types((TracebackType,)))
 
-    def _take_stock(self) -> None:
+    def _look(self) -> None:
         before = self._tracer.event
         gc.collect()
         new = of_types(OWNERS)
-        self._register(new)  # what was made unseen: in other threads, or from arrays
+        self._register(new)  # tensors of other threads, or made from arrays
         hooks = hook_counts([*self._old_owners(), *new]) if self.done % 2 else None
         self._boundaries.append(Boundary(before, self._tracer.event, hooks, device_signals()))
 
@@ -231,7 +232,7 @@ class TracedSteps:
     def _register(self, owners: Iterable[Any]) -> None:
         known = {storage._cdata for _, storage in self._tracer.living()}
         tensors = (owner for owner in owners if isinstance(owner, Tensor))
-        with _disable_current_modes():  # to look into a sparse tensor is no work of the step's
+        with _disable_current_modes():  # looking into a sparse tensor is not part of the step
             parts = [part for tensor in tensors for part in parts_of(tensor)]
         for part in parts:
             if part.untyped_storage()._cdata not in known:
@@ -240,9 +241,9 @@ class TracedSteps:
 
 @contextmanager
 def resting_gc() -> Iterator[None]:
-    """No collection of cycles but those asked for; these leave alone what is there already."""
+    """Only explicit garbage collections, which skip all objects that exist already."""
     enabled = gc.isenabled()
-    frozen_by_user = gc.get_freeze_count() > FROZEN_BY_PYTHON  # and stays so
+    frozen_by_user = gc.get_freeze_count() > FROZEN_BY_PYTHON  # and stays frozen
     gc.disable()
     if not frozen_by_user:
         gc.freeze()
