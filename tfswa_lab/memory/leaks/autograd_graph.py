@@ -54,7 +54,7 @@ def last_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 class SavedTensors:
-    """What the graphs of some tensors have saved, and which tensor keeps it alive.
+    """Tensors that the graphs of other tensors have saved, and which tensor keeps each alive.
 
     Args:
         tensors: of two that lead to the same node, the first is named.

@@ -156,7 +156,7 @@ class Site:
 
     @property
     def ends(self) -> bool:
-        """Whether the growth comes to its end."""
+        """Whether the growth ends."""
         return slows(self.totals) or (slows(self.levels) and not self.joins)
 
     @property
@@ -204,7 +204,7 @@ def _site(blocks: list[Block], census: Census) -> Site:
 
 
 def is_open(census: Census) -> bool:
-    """Whether more steps would tell more: something may be growing, or has just begun to."""
+    """Whether more steps are needed: something may be growing, or has just begun to."""
     late = census.steps // 2
     for site in sites(census):
         fresh = site.births and late <= site.births[0] <= census.steps - 1 - SETTLED
@@ -230,7 +230,7 @@ def grows(levels: Sequence[float]) -> bool:
 
 
 def slows(levels: Sequence[float]) -> bool:
-    """Whether growth comes to its end: it halves and is not steady, or it pauses for long.
+    """Whether growth ends: it halves and is not steady, or it pauses for long.
 
     >>> slows(range(12)), slows([0, 4, 6, 7, 8, 8, 8, 9, 9, 9, 9, 9])
     (False, True)
@@ -284,6 +284,6 @@ def fills_up(births: Sequence[int], steps: int) -> bool:
 
 
 def _likelihood(chances: Sequence[float], news: Sequence[bool]) -> float:
-    """The logarithm of the probability of what was seen."""
+    """The logarithm of the probability that all steps went as they did."""
     pairs = zip(chances, news, strict=True)
     return sum(math.log(max(chance if new else 1 - chance, 1e-9)) for chance, new in pairs)

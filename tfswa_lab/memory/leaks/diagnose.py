@@ -33,7 +33,7 @@ from tfswa_lab.memory.leaks.verdicts import Diagnosis, Findings, judge
 from tfswa_lab.memory.sizes import GIB
 from tfswa_lab.memory.trace.timeline import Block
 
-FEWEST = 8  # steps that tell a leak from a warm-up
+FEWEST = 8  # steps that are needed to tell a leak from a warm-up
 ENOUGH = GIB  # a leak may take this much during a diagnosis, as far as `steps` allow
 
 
@@ -212,7 +212,7 @@ class Examination:
         )
 
     def spell(self, thing: Any) -> tuple[str, str]:
-        """What a program would write for an object, and where its first name is defined."""
+        """An object as code, and where its first name is defined."""
         return self._holders.name(thing)
 
     def close(self) -> None:

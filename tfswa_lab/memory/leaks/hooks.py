@@ -28,7 +28,7 @@ class Hooks:
 
     Args:
         name: of the list, such as `_forward_hooks`.
-        owner: what a program would write for the module or tensor that it belongs to.
+        owner: the module or tensor that it belongs to, as code, such as `model[0]`.
         count: the number of hooks at the end.
         per_step: hooks that are added per step.
         line: where the function that was added last is defined, if that is known.
@@ -80,7 +80,7 @@ def growing_hooks(
     Args:
         counts: of hooks, after every second step.
         owners: all objects that may have hooks.
-        spell: what a program would write for one of them.
+        spell: writes one of them as code.
     """
     if len(counts) < 3:
         return

@@ -44,7 +44,7 @@ class HostGrowth:
         per_step: nodes or bytes.
         size: bytes per step; for nodes, growth of the process.
         line: the line that allocates, if it is known.
-        holder: what a program would write for the object that keeps it alive, if it is known.
+        holder: the object that keeps it alive, as code, if it is known.
         where: where the first name in `holder` is defined.
     """
 

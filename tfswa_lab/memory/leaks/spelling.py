@@ -37,7 +37,7 @@ LONGEST = 140  # characters of an expression
 
 
 class Spelled(NamedTuple):
-    """What a program would write for a holder, and where its first name is defined."""
+    """A holder as code, and where its first name is defined."""
 
     expression: str
     where: str

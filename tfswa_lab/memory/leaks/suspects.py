@@ -48,11 +48,11 @@ class Suspect:
         per_step: their growth in bytes.
         held: bytes of those that are alive.
         births: the steps that allocated them.
-        holder: what a program would write for the object that holds them all.
+        holder: the object that holds them all, as code, such as `trainer.history`.
         where: where the first name in `holder` is defined.
         container: that object, as a container.
-        path: what a program would write for one of the blocks.
-        through: what is between the holder and a block: names of `KINDS`, `graph`, `hook`.
+        path: one of the blocks, as code, such as `trainer.history[3]`.
+        through: links between the holder and a block: names of `KINDS`, `graph`, `hook`.
         pinned: how many times larger the storage is than the tensor that keeps it.
         rooted: whether a name leads to the holder.
     """
@@ -87,7 +87,7 @@ class Suspect:
         return container.limit is not None or container.by_size or again
 
     def __str__(self) -> str:
-        unseen = "made out of sight: in another thread, from an array, or sparse"
+        unseen = "made at an unknown line: in another thread, from an array, or sparse"
         where = f"made at {in_short(self.line)}" if self.line else unseen
         op = self.op.removeprefix("aten.").split(".")[0]
         return f"{format_bytes(self.held)} {where}" + (f" by {op}" if op else "")

@@ -141,7 +141,7 @@ FROZEN_BY_PYTHON = 1000
 
 
 class TracedSteps:
-    """Steps that run one after another, and what the trace and the heap show of them.
+    """Steps that run one after another, and with what the trace and the heap show.
 
     Args:
         call: runs the next step.

@@ -42,7 +42,7 @@ class Findings:
         cycle: the objects of a reference cycle.
         in_cycle: the line that made most of the memory that it keeps, if it is known.
         device: state of the CUDA device after each step; empty without CUDA.
-        host: what grows in host memory.
+        host: growth of host memory.
         kernels: bytes per step that oneDNN keeps on the host for sizes that are new to it.
         limit: bytes that a step may need, None without a limit.
         at_peak: the lines with most bytes at the highest peak, and these bytes.
@@ -219,18 +219,18 @@ def host_memory(f: Findings) -> Diagnosis | None:
     if f.host is None:
         return None
     grown, what, verdict = f.host, format_bytes(round(f.host.size)), "host memory"
-    advice = "keep numbers or sums instead of lists, or empty them after each epoch"
+    unknown, advice = "", "keep numbers or sums instead of lists, or empty them after each epoch"
     if grown.kind == "nodes":
         plural = "" if grown.per_step == 1 else "s"
         what, verdict = f"{grown.per_step:.3g} node{plural} of autograd's graph", "leak of graph"
         advice = "add `loss.item()` or `loss.detach()`: the sum keeps the graphs of all its terms"
     if grown.kind == "process":
-        what += " that neither Python nor PyTorch allocated"
+        unknown = ", which neither Python nor PyTorch allocated"
         advice = "look at extensions and C libraries: they have to free what they allocate"
     line = f", made at {in_short(grown.line)}" if grown.line else ""
     holder = f", held by `{grown.holder}` ({grown.where})" if grown.holder else ""
     tensors = "" if f.rising else "; tensors do not grow"
-    cause = f"{what} per step stay on the host{line}{holder}{tensors}"
+    cause = f"{what} per step stay on the host{unknown}{line}{holder}{tensors}"
     return Diagnosis(verdict, cause, _levels(f), grown.size, advice)
 
 
