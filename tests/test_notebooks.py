@@ -1,6 +1,7 @@
 """Every lesson: its shape is what a reader expects, and it runs from top to bottom."""
 
 import ast
+import builtins
 import os
 import re
 from pathlib import Path
@@ -102,6 +103,40 @@ def test_every_exercise_has_a_solution(path):
         assert len(exercises) == 3
 
 
+def bound(cell: NotebookNode) -> set[str]:
+    """Names that a cell defines at its top level, in loops and `with` blocks too."""
+    found, nodes = set(), list(python(cell).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        else:
+            stores = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            found |= {node.id} if stores else set()
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def used(cell: NotebookNode) -> set[str]:
+    nodes = ast.walk(python(cell))
+    return {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
+@lessons
+def test_no_cell_needs_a_solution(path):
+    """So the lesson also runs for a class, which gets it without them."""
+    defined, of_solutions = set(dir(builtins)), set()
+    for cell in code_cells(read(path)):
+        if "solution" in cell.metadata.get("tags", ()):
+            of_solutions |= bound(cell) - defined
+        else:
+            assert not used(cell) & (of_solutions - bound(cell)), cell.source
+            defined |= bound(cell)
+            of_solutions -= defined
+
+
 QUICK = {"quick": True, "seed": 0, "device": "cpu", "data_root": ""}
 
 
@@ -133,9 +168,13 @@ def students_folder(tmp_path_factory) -> Path:
     return folder
 
 
+TO_HEAR = [path for path in NOTEBOOKS if "lesson_root(data_root)" in path.read_text()]
+
+
 @pytest.mark.notebook
-@lessons
-def test_runs_as_a_class_gets_it(path, students_folder, songs_folder, band_root, tmp_path):
-    """Without solutions and, where there are some, on real songs: two questions in one run."""
-    parameters = QUICK | {"data_root": songs_folder}
+@pytest.mark.audio
+@pytest.mark.parametrize("path", TO_HEAR, ids=lambda path: path.stem)
+def test_runs_as_a_class_gets_it(path, students_folder, music_delta, band_root, tmp_path):
+    """Without solutions and on real songs: two questions in one run."""
+    parameters = QUICK | {"data_root": str(music_delta)}
     run_notebook(students_folder / path.name, tmp_path / path.name, parameters, 600)
