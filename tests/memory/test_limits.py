@@ -1,6 +1,7 @@
 """A limit is believed where Python enforces it or the growth is seen to end, and nowhere else."""
 
 import functools
+import random
 from collections import deque
 
 import pytest
@@ -125,6 +126,15 @@ def in_a_cached_dictionary(maxsize):
     return lambda step: history().update({step: torch.zeros(64)})
 
 
+def sizes_that_never_come_again():
+    lengths, windows = random.Random(0).sample(range(64, 10_000), 500), {}
+
+    def step(number):
+        windows[lengths[number]] = torch.zeros(lengths[number])
+
+    return step
+
+
 LEAKS = {
     "printed only": Printed(FAR),
     "printed only, and small": Printed(NEAR),
@@ -141,6 +151,7 @@ LEAKS = {
     "of a cache around a list": in_a_cached_list(),
     "of a cache around a dictionary": in_a_cached_dictionary(8),
     "of an unlimited cache around a dictionary": in_a_cached_dictionary(None),
+    "sizes as keys, new in each step": sizes_that_never_come_again(),
 }
 KEPT_TO = {  # but not reached by then, so that it cannot be told from the above
     "of an object": Cut(FAR),
@@ -167,6 +178,18 @@ def test_a_limit_out_of_reach_is_not_taken_on_trust(step):
 def test_a_limit_that_is_only_named_is_told_as_a_condition(kind):
     found = diagnose(kind(FAR))
     assert "grows so far; bounded only if the program enforces `capacity = 10000`" in str(found)
+
+
+def test_a_cache_by_size_is_bounded_once_sizes_come_again():
+    found = diagnose(sizes_that_never_come_again())
+    assert "grows so far; bounded only if the sizes in its keys come again" in str(found)
+    draw, windows = random.Random(0), {}
+
+    def step():
+        length = draw.randrange(64, 164)
+        windows.setdefault(length, torch.zeros(length))
+
+    assert diagnose(step).verdict == "bounded cache"
 
 
 def test_nothing_is_said_of_a_limit_that_was_exceeded():

@@ -79,12 +79,23 @@ class Suspect:
     def is_bounded(self, steps: int) -> bool:
         """Whether the container will stop growing: by its limit, or because its keys come again.
 
+        Keys that are sizes come again if some step added none. Other keys may only be rare, so
+        they have to become rarer.
+
         Args:
             steps: the number of steps that were run.
         """
         container = self.container
-        again = container.by_content and fills_up(self.births, steps)
-        return container.limit is not None or container.by_size or again
+        sizes_again = container.by_size and len(self.births) < steps - self.births[0]
+        keys_again = container.by_content and fills_up(self.births, steps)
+        return container.limit is not None or sizes_again or keys_again
+
+    @property
+    def condition(self) -> str:
+        """The condition under which it may be bounded, which no step has shown; empty without."""
+        if self.container.by_size:
+            return "the sizes in its keys come again"
+        return f"the program enforces `{self.container.claim}`" if self.container.claim else ""
 
     def __str__(self) -> str:
         unseen = "made at an unknown line: in another thread, from an array, or sparse"

@@ -156,15 +156,9 @@ def leak(f: Findings) -> Diagnosis | None:
     if main.pinned >= PINNED and verdict == "leak of tensors":
         cause += f"; a view that is kept pins a storage {main.pinned:.0f} times its size"
     growth = _growth([each for group in kinds.values() for each in group])
-    evidence = (*_only_if(main), *_levels(f))
+    only_if = f"grows so far; bounded only if {main.condition}: a larger `longest` would show it"
+    evidence = (only_if, *_levels(f)) if main.condition else _levels(f)
     return Diagnosis(verdict, cause, evidence, growth, _advice(verdict, main))
-
-
-def _only_if(suspect: Suspect) -> tuple[str, ...]:
-    """A limit that the program names is no evidence: it may be printed only."""
-    claim = suspect.container.claim
-    condition = f"bounded only if the program enforces `{claim}`"
-    return (f"grows so far; {condition}, which a larger `longest` would show",) if claim else ()
 
 
 def _kind(suspect: Suspect) -> str:
