@@ -29,9 +29,9 @@ from tfswa_lab.evaluation.block_toeplitz import solve
 from tfswa_lab.evaluation.bsseval import bss_eval
 
 RATE = 44_100
-SONGS = [2.0] if REHEARSAL else [180.0, 240.0]  # seconds
+SONGS = [1.0] if REHEARSAL else [180.0, 240.0]  # seconds
 MUSEVALS_CORES = 4
-WARM = 5  # calls after the first
+WARM = 1 if REHEARSAL else 5  # calls after the first
 TAPS = 512
 
 
