@@ -226,17 +226,9 @@ RULES = [
     Rule("limit of a deque or lru_cache", suspects, "container_of", container_without(limit=None)),
     Rule("lru_cache by its own name", suspects, "container_of", during(suspects, LRU_CACHE=())),
     Rule("the dictionary of an lru_cache", suspects, "_owning_cache", always(None)),
-    Rule("keys that are sizes", suspects, "container_of", container_without(by_size=False)),
     Rule("keys by content", suspects, "container_of", container_without(by_content=False)),
     Rule("keys that count up", suspects, "_has_running_number", always(False)),
     Rule("numbers in the names of keys", suspects, "_number", only_numbers),
-    Rule("few keys may be in order by chance", suspects, "_by_size", during(suspects, SEVERAL=1)),
-    Rule(
-        "only the parts of keys that differ",
-        suspects,
-        "_has_size",
-        lambda real, key, value, places: real(key, value, set(range(9))),
-    ),
     Rule("fills up: new keys become rare", census, "fills_up", always(True)),
     Rule("cells and tuples are no holders", suspects, "_joint", during(suspects, UNNAMED=())),
     Rule(

@@ -182,7 +182,7 @@ def test_a_limit_that_is_only_named_is_told_as_a_condition(kind):
 
 def test_a_cache_by_size_is_bounded_once_sizes_come_again():
     found = diagnose(sizes_that_never_come_again())
-    assert "grows so far; bounded only if the sizes in its keys come again" in str(found)
+    assert "grows so far; bounded only if its keys come again" in str(found)
     draw, windows = random.Random(0), {}
 
     def step():

@@ -79,23 +79,21 @@ class Suspect:
     def is_bounded(self, steps: int) -> bool:
         """Whether the container will stop growing: by its limit, or because its keys come again.
 
-        Keys that are sizes come again if some step added none. Other keys may only be rare, so
-        they have to become rarer.
+        That some steps add none is not enough: new keys may be rare. They have to become rarer.
 
         Args:
             steps: the number of steps that were run.
         """
         container = self.container
-        sizes_again = container.by_size and len(self.births) < steps - self.births[0]
         keys_again = container.by_content and fills_up(self.births, steps)
-        return container.limit is not None or sizes_again or keys_again
+        return container.limit is not None or keys_again
 
     @property
     def condition(self) -> str:
         """The condition under which it may be bounded, which no step has shown; empty without."""
-        if self.container.by_size:
-            return "the sizes in its keys come again"
-        return f"the program enforces `{self.container.claim}`" if self.container.claim else ""
+        if self.container.claim:
+            return f"the program enforces `{self.container.claim}`"
+        return "its keys come again" if self.container.by_content else ""
 
     def __str__(self) -> str:
         unseen = "made at an unknown line: in another thread, from an array, or sparse"
@@ -202,7 +200,6 @@ def _pinned(chain: list[Any]) -> float:
     return storage.nbytes() / view.nbytes
 
 
-SEVERAL = 6  # keys that are hardly in order by chance
 LIMITS = re.compile(r"_?(maxlen|max_?size|capacity|max_(items|entries|len))$", re.I)
 
 
@@ -214,7 +211,6 @@ class Container(NamedTuple):
         length: the number of its elements.
         limit: the number at which Python removes elements, None without.
         claim: an attribute that has the name of a limit, enforced or not, such as `capacity = 9`.
-        by_size: whether its keys are sizes of the tensors that it keeps, and no running numbers.
         by_content: whether its keys are anything but running numbers.
     """
 
@@ -222,7 +218,6 @@ class Container(NamedTuple):
     length: int = 0
     limit: int | None = None
     claim: str = ""
-    by_size: bool = False
     by_content: bool = False
 
 
@@ -235,15 +230,15 @@ def container_of(chain: Sequence[Any], at: int) -> Container:
     ('deque', 2, 5)
     """
     holder, owners = chain[at], chain[max(0, at - 2) : at]
-    keys = {"by_size": _by_size(holder), "by_content": _by_content(holder)}
+    by_content = _by_content(holder)
     cache = holder if isinstance(holder, LRU_CACHE) else _owning_cache(holder, owners)
     if cache is not None:
         known = cache.cache_info()
-        return Container("lru_cache", known.currsize, known.maxsize, **keys)
+        return Container("lru_cache", known.currsize, known.maxsize, by_content=by_content)
     length = len(holder) if isinstance(holder, Sized) and not isinstance(holder, Tensor) else 0
     limit = holder.maxlen if isinstance(holder, deque) else None
     claim = next(filter(None, (_claim(each, length) for each in (holder, *owners))), "")
-    return Container(type(holder).__name__, length, limit, claim, **keys)
+    return Container(type(holder).__name__, length, limit, claim, by_content)
 
 
 def _owning_cache(holder: Any, owners: Sequence[Any]) -> Any:
@@ -259,25 +254,6 @@ def _claim(owner: Any, length: int) -> str:
         if LIMITS.match(name) and isinstance(value, int) and value >= max(length, 1):
             return f"{name} = {value}"
     return ""
-
-
-def _by_size(holder: Any) -> bool:
-    if not isinstance(holder, dict) or not holder:
-        return False
-    if len(holder) >= SEVERAL and _has_running_number(holder):
-        return False
-    columns = _columns(holder)
-    differing = {at for at, parts in enumerate(columns) if len(set(parts)) > 1 or len(parts) == 1}
-    return all(_has_size(key, value, differing) for key, value in list(holder.items()))
-
-
-def _has_size(key: Any, value: Any, places: set[int]) -> bool:
-    """Whether a part of a key, at one of some places, is a length of the tensor that it names."""
-    parts = (part for at, part in enumerate(_flat(key)) if at in places)
-    keys = {part for part in parts if type(part) is int and part > 1}
-    tensors = [value] if isinstance(value, Tensor) else _flat(value)
-    shapes = {n for each in tensors if isinstance(each, Tensor) for n in each.shape}
-    return bool(keys & shapes)
 
 
 def _flat(value: Any) -> Sequence[Any]:
