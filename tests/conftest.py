@@ -48,3 +48,9 @@ def music_delta(audio_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         mixture = sum(samples.astype(np.int32) for samples, _ in stems)
         soundfile.write(track / "mixture.wav", mixture.astype(np.int16), stems[0][1])
     return root
+
+
+@pytest.fixture(scope="session")
+def songs_folder(request: pytest.FixtureRequest) -> str:
+    """Real songs where there are some, elsewhere the empty name that means the band to lessons."""
+    return str(request.getfixturevalue("music_delta")) if audio_folder().is_dir() else ""

@@ -1,10 +1,12 @@
 """Every lesson: its shape is what a reader expects, and it runs from top to bottom."""
 
 import ast
-import builtins
+import dis
 import os
 import re
+import shutil
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
@@ -13,6 +15,7 @@ for package in ("papermill", "ipykernel"):
     pytest.importorskip(package)
 
 from nbformat import NotebookNode  # noqa: E402
+from nbformat.v4 import new_code_cell, new_markdown_cell  # noqa: E402
 
 from tfswa_lab.teaching.runner import run_notebook  # noqa: E402
 
@@ -39,6 +42,10 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def is_solution(cell: NotebookNode) -> bool:
+    return "solution" in cell.metadata.get("tags", ())
+
+
 def markdown(notebook: NotebookNode) -> str:
     return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
@@ -46,6 +53,44 @@ def markdown(notebook: NotebookNode) -> str:
 def python(cell: NotebookNode) -> ast.Module:
     """The cell's Python, without IPython's magics."""
     return ast.parse(re.sub(r"^[%!].*$", "pass", cell.source, flags=re.MULTILINE))
+
+
+def names(cell: NotebookNode) -> tuple[set[str], set[str]]:
+    """Names that a cell reads before it binds them, those in its functions too; names it binds."""
+    needed, bound = set(), set()
+
+    def follow(code: CodeType, inside: bool) -> None:
+        for step in dis.get_instructions(code):
+            if isinstance(step.argval, CodeType):
+                follow(step.argval, inside=True)
+            elif step.opname == "STORE_NAME" and not inside:
+                bound.add(step.argval)
+            elif step.opname in {"LOAD_NAME", "LOAD_GLOBAL"} and step.argval not in bound:
+                needed.add(step.argval)
+
+    follow(compile(python(cell), "cell", "exec"), inside=False)
+    return needed, bound
+
+
+def changed_in_place(cell: NotebookNode) -> set[str]:
+    """Names of objects that a cell may change: `x[0] = 1`, `x.y = 1`, `x.append(1)`."""
+    found = set()
+    for node in ast.walk(python(cell)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            owner = node.value.func
+        else:
+            owner = node if isinstance(getattr(node, "ctx", None), ast.Store) else None
+        while isinstance(owner, ast.Subscript | ast.Attribute):
+            owner = owner.value
+            found |= {owner.id} if isinstance(owner, ast.Name) else set()
+    return found
+
+
+def imported(cells: list[NotebookNode]) -> set[str]:
+    """Names that cells import: what a lesson calls there changes nothing for its other cells."""
+    nodes = [node for cell in cells for node in ast.walk(python(cell))]
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {alias.asname or alias.name.split(".")[0] for node in imports for alias in node.names}
 
 
 @lessons
@@ -96,45 +141,24 @@ def test_code_is_short_and_honest(path):
 def test_every_exercise_has_a_solution(path):
     notebook = read(path)
     exercises = re.findall(r"^#+ .*Exercise \d", markdown(notebook), re.MULTILINE)
-    solutions = [cell for cell in notebook.cells if "solution" in cell.metadata.get("tags", ())]
+    solutions = [cell for cell in notebook.cells if is_solution(cell)]
     assert len(exercises) == len({heading.lstrip("# ") for heading in exercises})
     assert len([cell for cell in solutions if cell.cell_type == "code"]) >= len(exercises)
     if path.stem != "00_start_here":
         assert len(exercises) == 3
 
 
-def bound(cell: NotebookNode) -> set[str]:
-    """Names that a cell defines at its top level, in loops and `with` blocks too."""
-    found, nodes = set(), list(python(cell).body)
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-        else:
-            stores = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-            found |= {node.id} if stores else set()
-            nodes += ast.iter_child_nodes(node)
-    return found
-
-
-def used(cell: NotebookNode) -> set[str]:
-    nodes = ast.walk(python(cell))
-    return {node.id for node in nodes if isinstance(node, ast.Name)}
-
-
 @lessons
 def test_no_cell_needs_a_solution(path):
     """So the lesson also runs for a class, which gets it without them."""
-    defined, of_solutions = set(dir(builtins)), set()
+    of_solutions = set()
     for cell in code_cells(read(path)):
-        if "solution" in cell.metadata.get("tags", ()):
-            of_solutions |= bound(cell) - defined
+        needed, bound = names(cell)
+        if is_solution(cell):
+            of_solutions |= bound
         else:
-            assert not used(cell) & (of_solutions - bound(cell)), cell.source
-            defined |= bound(cell)
-            of_solutions -= defined
+            assert not needed & of_solutions, cell.source
+            of_solutions -= bound
 
 
 QUICK = {"quick": True, "seed": 0, "device": "cpu", "data_root": ""}
@@ -142,9 +166,69 @@ QUICK = {"quick": True, "seed": 0, "device": "cpu", "data_root": ""}
 
 @pytest.mark.notebook
 @lessons
-def test_runs_in_quick_mode(path, band_root, tmp_path):
-    run = run_notebook(path, tmp_path / path.name, QUICK, timeout_seconds=600)
+def test_runs_in_quick_mode_and_as_a_class_gets_it(
+    path, lessons_folder, songs_folder, band_root, tmp_path
+):
+    """On the band; then, where there are real songs, without solutions on these.
+
+    Cells in which other songs change nothing run once: in test_no_cell_needs_a_solution, the rest
+    is seen not to need the solutions either.
+    """
+    notebook = read(path)
+    if songs_folder:
+        others = [cell for cell in code_cells(notebook)[1:] if not is_solution(cell)]
+        again = [new_code_cell(cell.source) for cell in affected(others, {"data_root"})]
+        parameters = (QUICK | {"data_root": songs_folder}).items()
+        sources = "\n".join(f"{name} = {value!r}" for name, value in parameters)
+        title = new_markdown_cell("## Without solutions, on real songs")
+        notebook.cells += [title, new_code_cell(sources), *again]
+    nbformat.write(notebook, lessons_folder / path.name)
+    run = run_notebook(lessons_folder / path.name, tmp_path / path.name, QUICK, 600)
     assert run.peak_bytes <= 4 * 2**30
+
+
+@pytest.fixture
+def lessons_folder(tmp_path) -> Path:
+    """A folder with all lessons, as a lesson may read the others."""
+    return Path(shutil.copytree(CHECKOUT / "notebooks", tmp_path / "notebooks"))
+
+
+def affected(cells: list[NotebookNode], changed: set[str]) -> list[NotebookNode]:
+    """The cells that read a changed name, directly or not, and those that make what these read."""
+    chosen, changed = set(), set(changed)
+    for number, cell in enumerate(cells):
+        needed, bound = names(cell)
+        if needed & changed:
+            chosen.add(number)
+            changed |= (bound | changed_in_place(cell)) - imported(cells)
+    wanted = set()
+    for number in reversed(range(len(cells))):
+        needed, bound = names(cells[number])
+        if number in chosen or bound & wanted:
+            chosen.add(number)
+            wanted |= needed
+    return [cells[number] for number in sorted(chosen)]
+
+
+def test_cells_that_songs_change_run_again_with_what_they_need():
+    sources = {
+        "imports": "import math\nfrom pathlib import Path",
+        "songs": "songs = Path(data_root)",
+        "size": "size = math.pi",
+        "apart": "area = size**2\nsong = 1",
+        "mean": "def mean(of):\n    return [song for song in songs if of < size]",
+        "loop": "for song in range(3):\n    print(song)",
+        "call": "average = mean(3)",
+        "apart too": "print(area, song)",
+    }
+    cells = {name: new_code_cell(source) for name, source in sources.items()}
+
+    def again(*changed):
+        found = affected(list(cells.values()), set(changed))
+        return [name for name, cell in cells.items() if cell in found]
+
+    assert again("data_root") == ["imports", "songs", "size", "mean", "call"]
+    assert again("nothing") == []
 
 
 @pytest.mark.gpu
@@ -156,25 +240,13 @@ def test_runs_on_a_gpu(path, band_root, tmp_path):
     run_notebook(path, folder / path.name, QUICK | {"device": "cuda"}, timeout_seconds=600)
 
 
-@pytest.fixture(scope="session")
-def students_folder(tmp_path_factory) -> Path:
-    """The lessons without their solutions, as a class gets them."""
-    folder = tmp_path_factory.mktemp("students")
+@pytest.mark.notebook
+def test_the_first_lesson_runs_from_a_students_copy(songs_folder, band_root, tmp_path):
+    """The whole copy in a kernel of its own: what the cells chosen above stand for."""
     for path in NOTEBOOKS:
         notebook = read(path)
-        keep = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", ())]
-        notebook.cells = keep
-        nbformat.write(notebook, folder / path.name)
-    return folder
-
-
-TO_HEAR = [path for path in NOTEBOOKS if "lesson_root(data_root)" in path.read_text()]
-
-
-@pytest.mark.notebook
-@pytest.mark.audio
-@pytest.mark.parametrize("path", TO_HEAR, ids=lambda path: path.stem)
-def test_runs_as_a_class_gets_it(path, students_folder, music_delta, band_root, tmp_path):
-    """Without solutions and on real songs: two questions in one run."""
-    parameters = QUICK | {"data_root": str(music_delta)}
-    run_notebook(students_folder / path.name, tmp_path / path.name, parameters, 600)
+        notebook.cells = [cell for cell in notebook.cells if not is_solution(cell)]
+        nbformat.write(notebook, tmp_path / path.name)
+    first = NOTEBOOKS[0].name
+    parameters = QUICK | {"data_root": songs_folder}
+    run_notebook(tmp_path / first, tmp_path / "out" / first, parameters, 600)
