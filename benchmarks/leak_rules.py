@@ -393,7 +393,8 @@ def _replaced(real: Callable, rules: list[Rule], felt: set[str] | None) -> Calla
     count = sum(each.default is Parameter.empty for each in every)
 
     def ask(value: Any, others: Iterable) -> Any:
-        felt.update(name for name, other in others if not _same(value, other))
+        wanted = _collected(value)
+        felt.update(name for name, other in others if not _same(wanted, _collected(other)))
 
     if felt is None:
         off = rules[0].off
@@ -425,9 +426,12 @@ def _as_ours(code: CodeType) -> CodeType:
     return code.replace(co_filename=referrers.__file__, co_consts=inner)
 
 
+def _collected(result: Any) -> Any:
+    """A result to compare. Generators inside of it are a script's, and may never end."""
+    return list(result) if isgenerator(result) else result
+
+
 def _same(a: Any, b: Any) -> bool:
-    if isgenerator(a) or isgenerator(b):
-        return _same(list(a), list(b))
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     plain = str | int | float | frozenset | suspects.Suspect | verdicts.Diagnosis | dict
