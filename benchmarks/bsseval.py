@@ -30,20 +30,24 @@ from tfswa_lab.evaluation.bsseval import bss_eval
 
 RATE = 44_100
 SONGS = [1.0] if REHEARSAL else [180.0, 240.0]  # seconds
+SOURCES = 2 if REHEARSAL else 4
+SOLVED_SECONDS = 1 if REHEARSAL else 10  # of sound whose equations are solved
 MUSEVALS_CORES = 4
 WARM = 1 if REHEARSAL else 5  # calls after the first
-TAPS = 512
+TAPS = 64 if REHEARSAL else 512  # of the solver that is timed
 
 
 def stems(seconds: float) -> tuple[np.ndarray, np.ndarray]:
-    """References and estimates `(4, 2, s)`, float64, always the same."""
+    """References and estimates `(n, 2, s)`, float64, always the same."""
     draw = np.random.default_rng(0)
-    references = np.empty((4, 2, round(seconds * RATE)))
-    for channel in references.reshape(8, -1):  # one by one: no copies in the peak of memory
+    references = np.empty((SOURCES, 2, round(seconds * RATE)))
+    for channel in references.reshape(
+        2 * SOURCES, -1
+    ):  # one by one: no copies in the peak of memory
         channel[:] = np.round(3000 * draw.standard_normal(channel.size)) / 32_768
     estimates = 0.8 * references
     estimates += 0.2 * references.mean(0)
-    for channel in estimates.reshape(8, -1):
+    for channel in estimates.reshape(2 * SOURCES, -1):
         channel += 0.01 * draw.standard_normal(channel.size)
     return references, estimates
 
@@ -65,9 +69,10 @@ def time_ours(seconds: float, device: str) -> dict:
 
 def time_solver(device: str = "cpu") -> dict:
     """The equations of four stereo stems by their structure, and by Cholesky's method."""
-    x = torch.from_numpy(stems(10)[0]).flatten(0, 1).to(device)
-    spectra = torch.fft.rfft(x, n=2**19)
-    cross = torch.fft.irfft(spectra[:, None].conj() * spectra, n=2**19)[..., :TAPS]
+    x = torch.from_numpy(stems(SOLVED_SECONDS)[0]).flatten(0, 1).to(device)
+    length = 2 ** (x.shape[1] + TAPS).bit_length()
+    spectra = torch.fft.rfft(x, n=length)
+    cross = torch.fft.irfft(spectra[:, None].conj() * spectra, n=length)[..., :TAPS]
     blocks = cross.permute(2, 0, 1).contiguous()  # (l, p, p)
     sides = blocks.flip(2)
     spent, filters = {}, {}

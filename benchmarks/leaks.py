@@ -93,7 +93,7 @@ def on_gpu() -> None:
     """A line for each script; tensors are on the GPU where a script does not say otherwise."""
     torch.set_default_device("cuda")
     for name, source in GPU_SETS.items():
-        for script in scripts(*source)[: 2 if REHEARSAL else None : GPU_EVERY.get(name, 1)]:
+        for script in scripts(*source)[: 1 if REHEARSAL else None : GPU_EVERY.get(name, 1)]:
             attempt("leak", partial(judge, script), set=name, script=script.name)
 
 

@@ -182,8 +182,8 @@ def test_without_a_gpu_it_says_so_and_how_to_rehearse(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """What would travel: all files that git tracks or would track."""
+def copy(tmp_path_factory, band_root):
+    """What would travel, all files that git tracks or would track; and the band, made already."""
     folder = tmp_path_factory.mktemp("borrowed") / "checkout"
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
@@ -196,6 +196,8 @@ def copy(tmp_path_factory):
         if (CHECKOUT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(CHECKOUT / name, folder / name)
+    (folder / "data").mkdir()
+    (folder / "data" / "band").symlink_to(band_root)
     return folder
 
 

@@ -145,7 +145,7 @@ def real_song(audio_root, name, seconds):
     [("Reggae", 1e-6, False), ("Beatles", 1e-3, True), ("Punk", 1e-3, True)],
 )
 def test_equal_to_museval_on_real_songs(museval, audio_root, name, tolerance, loaded):
-    stems, estimates = real_song(audio_root, name, 4.5)
+    stems, estimates = real_song(audio_root, name, 2.5)
     result = bss_eval(stems, estimates)
     theirs = expected(museval, stems, estimates, 44_100, 44_100)
     assert differences(values(result), theirs).max() <= tolerance
