@@ -183,7 +183,7 @@ def test_runs_in_quick_mode_and_as_a_class_gets_it(
         title = new_markdown_cell("## Without solutions, on real songs")
         notebook.cells += [title, new_code_cell(sources), *again]
     nbformat.write(notebook, lessons_folder / path.name)
-    run = run_notebook(lessons_folder / path.name, tmp_path / path.name, QUICK, 600)
+    run = run_notebook(lessons_folder / path.name, tmp_path / path.name, QUICK, 1800)
     assert run.peak_bytes <= 4 * 2**30
 
 
