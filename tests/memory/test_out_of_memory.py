@@ -114,6 +114,8 @@ OTHERS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     ValueError("out of memory"),
     OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.ENOSPC, "No space left on device", "Out of memory.wav"),
+    FileNotFoundError("no such audio file: Out of memory.wav"),
     KeyboardInterrupt(),
     chained(ValueError("no number")),
     in_a_circle(),

@@ -58,11 +58,12 @@ def _says_so(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    words = str(error) if _is_of_a_runtime(error) else ""
+    words = (getattr(error, "strerror", None) or str(error)) if _is_of_a_runtime(error) else ""
     return bool(_NO_MEMORY.search(words)) and not _BROKEN.search(words)
 
 
 def _is_of_a_runtime(error: BaseException) -> bool:
     """Whether torch, the system or onnxruntime may have raised it, so that its text counts."""
     of_onnx = type(error).__module__.startswith("onnxruntime")  # not RuntimeErrors
-    return of_onnx or isinstance(error, RuntimeError | OSError)
+    plain = type(error) is OSError  # FileNotFoundError and its like quote file names
+    return of_onnx or plain or isinstance(error, RuntimeError)
