@@ -12,15 +12,20 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
-import torch
 
 from tfswa_lab.memory.sizes import format_bytes
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
+
+    Device = torch.device | str | int | None
+
 NO_CUDA = "no CUDA"
-Device = torch.device | str | int | None
 
 # The host ----------------------------------------------------------------------------------------
 
@@ -83,29 +88,36 @@ def heap_in_use() -> int:
 # A GPU -------------------------------------------------------------------------------------------
 
 
+def _cuda() -> ModuleType:
+    """`torch.cuda`; imported here, because some programs read the host only."""
+    import torch.cuda
+
+    return torch.cuda
+
+
 def allocated(device: Device = None) -> int:
     """Bytes of tensors on a GPU, each rounded up by the allocator."""
-    return torch.cuda.memory_allocated(device)
+    return _cuda().memory_allocated(device)
 
 
 def reserved(device: Device = None) -> int:
     """Bytes that the allocator has taken from a GPU, in use or cached."""
-    return torch.cuda.memory_reserved(device)
+    return _cuda().memory_reserved(device)
 
 
 def peak_allocated(device: Device = None) -> int:
     """Most bytes of tensors since `reset_peak`."""
-    return torch.cuda.max_memory_allocated(device)
+    return _cuda().max_memory_allocated(device)
 
 
 def peak_reserved(device: Device = None) -> int:
     """Most bytes taken from a GPU since `reset_peak`."""
-    return torch.cuda.max_memory_reserved(device)
+    return _cuda().max_memory_reserved(device)
 
 
 def reset_peak(device: Device = None) -> None:
     """Count the peaks from here on."""
-    torch.cuda.reset_peak_memory_stats(device)
+    _cuda().reset_peak_memory_stats(device)
 
 
 class DeviceMemory(NamedTuple):
@@ -122,7 +134,7 @@ class DeviceMemory(NamedTuple):
 
 def device_memory(device: Device = None) -> DeviceMemory:
     """The free and total memory that the driver reports."""
-    return DeviceMemory(*torch.cuda.mem_get_info(device))
+    return DeviceMemory(*_cuda().mem_get_info(device))
 
 
 class DeviceSignals(NamedTuple):
@@ -142,9 +154,9 @@ def device_signals() -> DeviceSignals | None:
 
     Notebook: 06_leak_diagnosis
     """
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if not _cuda().is_available() or not _cuda().is_initialized():
         return None
-    stats = torch.cuda.memory_stats()
+    stats = _cuda().memory_stats()
     signals = DeviceSignals(
         peak=stats.get("allocated_bytes.all.peak", 0),
         reserved=stats.get("reserved_bytes.all.current", 0),
@@ -200,7 +212,7 @@ def status(device: Device = None) -> Status:
     Raises:
         ValueError: the named device is not a GPU of this machine.
     """
-    if device is None and not torch.cuda.is_available():
+    if device is None and not _cuda().is_available():
         return Status(process_rss())
     index = _index(device)
     whole = device_memory(index)
@@ -210,13 +222,15 @@ def status(device: Device = None) -> Status:
 
 
 def _index(device: Device) -> int:
+    import torch
+
     if device is None:
-        return torch.cuda.current_device()
+        return _cuda().current_device()
     named = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    count = torch.cuda.device_count()
+    count = _cuda().device_count()
     if named.type != "cuda" or (named.index or 0) >= count:
         raise ValueError(
             f"device={str(named)!r} is not one of the {count} CUDA GPUs of this machine; leave it "
             "out for the current GPU, or for the host alone"
         )
-    return torch.cuda.current_device() if named.index is None else named.index
+    return _cuda().current_device() if named.index is None else named.index

@@ -58,12 +58,14 @@ def _says_so(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    words = (getattr(error, "strerror", None) or str(error)) if _is_of_a_runtime(error) else ""
-    return bool(_NO_MEMORY.search(words)) and not _BROKEN.search(words)
+    text = _text_that_counts(error)
+    return bool(_NO_MEMORY.search(text)) and not _BROKEN.search(text)
 
 
-def _is_of_a_runtime(error: BaseException) -> bool:
-    """Whether torch, the system or onnxruntime may have raised it, so that its text counts."""
-    of_onnx = type(error).__module__.startswith("onnxruntime")  # not RuntimeErrors
-    plain = type(error) is OSError  # FileNotFoundError and its like quote file names
-    return of_onnx or plain or isinstance(error, RuntimeError)
+def _text_that_counts(error: BaseException) -> str:
+    """The text of an error of torch, the system or onnxruntime, without names of files."""
+    if isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime"):
+        return str(error)
+    if type(error) is OSError:  # not its subclasses, such as FileNotFoundError: they quote names
+        return error.strerror or str(error)
+    return ""

@@ -157,7 +157,7 @@ def _host_growth(host: HostSteps, examined: Examination, traced: TracedSteps) ->
     kind, line = host.growing, host.line
     if not kind:
         return None
-    size = slope(host.levels[kind])
+    per_step = size = slope(host.levels[kind])
     if kind == "nodes":
         holder = host.deepest_tensor()
         line = traced.line_of_graph(holder)
@@ -166,7 +166,7 @@ def _host_growth(host: HostSteps, examined: Examination, traced: TracedSteps) ->
     else:
         holder = host.grown_container()
     spelled = examined.spell(holder) if holder is not None else ("", "")
-    return HostGrowth(kind, slope(host.levels[kind]), size, line, *spelled)
+    return HostGrowth(kind, per_step, size, line, *spelled)
 
 
 LINES = 6  # of each kind: the search for holders takes time

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from tfswa_lab.memory.snapshot.pickles import write_plain
+from tfswa_lab.memory.trace.trace import ENTRIES, recorded_history
 
 QUIET_SECONDS = 1.0
 
 
 @contextmanager
 def record(
-    max_entries: int = 100_000, stacks: str = "python", context: str = "all"
+    max_entries: int = ENTRIES, stacks: str = "python", context: str = "all"
 ) -> Iterator[None]:
     """Record the allocator's history in a `with` block; dump inside, because its end clears it.
 
@@ -33,12 +34,8 @@ def record(
         RuntimeError: CUDA is not available.
     """
     _need_cuda()
-    history = torch.cuda.memory._record_memory_history
-    history("all", context=context, stacks=stacks, max_entries=max_entries)
-    try:
+    with recorded_history(max_entries, stacks, context):
         yield
-    finally:
-        history(None)
 
 
 def dump(path: str | Path) -> Path:

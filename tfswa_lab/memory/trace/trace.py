@@ -6,7 +6,7 @@ Notebook: 05_where_memory_goes
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -103,12 +103,22 @@ def _history_of_allocator(seen: Trace) -> Iterator[None]:
         yield
         return
     started_by_others = torch._C._cuda_isHistoryEnabled()
-    history = torch.cuda.memory._record_memory_history
-    if not started_by_others:
-        history("all", context="all", stacks="python", max_entries=ENTRIES)
-    try:
+    with nullcontext() if started_by_others else recorded_history():
         yield
         seen.allocator = torch.cuda.memory._snapshot()
+
+
+@contextmanager
+def recorded_history(
+    max_entries: int = ENTRIES, stacks: str = "python", context: str = "all"
+) -> Iterator[None]:
+    """CUDA's allocator records its history in the block, and forgets it at the end.
+
+    The arguments are those of `memory.snapshot.record`.
+    """
+    history = torch.cuda.memory._record_memory_history
+    history("all", context=context, stacks=stacks, max_entries=max_entries)
+    try:
+        yield
     finally:
-        if not started_by_others:
-            history(None)
+        history(None)
