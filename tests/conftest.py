@@ -1,6 +1,7 @@
 """What several rooms' tests share: the embedded band and the real stems."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,15 @@ import soundfile
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 os.environ["COLUMNS"] = "300"  # messages name paths, which a narrow terminal breaks in two
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch's, so that sums come out the same to the bit."""
+    from tfswa_lab.device import compute_threads
+
+    with compute_threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

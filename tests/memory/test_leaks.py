@@ -19,12 +19,7 @@ from tfswa_lab.memory.leaks import diagnose
 SOME = [*SOUND, *TENSOR_LEAKS[::2], *HELD_LEAKS[::2], *SECOND[::4], *UNSEEN[::4], *JUDGED]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("script", SOME, ids=lambda script: script.name)

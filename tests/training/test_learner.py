@@ -11,13 +11,7 @@ from toy_run import ToyLoss, ToySongs, toy_trainer
 from tfswa_lab.data.augment import Gain, SpectrogramMasking
 from tfswa_lab.training.randomness import random_state
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def steps(count, accumulate):

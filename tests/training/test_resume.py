@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from toy_run import ToySongs, toy_trainer, weights
@@ -36,14 +35,6 @@ def wait_for_a_new_checkpoint(process, folder, known):
     while set(folder.glob("checkpoints/step_*.ckpt")) <= known:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_killed_at_random_moments_a_run_ends_with_the_very_same_weights(tmp_path, one_thread):

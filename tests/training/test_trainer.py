@@ -19,13 +19,7 @@ from tfswa_lab.training.randomness import generator_for
 from tfswa_lab.training.trainer import Trainer
 from tfswa_lab.training.validation import validate, validation_loader
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batches(count, size=4):
