@@ -10,9 +10,14 @@ def test_auto_is_the_gpu_where_there_is_one():
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_a_device_that_was_picked_can_be_picked_again():
+    assert pick_device(pick_device("cpu")) == torch.device("cpu")
+
+
 def test_a_misspelt_device_is_named():
-    with pytest.raises(ValueError, match="device='gpu0' is unknown"):
-        pick_device("gpu0")
+    for name in ("gpu0", torch.device("meta")):
+        with pytest.raises(ValueError, match=f"device='{name}' is unknown"):
+            pick_device(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

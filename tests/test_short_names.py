@@ -172,6 +172,17 @@ SNIPPETS = {
         assert written.fragmentation().allocated == 1024
         assert status().host_rss > 0
     """,
+    "signatures": """
+        from importlib import import_module
+        from inspect import signature
+        for room, name in (
+            ("memory", "predict"), ("memory", "trace"), ("memory.leaks", "diagnose"),
+            ("inference", "separate"), ("evaluation", "evaluate"),
+        ):
+            called = getattr(import_module(f"tfswa_lab.{room}"), name)
+            module = import_module(f"tfswa_lab.{room}.{name}")
+            assert signature(called) == signature(module) == signature(getattr(module, name))
+    """,
 }
 
 

@@ -144,8 +144,11 @@ def resample(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
     >>> resample(torch.zeros(2, 48_000), 48_000, 16_000).shape
     torch.Size([2, 16000])
     """
-    if not (min(rate_in, rate_out) > 0 and rate_in == int(rate_in) and rate_out == int(rate_out)):
-        raise ValueError(f"rates must be positive whole numbers of Hz, got {rate_in}, {rate_out}")
+    if not all(is_number(rate) and rate > 0 and rate % 1 == 0 for rate in (rate_in, rate_out)):
+        raise ValueError(
+            f"rates must be positive whole numbers of Hz, got {rate_in!r}, {rate_out!r}"
+        )
+    rate_in, rate_out = int(rate_in), int(rate_out)
     if rate_in == rate_out or not waveform.shape[-1]:
         return waveform
     if max(rate_in, rate_out) // math.gcd(rate_in, rate_out) > LARGEST_RATIO:
@@ -198,8 +201,17 @@ def check_seconds(name: str, value: float) -> None:
     Raises:
         ValueError: it is shorter than a millisecond, infinite, or not a number.
     """
-    if not (isinstance(value, Real) and SHORTEST <= value <= LONGEST):
-        raise ValueError(f"{name}={value} must be seconds, from {SHORTEST} to {LONGEST:.0f}")
+    if not (is_number(value) and SHORTEST <= value <= LONGEST):
+        raise ValueError(f"{name}={value!r} must be seconds, from {SHORTEST} to {LONGEST:.0f}")
+
+
+def is_number(value: object, kind: type = Real) -> bool:
+    """Whether it is a real number (or `Integral`), of Python or numpy; a bool is none.
+
+    >>> is_number(np.int64(3), Integral), is_number(True), is_number("3")
+    (True, False, False)
+    """
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def decibels(signal: Tensor, noise: Tensor) -> Tensor:

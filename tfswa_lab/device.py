@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device a user asked for; "auto" is CUDA where there is a GPU, else the CPU.
 
     Raises:
@@ -23,8 +23,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device={name!r} is unknown; use auto, cpu, cuda, or cuda:0")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+        raise ValueError(f"device={str(name)!r} is unknown; use auto, cpu, cuda, or cuda:0")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(

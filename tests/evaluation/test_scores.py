@@ -7,7 +7,6 @@ import pytest
 
 from tfswa_lab.evaluation.scores import OURS, RATIOS, TrackScores, read_scores, write_scores
 from tfswa_lab.evaluation.scoring import Evaluation, Scoring
-from tfswa_lab.inference.separate import Segmentation
 
 NAN, INF = math.nan, math.inf
 
@@ -65,14 +64,21 @@ def test_durations_that_make_no_sense_are_refused(value):
     for name in ("window", "hop", "seconds"):
         with pytest.raises(ValueError, match=rf"^{name}=\S+ must be seconds, from 0"):
             Evaluation(**{name: value})
-    with pytest.raises(ValueError, match=r"^segment_seconds=\S+ must be seconds, from 0"):
-        Segmentation(segment_seconds=value)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("overlap", 0.6), ("overlap", NAN), ("overlap", -0.1), ("shifts", -1), ("batch_size", 0)],
+    ("option", "message"),
+    [
+        ({"jobs": 0}, "^jobs=0 must be 1 or more"),
+        ({"jobs": 1.5}, r"^jobs=1\.5 must be"),
+        ({"jobs": True}, "^jobs=True must be"),
+        ({"jobs": "2"}, "^jobs='2' must be"),
+        ({"bounds": "irm"}, r"write \('irm',\)"),
+        ({"bounds": ["imr"]}, "unknown bound 'imr'; did you mean 'irm'"),
+        ({"split": "tset"}, "unknown split 'tset'; did you mean 'test'"),
+        ({"device": "tpu"}, "device='tpu' is unknown"),
+    ],
 )
-def test_other_numbers_that_make_no_sense_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"^{name}={value} must be"):
-        Segmentation(**{name: value})
+def test_other_options_that_make_no_sense_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluation(**option)

@@ -1,5 +1,6 @@
 """Overlap-add must be invisible: an identity separator returns its input."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from tfswa_lab.inference.separate import (
     separate,
     separate_track,
 )
+from tfswa_lab.models.separator import build_separator
+
+MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
 
 
 class Identity(nn.Module):
@@ -136,12 +140,26 @@ def test_a_mixture_that_is_none_is_refused(mixture):
         separate(Identity(), mixture)
 
 
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (torch.zeros(2, 100, dtype=torch.int16), "of floats"),
+        (torch.full((2, 100), torch.nan), "NaN"),
+        (torch.full((2, 100), torch.inf), "infinite"),
+    ],
+)
+def test_samples_without_a_level_are_refused(samples, message):
+    for call in (separate_track, separate):
+        with pytest.raises(ValueError, match=message):
+            call(Halves(), samples)
+
+
 NAN, INF = float("nan"), float("inf")
 WRONG = {
-    "segment_seconds": [0, -5, NAN, INF, 1e-4, 1e7, "6"],
-    "overlap": [0.9, -0.1, NAN, "0.1", None],
-    "shifts": [-1, 1.5, NAN, "1"],
-    "batch_size": [0, 1.5, INF, "1"],
+    "segment_seconds": [0, -5, NAN, INF, 1e-4, 1e7, True, "6"],
+    "overlap": [0.9, -0.1, NAN, False, "0.1", None],
+    "shifts": [-1, 1.5, NAN, True, "1"],
+    "batch_size": [0, 1.5, INF, True, "1"],
 }
 
 
@@ -149,8 +167,13 @@ WRONG = {
     ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
 )
 def test_numbers_that_make_no_sense_are_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"^{name}={value} must be"):
+    with pytest.raises(ValueError, match=f"^{name}={value!r} must be"):
         Segmentation(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    numbers = Segmentation(np.float32(0.5), np.float64(0.25), np.int64(2), np.int32(3))
+    assert numbers == Segmentation(0.5, 0.25, 2, 3)
 
 
 def test_a_segmentation_that_does_not_fit_the_sample_rate_is_refused():
@@ -188,3 +211,25 @@ def test_a_file_is_separated_as_its_waveform(tmp_path):
     for path in (song, str(song)):
         stems = separate(Halves(), path)
         assert all(torch.equal(stems[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("rate", [0, -8000, 8000.5, "44100", True, float("nan")])
+def test_a_rate_that_makes_no_sense_is_refused(rate):
+    with pytest.raises(ValueError, match="whole numbers of Hz"):
+        separate(Halves(), torch.rand(2, 9000), rate=rate)
+
+
+def test_a_file_states_its_own_rate(tmp_path):
+    song = audio.write(tmp_path / "song.wav", torch.rand(2, 2000) - 0.5, 16_000)
+    with pytest.raises(
+        ValueError, match=r"rate=44100 is for waveforms; .*song\.wav states"
+    ):
+        separate(Halves(), song, rate=44_100)
+
+
+def test_a_waveform_of_other_floats_is_separated_in_the_networks_precision():
+    separator = build_separator(("vocals", "other"), n_fft=512, hop_length=128, **MINI).eval()
+    song = torch.rand(2, 20_000, dtype=torch.float64) - 0.5
+    expected = separate_track(separator, song.float())
+    estimates = separate_track(separator, song)
+    torch.testing.assert_close(estimates, expected.double(), atol=1e-6, rtol=0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
@@ -156,6 +157,7 @@ def _score_all(scoring: Scoring, jobs: list[Job], folders: Folders, progress: Pr
 
 class _Callable(ModuleType):
     __call__ = staticmethod(evaluate)
+    __signature__ = signature(evaluate)  # without it, the first parameter would be taken for `self`
 
 
 sys.modules[__name__].__class__ = _Callable  # `evaluation.evaluate` is this file or its function

@@ -11,16 +11,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tfswa_lab import __version__
-from tfswa_lab.audio import check_seconds
+from tfswa_lab.audio import check_seconds, is_number
 from tfswa_lab.data.musdb import SPLITS, check_choice, stem_parts
 from tfswa_lab.data.tracks import Track
-from tfswa_lab.device import compute_threads
+from tfswa_lab.device import compute_threads, pick_device
 from tfswa_lab.evaluation.bsseval import bss_eval
 from tfswa_lab.evaluation.estimates import Estimator
 from tfswa_lab.evaluation.oracles import BOUNDS
@@ -43,7 +44,7 @@ class Evaluation:
         bounds_dir: of their scores, `bounds` in the output folder if None; several models can
             share one.
         jobs: processes, with a thread each; None for one with as many threads as torch uses now.
-        device: where ratios and bounds are computed.
+        device: where ratios and bounds are computed; as `pick_device` takes it.
         overwrite: score all songs again, and bounds that are broken or differ.
 
     Raises:
@@ -62,10 +63,13 @@ class Evaluation:
 
     def __post_init__(self):
         check_choice("split", self.split, SPLITS)
+        if isinstance(self.bounds, str):
+            raise ValueError(f"bounds={self.bounds!r} is a string; write ({self.bounds!r},)")
         for name in self.bounds:
             check_choice("bound", name, tuple(BOUNDS))
-        if self.jobs is not None and self.jobs < 1:
-            raise ValueError(f"jobs={self.jobs} must be 1 or more processes")
+        if not (self.jobs is None or (is_number(self.jobs, Integral) and self.jobs >= 1)):
+            raise ValueError(f"jobs={self.jobs!r} must be 1 or more processes, or None")
+        pick_device(self.device)  # or an error: unknown, or not here
         check_seconds("window", self.window)
         check_seconds("hop", self.hop)
         if self.seconds is not None:
@@ -129,7 +133,8 @@ class Scoring:
             frames = min(frames, round(self.how.seconds * track.rate))
         waveforms = track.read(self.sources, 0, frames, track.rate)
         stems = [sum(waveforms[part] for part in parts) for parts in self.parts.values()]
-        return waveforms["mixture"].to(self.how.device), torch.stack(stems).to(self.how.device)
+        device = pick_device(self.how.device)
+        return waveforms["mixture"].to(device), torch.stack(stems).to(device)
 
 
 def _digests(files: Mapping[str, Path]) -> dict[str, str]:

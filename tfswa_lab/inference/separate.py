@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from itertools import islice
-from numbers import Real
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 
@@ -47,12 +48,14 @@ class Segmentation:
 
     def __post_init__(self):
         audio.check_seconds("segment_seconds", self.segment_seconds)
-        if not (isinstance(self.overlap, Real) and 0 <= self.overlap <= 0.5):
-            raise ValueError(f"overlap={self.overlap} must be a share of a segment, from 0 to 0.5")
-        if not (isinstance(self.shifts, int) and self.shifts >= 0):
-            raise ValueError(f"shifts={self.shifts} must be 0 or more estimates to average")
-        if not (isinstance(self.batch_size, int) and self.batch_size >= 1):
-            raise ValueError(f"batch_size={self.batch_size} must be 1 or more segments at once")
+        if not (audio.is_number(self.overlap) and 0 <= self.overlap <= 0.5):
+            raise ValueError(
+                f"overlap={self.overlap!r} must be a share of a segment, from 0 to 0.5"
+            )
+        if not (audio.is_number(self.shifts, Integral) and self.shifts >= 0):
+            raise ValueError(f"shifts={self.shifts!r} must be 0 or more estimates to average")
+        if not (audio.is_number(self.batch_size, Integral) and self.batch_size >= 1):
+            raise ValueError(f"batch_size={self.batch_size!r} must be 1 or more segments at once")
 
     def samples(self, rate: int) -> tuple[int, int]:
         """Samples of a segment and of its overlap with the next, at a rate in Hz.
@@ -90,9 +93,10 @@ def separate(
 
     Args:
         separator: in evaluation mode; the song is resampled to its rate, and the stems back.
-        song: a waveform `(c, s)`, mono or stereo, on any device; or a WAV, FLAC, Ogg or MP3 file.
+        song: a waveform `(c, s)` of floats, mono or stereo, on any device; or a WAV, FLAC, Ogg or
+            MP3 file.
         segmentation: how the song is cut.
-        rate: of a waveform, in Hz; the separator's own if None.
+        rate: of a waveform, in Hz; the separator's own if None. A file states its own.
         progress: wraps the list of segment starts, e.g. `tqdm`.
 
     Returns:
@@ -100,13 +104,17 @@ def separate(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the song is damaged, empty or not `(c, s)`, or a number makes no sense.
+        ValueError: the song is damaged, empty, not finite or not `(c, s)`, or a number makes no
+            sense.
         torch.OutOfMemoryError: there is no memory even for one segment.
     """
     if not isinstance(song, Tensor):
+        if rate is not None:
+            raise ValueError(f"rate={rate!r} is for waveforms; {song} states its own: leave it out")
         song, rate = audio.read(song)
     _check_waveform(song)
-    own, rate = separator.sample_rate, rate or separator.sample_rate
+    own = separator.sample_rate
+    rate = own if rate is None else rate
     heard = audio.resample(audio.to_channels(song, separator.audio_channels), rate, own)
     estimates = separate_track(separator, heard, segmentation, progress)
     estimates = audio.resample(estimates, own, rate)[..., : song.shape[-1]]
@@ -137,7 +145,8 @@ def separate_track(
         Estimates `(n, c, s)` on the mixture's device.
 
     Raises:
-        ValueError: the mixture is empty or not `(c, s)`, or the segmentation does not fit its rate.
+        ValueError: the mixture is empty, not finite or not `(c, s)`, or the segmentation does not
+            fit its rate.
         torch.OutOfMemoryError: there is no memory even for one segment.
     """
     _check_waveform(mixture)
@@ -149,6 +158,13 @@ def separate_track(
 def _check_waveform(mixture: Tensor) -> None:
     if mixture.ndim != 2 or mixture.shape[1] == 0:
         raise ValueError(f"expected a mixture (channels, samples), got {tuple(mixture.shape)}")
+    if not mixture.is_floating_point():
+        raise ValueError(
+            f"expected a mixture of floats in [-1, 1], got {mixture.dtype}; divide 16-bit integers "
+            "by 32768"
+        )
+    if not mixture.isfinite().all():
+        raise ValueError("the mixture contains NaN or infinite samples")
 
 
 def separate_stream(
@@ -167,7 +183,7 @@ def separate_stream(
         blocks: `(c, s)` each, any lengths, one after the other; read when they are needed.
         length: samples of them all.
 
-    All others are those of `separate_track`, and so is what is raised.
+    The other arguments and the errors are those of `separate_track`.
 
     Returns:
         An iterator of estimates `(n, c, s)`, one after the other, together `length` samples.
@@ -285,15 +301,15 @@ def separate_batches(
 
 def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
     """Estimates `(b, n, c, s)` on the batch's device, in its precision; None if memory runs out."""
-    device = next(separator.parameters(), batch).device
+    weights = next(separator.parameters(), batch)
     try:
-        return separator(batch.to(device)).to(batch)
+        return separator(batch.to(weights)).to(batch)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         if len(batch) == 1:
             raise torch.OutOfMemoryError(
-                f"{device} has no memory for one segment of {batch.shape[-1]} samples; "
+                f"{weights.device} has no memory for one segment of {batch.shape[-1]} samples; "
                 "shorten the segments, or close other programs that use memory"
             ) from error
     return None  # outside the handler: there the error no longer keeps the memory alive
@@ -301,6 +317,7 @@ def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
 
 class _Callable(ModuleType):
     __call__ = staticmethod(separate)
+    __signature__ = signature(separate)  # without it, the first parameter would be taken for `self`
 
 
 sys.modules[__name__].__class__ = _Callable  # `inference.separate` is this file or its function

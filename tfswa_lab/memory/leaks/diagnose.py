@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
+from inspect import signature
 from itertools import pairwise
 from statistics import median
 from types import ModuleType
@@ -240,6 +241,7 @@ def _rises(site: Site, others: list[Site]) -> bool:
 
 class _Callable(ModuleType):
     __call__ = staticmethod(diagnose)
+    __signature__ = signature(diagnose)  # without it, the first parameter would be taken for `self`
 
 
 sys.modules[__name__].__class__ = _Callable  # `leaks.diagnose` is this file or its function

@@ -4,6 +4,7 @@ Notebook: 05_where_memory_goes
 """
 
 import sys
+from inspect import signature
 from types import ModuleType
 
 from tfswa_lab.memory.predict.predict import (
@@ -20,6 +21,7 @@ __all__ = ["Prediction", "compare", "max_batch_size", "predict", "predict_choice
 
 class _CallablePackage(ModuleType):
     __call__ = staticmethod(predict)
+    __signature__ = signature(predict)  # without it, the first parameter would be taken for `self`
 
 
 sys.modules[__name__].__class__ = _CallablePackage  # for `from tfswa_lab.memory import predict`
