@@ -221,9 +221,7 @@ def test_a_rate_that_makes_no_sense_is_refused(rate):
 
 def test_a_file_states_its_own_rate(tmp_path):
     song = audio.write(tmp_path / "song.wav", torch.rand(2, 2000) - 0.5, 16_000)
-    with pytest.raises(
-        ValueError, match=r"rate=44100 is for waveforms; .*song\.wav states"
-    ):
+    with pytest.raises(ValueError, match=r"rate=44100 is for waveforms; .*song\.wav states"):
         separate(Halves(), song, rate=44_100)
 
 

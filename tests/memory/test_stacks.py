@@ -1,6 +1,7 @@
 """One rule for the user's line: traces, leaks and snapshots charge a stack to the same line."""
 
 import copy
+from pathlib import Path
 
 import einops
 import numpy as np
@@ -11,6 +12,7 @@ from tfswa_lab.memory.leaks.census import Boundary, Census
 from tfswa_lab.memory.snapshot import read
 from tfswa_lab.memory.snapshot.emit import as_snapshot
 from tfswa_lab.memory.snapshot.snapshot import NOBODY
+from tfswa_lab.memory.trace import trace
 from tfswa_lab.memory.trace.stacks import Frame, in_short, user_frame
 from tfswa_lab.memory.trace.timeline import Block, Timeline, by_line
 
@@ -24,6 +26,7 @@ STRANGERS = {
     "Debian": Frame("/usr/lib/python3/dist-packages/numpy/core/numeric.py", 1, "ones"),
     "conda": Frame("/opt/conda/envs/x/lib/python3.11/copy.py", 153, "deepcopy"),
     "Windows": Frame("C:\\py\\Lib\\site-packages\\torch\\_tensor.py", 5, "f"),
+    "torch, from its sources": Frame("/opt/pytorch/torch/nn/modules/linear.py", 134, "forward"),
     "C++": Frame("/pytorch/aten/src/ATen/native/cuda/Blas.cpp", 300, "addmm"),
     "unknown": Frame("??", 0, "at::detail::empty_cuda"),
     "frozen": Frame("<frozen importlib._bootstrap>", 241, "_call_with_frames_removed"),
@@ -37,6 +40,8 @@ LOCAL = {
 LIBRARIES = [*STRANGERS.values(), *LOCAL.values()]
 NETWORK = Frame(f"{SITE}/tfswa_lab/models/attention.py", 80, "forward")
 NAMESAKE = Frame("/home/me/torch/train.py", 1, "main")
+NEIGHBOUR = Frame(f"{SITE}/torch_geometric/nn/conv.py", 1, "forward")
+NEIGHBOUR_HERE = Frame(str(Path(torch.__file__).parent) + "_geometric/nn/conv.py", 1, "forward")
 COMMAND = Frame("<string>", 1, "<module>")  # of `python -c`
 TABLE = [
     *(((library, MINE), MINE) for library in LIBRARIES),
@@ -47,6 +52,8 @@ TABLE = [
     ((STRANGERS["C++"], STRANGERS["torch"], MINE, STRANGERS["a library"]), MINE),
     ((STRANGERS["torch"], NETWORK, MINE), NETWORK),  # the lessons are about its lines
     ((STRANGERS["torch"], NAMESAKE), NAMESAKE),
+    ((STRANGERS["torch"], NEIGHBOUR), NEIGHBOUR),
+    ((LOCAL["torch"], NEIGHBOUR_HERE), NEIGHBOUR_HERE),
     ((STRANGERS["torch"], COMMAND), COMMAND),
     ((STRANGERS["torch"], COMMAND, MINE), MINE),
     ((STRANGERS["C++"], STRANGERS["unknown"], STRANGERS["torch"]), None),
@@ -63,3 +70,15 @@ def test_traces_leaks_and_snapshots_agree(stack, line):
     assert Census([timeline], 0, [Boundary(2, 3)]).at_peak() == [(in_short(line), 512)]
     (site,) = read(as_snapshot(timeline)).allocation_sites()
     assert site.line == str(line or NOBODY)
+
+
+def test_a_folder_of_the_user_that_is_called_torch_is_not_torch(tmp_path):
+    path = tmp_path / "torch" / "utils" / "data.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("import torch\n\ndef load():\n    return torch.ones(300)\n")
+    namespace = {}
+    exec(compile(path.read_text(), str(path), "exec"), namespace)
+    with trace() as seen:
+        kept = namespace["load"]()
+    assert [by_line(block) for block in seen.timeline().blocks] == [f"{path}:4 (load)"]
+    del kept

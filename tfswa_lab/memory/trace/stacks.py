@@ -1,12 +1,13 @@
 """Which lines of Python are being executed, and which of them is the user's.
 
-One rule for traces, snapshots and leaks, on this machine's paths and on a stranger's.
+One rule for traces, snapshots and leaks, for the paths of this machine and of any other.
 
 Notebook: 05_where_memory_goes
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import sysconfig
@@ -64,17 +65,22 @@ def in_short(frame: Frame | None) -> str:
     return f"{file}:{frame.line}{name}"
 
 
-# Where torch and what it runs on lie here, wherever they were installed.
-_TORCH_HERE = tuple(str(Path(library.__file__).parent) for library in (torch, einops))
-# And on other machines; C++, generated code, and what traces, predicts and diagnoses.
+# Where torch and einops lie here, wherever they were installed.
+_TORCH_HERE = tuple(str(Path(library.__file__).parent) + os.sep for library in (torch, einops))
+# Where they lie elsewhere; C++, generated code, and what traces, predicts and diagnoses.
 _TORCH = re.compile(
     r"[/\\](site|dist)-packages[/\\](torch|torchaudio|functorch|einops)[/\\]"
-    r"|[/\\]torch[/\\](nn|autograd|optim|utils|cuda|amp|fx|jit|distributed|_\w+)([/\\]|\.py)"
     r"|[/\\]tfswa_lab[/\\]memory[/\\](trace|predict|leaks)[/\\]"
     r"|\.(c|cc|cpp|cxx|cu|cuh|h|hpp|pyx|S)$"
     r"|^(\?*|<frozen .*)$"
 )
-_LIBRARIES_HERE = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+# Where its developers have it. A file of such a name that is here is the user's.
+_TORCH_SOURCES = re.compile(
+    r"[/\\]torch[/\\](nn|autograd|optim|utils|cuda|amp|fx|jit|distributed|_\w+)([/\\]|\.py)"
+)
+_LIBRARIES_HERE = tuple(
+    {sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")}
+)
 _LIBRARIES = re.compile(
     r"[/\\](site|dist)-packages[/\\]|[/\\]lib[/\\]python3[.\d]*[/\\]|^<string>$", re.IGNORECASE
 )
@@ -84,12 +90,15 @@ _OWN_NETWORKS = re.compile(r"[/\\](site|dist)-packages[/\\]tfswa_lab[/\\]")
 @cache
 def is_torch(filename: str) -> bool:
     """Whether lines of a file say nothing about the model: torch's, C++, and the tracer's own."""
-    return filename.startswith(_TORCH_HERE) or bool(_TORCH.search(filename))
+    if filename.startswith(_TORCH_HERE) or _TORCH.search(filename):
+        return True
+    # `Path.is_file` raises an error where a folder may not be read.
+    return bool(_TORCH_SOURCES.search(filename)) and not os.path.isfile(filename)  # noqa: PTH113
 
 
 @cache
 def is_library(filename: str) -> bool:
-    """Whether a file is of the standard library or was installed, and is no network of ours."""
+    """Whether a file is of the standard library or was installed; our networks are the user's."""
     if _OWN_NETWORKS.search(filename):
         return False
     return filename.startswith(_LIBRARIES_HERE) or bool(_LIBRARIES.search(filename))
