@@ -76,6 +76,11 @@ def test_it_says_what_was_scored(report):
     assert "- 3 of 5 songs\n- C: !" in text
 
 
+def test_it_is_short_in_print(report):
+    assert repr(report) == "<Report of 3 songs: mixture, estimates, mwf>"
+    assert str(report) == report.tables()[0].to_markdown()
+
+
 def test_notes_of_bounds_are_told_unless_the_estimates_have_the_same(report):
     floor = [replace(song, notes=("!", "mono")) for song in report.scores["mixture"]]
     noted = replace(report, scores=report.scores | {"mixture": floor})

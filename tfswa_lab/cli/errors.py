@@ -6,18 +6,18 @@ Notebook: 03_tfswa_unet
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
 
 
 @contextmanager
-def one_line_errors(advice: str, bad_input: int = 1) -> Iterator[None]:
+def one_line_errors(advice: Callable[[], str], bad_input: int = 1) -> Iterator[None]:
     """End the command with one line where its block raises an error that the user can act on.
 
     Args:
-        advice: how the command needs less memory, to follow "out of memory: …; ".
+        advice: says how the command needs less memory, to follow "out of memory: …; ".
         bad_input: exit status for missing files and wrong values; out of memory is always 1.
 
     Raises:
@@ -30,7 +30,7 @@ def one_line_errors(advice: str, bad_input: int = 1) -> Iterator[None]:
         from tfswa_lab.memory.out_of_memory import is_out_of_memory
 
         if is_out_of_memory(error):
-            status, message = 1, f"out of memory{_in_short(error)}; {advice}"
+            status, message = 1, f"out of memory{_in_short(error)}; {advice()}"
         elif isinstance(error, OSError | ValueError | FloatingPointError):
             status, message = bad_input, str(error)
         else:

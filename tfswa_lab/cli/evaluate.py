@@ -119,7 +119,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
     output = options.output_dir or default_output(options.source)
     tables, picture = (output / f"{options.split}{ending}" for ending in (".md", ".png"))
-    with one_line_errors(LESS_MEMORY):
+    with one_line_errors(lambda: LESS_MEMORY):
         device = pick_device(options.device)
         estimator, how = options.estimator(device), options.evaluation(device)
         data_root = options.data_root or ensure_band()
@@ -155,7 +155,7 @@ def default_jobs(device: torch.device) -> int:
 
 
 def show(report: Report) -> None:
-    """Print what was scored, tables and notes."""
+    """Print facts, tables and notes."""
     from rich.console import Console
 
     console = Console()

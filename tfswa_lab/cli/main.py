@@ -53,7 +53,7 @@ def separate(
     from tfswa_lab.inference.separate import Segmentation
     from tfswa_lab.models.storage import load_separator
 
-    with one_line_errors(LESS_MEMORY, bad_input=2):
+    with one_line_errors(lambda: LESS_MEMORY, bad_input=2):
         separator = load_separator(model).to(pick_device(device))
         segmentation = Segmentation(segment_seconds, overlap, shifts, batch_size)
         files, gain = separate_file(separator, song, out, segmentation, tqdm, as_float)

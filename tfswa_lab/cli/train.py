@@ -22,8 +22,7 @@ RUN, DATA, NETWORK, LOSS, STEPS, WATCH, MACHINE = map(
 MODELS = "tfswa_unet, resunet, locoformer or mask_resunet; tfswa_unet if absent."
 LESS_MEMORY = (
     "lower --batch-size (and raise --accumulate) or --segment-seconds, or use --precision "
-    "bf16-mixed or --activation-checkpointing; a checkpoint in {folder} is kept: --resume {folder} "
-    "--activation-checkpointing goes on"
+    "bf16-mixed or --activation-checkpointing"
 )
 
 
@@ -32,7 +31,7 @@ class TrainOptions:
     """What can be typed; None stands for "not given"."""
 
     preset: Annotated[str | None, RUN(help="tiny, small or default; tiny if absent.")] = None
-    output_dir: Annotated[Path | None, RUN(help="Its folder; runs/MODEL-PRESET if absent.")] = None
+    output_dir: Annotated[Path | None, RUN(help="Its folder; runs/[MODEL-]PRESET else.")] = None
     resume: Annotated[Path | None, RUN(help="A run's folder or checkpoint to go on from.")] = None
     seed: Annotated[int | None, RUN(help="Of weights, order and augmentation.")] = None
     data_root: Annotated[str | None, DATA(help="A tree as MUSDB18's; the band if absent.")] = None
@@ -92,7 +91,7 @@ def train(options: TrainOptions) -> None:
 
     changes, resume = given(options, Preset), options.resume
     folder = options.output_dir or run_folder(options)
-    with one_line_errors(LESS_MEMORY.format(folder=folder)):
+    with one_line_errors(lambda: less_memory(folder)):
         preset = choose_preset(options.preset, resume, changes, options.use_amp)
         torch.manual_seed(preset.seed)  # of the first weights, alike in all processes
         trainer = build_trainer(preset, folder, progress=True)
@@ -104,6 +103,18 @@ def train(options: TrainOptions) -> None:
             f"{trainer.best_sdr:.2f} dB SDR after step {trainer.best_step}; "
             f"it is in {trainer.output_dir / 'best'}"
         )
+
+
+def less_memory(folder: Path) -> str:
+    """What to type after an out-of-memory: other options, or how the run goes on."""
+    from tfswa_lab.training.checkpoint import list_checkpoints
+
+    if not list_checkpoints(folder):
+        return LESS_MEMORY
+    return (
+        f"{LESS_MEMORY}; the checkpoint in {folder} is kept: --resume {folder} "
+        "--activation-checkpointing goes on"
+    )
 
 
 def run_folder(options: TrainOptions) -> Path:

@@ -29,7 +29,7 @@ from tfswa_lab.evaluation.scores import (
 )
 
 PERFECT = 100  # dB; above it, the only error is that of rounding
-# What is scored: its name in tables.
+# Names of the estimates and the bounds in tables.
 NAMES = {
     "mixture": "mixture (floor)",
     "estimates": "estimates",
@@ -70,7 +70,7 @@ class Report:
 
     @property
     def methods(self) -> list[str]:
-        """What was scored, from the floor to the ceiling."""
+        """Keys of `scores`, from the floor to the ceiling."""
         return [method for method in NAMES if method in self.scores]
 
     @property
@@ -88,7 +88,7 @@ class Report:
 
         Args:
             ratio: SDR, ISR, SIR or SAR, medians over frames; or uSDR or SI-SDR, of whole songs.
-            method: what was scored.
+            method: a key of `scores`.
 
         Raises:
             ValueError: there is no such ratio.
@@ -112,14 +112,14 @@ class Report:
         """Music Demixing Challenge: stem → the mean over songs of one ratio of the whole song.
 
         Args:
-            method: what was scored.
+            method: a key of `scores`.
             ratio: "uSDR" or "SI-SDR".
         """
         means = ignoring_nan(np.nanmean, self.by_song(ratio, method), axis=0)
         return dict(zip(self.stems, means.tolist(), strict=True))
 
     def facts(self) -> dict[str, str]:
-        """What was scored, and how, in words."""
+        """Songs, frames, estimates and version, in words."""
         songs = self.scores["estimates"]
         of = songs[0].settings
         part = "whole" if of["seconds"] is None else f"the first {of['seconds']:g} s of each"
@@ -184,7 +184,7 @@ class Report:
         return Table(title + within, ("song", *self.stems), rows)
 
     def notes(self) -> list[str]:
-        """What a reader of the scores should know: what is missing, and by song what was done."""
+        """Remarks on missing scores, and on single songs."""
         notes = list(self.gaps)
         for number, song in enumerate(self.scores["estimates"]):
             notes += [f"{song.track}: {note}" for note in song.notes]
@@ -193,8 +193,14 @@ class Report:
                 notes += [f"{song.track}, {NAMES[method]}: {note}" for note in new]
         return notes
 
+    def __repr__(self) -> str:
+        return f"<Report of {len(self.tracks)} songs: {', '.join(self.methods)}>"
+
+    def __str__(self) -> str:
+        return self._medians_table().to_markdown()
+
     def to_markdown(self) -> str:
-        """What was scored, all tables, and notes."""
+        """Facts, all tables, and notes."""
         texts = ["\n".join(f"- {name}: {value}" for name, value in self.facts().items())]
         texts += [table.to_markdown() for table in self.tables()]
         texts += ["\n".join(f"- {note}" for note in self.notes())] if self.notes() else []

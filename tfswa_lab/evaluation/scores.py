@@ -26,7 +26,7 @@ from torch import Tensor
 from tfswa_lab.durable import write_whole
 from tfswa_lab.evaluation.bsseval import ignoring_nan
 
-ESTIMATES = "estimates"  # what is scored, besides the bounds "mixture", "irm" and "mwf"
+ESTIMATES = "estimates"  # scored besides the bounds "mixture", "irm" and "mwf"
 RATIOS = ("SDR", "ISR", "SIR", "SAR")  # of frames
 WHOLE_RATIOS = ("uSDR", "SI-SDR")  # of whole songs
 OURS = "tfswa_lab"  # the key

@@ -11,6 +11,8 @@ Notebook: 03_tfswa_unet
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -20,7 +22,6 @@ from tfswa_lab.models.attention import MultiHeadAttention, ShiftedWindowAttentio
 
 SUB_BANDS = 4
 CHANNELS = (32, 64, 128, 256, 384)
-HALVINGS = len(CHANNELS)
 
 
 class SequenceBlock(nn.Module):
@@ -108,6 +109,7 @@ class TFSWAResUNet(nn.Module):
     Args:
         in_channels: audio channels of the magnitude spectrogram.
         out_channels: as many for each stem, see `separator.output_channels`.
+        channels: width of each stage of the encoder; the frames of a stage are halved in the next.
         num_heads: heads of every attention.
         num_tfswa: TFSWA modules in the bottleneck.
         mlp_ratio: hidden width of every MLP in units of its channels.
@@ -119,6 +121,7 @@ class TFSWAResUNet(nn.Module):
         self,
         in_channels: int = 2,
         out_channels: int = 2,
+        channels: tuple[int, ...] = CHANNELS,
         num_heads: int = 4,
         num_tfswa: int = 4,
         mlp_ratio: int = 2,
@@ -127,24 +130,25 @@ class TFSWAResUNet(nn.Module):
         self.sizes = {
             "in_channels": in_channels,
             "out_channels": out_channels,
+            "channels": tuple(channels),
             "num_heads": num_heads,
             "num_tfswa": num_tfswa,
             "mlp_ratio": mlp_ratio,
         }
-        down = (in_channels * SUB_BANDS, *CHANNELS)
-        up = (*CHANNELS[::-1], out_channels * SUB_BANDS)
-        self.encoder = nn.ModuleList(conv_block(down[i], down[i + 1]) for i in range(HALVINGS))
+        down = pairwise((in_channels * SUB_BANDS, *channels))
+        up = pairwise((*channels[::-1], out_channels * SUB_BANDS))
+        self.encoder = nn.ModuleList(conv_block(before, after) for before, after in down)
         self.bottleneck = nn.Sequential(
-            *(TFSWAModule(CHANNELS[-1], num_heads, mlp_ratio=mlp_ratio) for _ in range(num_tfswa))
+            *(TFSWAModule(channels[-1], num_heads, mlp_ratio=mlp_ratio) for _ in range(num_tfswa))
         )
         # twice the channels: those from below, and the skip connection's beside them
-        self.decoder = nn.ModuleList(conv_block(2 * up[i], up[i + 1]) for i in range(HALVINGS))
+        self.decoder = nn.ModuleList(conv_block(2 * below, after) for below, after in up)
 
     def forward(self, magnitude: Tensor) -> Tensor:
         """Magnitudes `(b, in_channels, t, f)` to `(b, out_channels, t, f)`, none negative."""
         t, f = magnitude.shape[2:]
-        multiple_t, multiple_f = 2**HALVINGS, SUB_BANDS * 2**HALVINGS
-        x = F.pad(magnitude, (0, -f % multiple_f, 0, -t % multiple_t))
+        multiple = 2 ** len(self.encoder)
+        x = F.pad(magnitude, (0, -f % (SUB_BANDS * multiple), 0, -t % multiple))
         x = rearrange(x, "b c t (k f) -> b (c k) t f", k=SUB_BANDS)
         skips = []
         for block in self.encoder:

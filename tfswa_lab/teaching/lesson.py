@@ -58,8 +58,8 @@ def lesson_root(data_root: str) -> Path:
 def versions(device: torch.device, packages: Sequence[str] = ("torch", "numpy")) -> str:
     """One line that makes a bug report answerable: versions and device."""
     found = [f"tfswa-lab {__version__}", *(f"{name} {version(name)}" for name in packages)]
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return " · ".join([f"Python {platform.python_version()}", *found, f"{device} ({card})"])
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return " · ".join([f"Python {platform.python_version()}", *found, f"{device} ({hardware})"])
 
 
 def fits(make_step: Callable[[], Callable[[], Any]], device: torch.device, **choices: Any) -> bool:
@@ -90,7 +90,7 @@ def fits(make_step: Callable[[], Callable[[], Any]], device: torch.device, **cho
 
 
 def loudest_excerpt(tracks: Any, stem: str = "vocals", seconds: float = 6.0) -> Excerpt:
-    """The loudest stretch of one stem, in the first track where all stems can be heard in it.
+    """The loudest excerpt of one stem, in the first track where all stems can be heard in it.
 
     Instrumentals have silent vocals, and songs begin with long introductions: a fixed excerpt
     would often have nothing to show.
@@ -102,7 +102,7 @@ def loudest_excerpt(tracks: Any, stem: str = "vocals", seconds: float = 6.0) -> 
         seconds: length of the excerpt; a shorter track is taken whole.
 
     Raises:
-        ValueError: the stem is unknown, the tracks have another rate, or none has such a stretch.
+        ValueError: the stem is unknown, the tracks have another rate, or none has such an excerpt.
 
     Notebook: 01_sound_to_spectrogram
     """

@@ -30,7 +30,7 @@ STEM_COLOURS = {
     "bass": "#004488",
     "other": "#35a08a",
 }
-OTHER_COLOUR = "#707070"  # a signal that is no stem: a tone, a residual
+OTHER_COLOUR = "#707070"  # for a signal that is not a stem, such as a tone or a residual
 DB_RANGE = 80.0
 LOWEST_HZ = 40.0  # the lower end of a logarithmic frequency axis
 

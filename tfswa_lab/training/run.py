@@ -22,7 +22,7 @@ from tfswa_lab.data.augment import (
 from tfswa_lab.data.band import ensure_band
 from tfswa_lab.data.musdb import MUSDB18Dataset, check_choice
 from tfswa_lab.models.mask_resunet import MaskResUNet
-from tfswa_lab.models.separator import Separator, build_separator, output_channels
+from tfswa_lab.models.separator import HEADS, MASKS, Separator, build_separator, output_channels
 from tfswa_lab.models.tf_locoformer import SIZES, TFLocoformer
 from tfswa_lab.models.tfswa_resunet import TFSWAResUNet
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
@@ -35,7 +35,7 @@ from tfswa_lab.training.trainer import Trainer
 # The networks that can be trained, and their sizes by name; the class has the missing sizes.
 NETWORKS = {
     "tfswa_unet": (TFSWAUNet, {}),
-    "resunet": (TFSWAResUNet, {}),
+    "resunet": (TFSWAResUNet, {"tiny": {"channels": (8, 16, 24, 32), "num_tfswa": 1}}),
     "locoformer": (TFLocoformer, {"tiny": SIZES["tiny"], "small": SIZES["S"]}),
     "mask_resunet": (MaskResUNet, {"tiny": {"channels": (12, 16, 24), "bottleneck": 32}}),
 }
@@ -136,6 +136,8 @@ def separator_of(preset: Preset) -> Separator:
     """
     stems = preset.target_stems
     architecture, sizes = NETWORKS[preset.model]
+    if preset.mask not in HEADS:  # offer only those that suit the network
+        check_choice("mask", preset.mask, getattr(architecture, "separator_heads", MASKS))
     if preset.model == "tfswa_unet":
         sizes = {preset.size: {name: getattr(preset, name) for name in UNET_SIZES}}
     return build_separator(
