@@ -10,13 +10,14 @@ from planted_gpu import ON_GPU
 from planted_healthy import SOUND
 from planted_holders import HELD_LEAKS
 from planted_judged import JUDGED
+from planted_rules import RULES
 from planted_second import SECOND
 from planted_tensors import TENSOR_LEAKS
 from planted_unseen import UNSEEN
 
 from tfswa_lab.memory.leaks import diagnose
 
-SOME = [*SOUND, *TENSOR_LEAKS[::2], *HELD_LEAKS[::2], *SECOND[::4], *UNSEEN[::4], *JUDGED]
+SOME = [*SOUND, *TENSOR_LEAKS[::2], *HELD_LEAKS[::2], *SECOND[::4], *UNSEEN[::4], *JUDGED, *RULES]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +31,7 @@ def test_planted(script):
     assert script.is_named_in(diagnosis), diagnosis
 
 
-ALL = [*SOUND, *TENSOR_LEAKS, *HELD_LEAKS, *SECOND, *UNSEEN, *JUDGED]
+ALL = [*SOUND, *TENSOR_LEAKS, *HELD_LEAKS, *SECOND, *UNSEEN, *JUDGED, *RULES]
 ONE_OF_EACH = list({script.verdicts[0]: script for script in reversed(ALL)}.values())
 
 

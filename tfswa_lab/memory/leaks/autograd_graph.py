@@ -74,9 +74,7 @@ class SavedTensors:
                 self._note(saved, tensor)
 
     def holder_of(self, thing: Any) -> Tensor | None:
-        """The tensor whose graph has a node, or holds an object; None if there is none."""
-        if isinstance(thing, Node):
-            return self.nodes.get(thing)
+        """The tensor whose graph holds an object; None if there is none."""
         if isinstance(thing, Tensor | UntypedStorage):
             return self.storages.get(address_of(thing))
         return self.packed.get(id(thing))

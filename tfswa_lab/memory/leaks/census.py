@@ -151,18 +151,21 @@ class Site:
     @property
     def rises(self) -> bool:
         """Whether more and more bytes are held."""
-        stairs = len(self.births) > 2 and all(a <= b for a, b in pairwise(self.levels))
-        return self.joins or stairs or grows(self.levels)
+        return self.joins or grows(self.levels)
 
     @property
     def ends(self) -> bool:
         """Whether the growth ends."""
-        return slows(self.totals) or (slows(self.levels) and not self.joins)
+        return slows(self._telling)
 
     @property
     def per_step(self) -> float:
         """Growth in bytes per step."""
-        return slope(self.totals if self.joins else self.levels)
+        return slope(self._telling)
+
+    @property
+    def _telling(self) -> list[int]:
+        return self.totals if self.joins else self.levels
 
     @property
     def collects(self) -> bool:

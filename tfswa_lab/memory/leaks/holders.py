@@ -9,7 +9,6 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from types import CellType, FrameType, FunctionType, ModuleType
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, UntypedStorage
-from torch.autograd.graph import Node
 
 from tfswa_lab.memory.leaks.autograd_graph import SavedTensors, last_of
 from tfswa_lab.memory.leaks.referrers import HeapPaths, of_types, referents, untracked_containers
@@ -115,11 +113,6 @@ class Holders:
             pairs = zip(self._owners, self._gradients, strict=True)
             yield from ((owner, False) for owner, gradient in pairs if gradient is thing)
             yield self._saved.holder_of(thing), True
-        elif isinstance(thing, Node):
-            yield self._saved.holder_of(thing), True
-        elif type(thing) is dict:
-            threads = of_types((threading.local,))
-            yield from ((each, False) for each in threads if vars(each) is thing)
         else:
             yield self._saved.holder_of(thing), True
 

@@ -15,7 +15,6 @@ from weakref import ref
 
 import numpy as np
 from torch import Tensor, UntypedStorage, nn
-from torch.autograd.graph import Node
 from torch.optim import Optimizer
 
 from tfswa_lab.memory.leaks.census import Census, Site, fills_up
@@ -32,9 +31,7 @@ KINDS = {
     "frame": (FrameType, GeneratorType, CoroutineType),
     "optimizer": (Optimizer,),
     "parameter": (nn.Parameter,),
-    "node": (Node,),
 }
-UNNAMED = (CellType, tuple)  # variables that functions close over
 
 
 @dataclass(frozen=True)
@@ -176,9 +173,10 @@ def _joint(chains: Sequence[list[Any]]) -> int:
         at = same.index(False) - 1 if False in same else len(same) - 1
     else:
         at = next((at for at, each in enumerate(first) if isinstance(each, Tensor)), 1) - 1
-    while at > 0 and isinstance(first[at], UNNAMED) and isinstance(first[at + 1], UNNAMED):
-        at += 1
-    return max(at, 0)
+    at = max(at, 0)
+    while any(isinstance(each, CellType) for each in first[at : at + 2]):
+        at += 1  # a closed-over variable has no name apart from its value's
+    return at
 
 
 def _through(holding: Holding, at: int, path: str) -> frozenset[str]:

@@ -166,7 +166,7 @@ def _kind(suspect: Suspect) -> str:
         return "frame/exception retention"
     if suspect.of_optimizer or "parameter" in suspect.through:
         return "duplicated state"
-    return "leak of graph" if suspect.through & {"graph", "node"} else "leak of tensors"
+    return "leak of graph" if "graph" in suspect.through else "leak of tensors"
 
 
 def reference_cycle(f: Findings) -> Diagnosis | None:
