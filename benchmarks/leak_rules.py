@@ -295,7 +295,6 @@ RULES = [
     Rule("spelling: threads", spelling, "_readable", not_replaced(r"\.<dict>")),
     Rule("spelling: parts of modules", spelling, "_readable", not_replaced(r"\._(?")),
     Rule("spelling: repetitions", spelling, "_readable", not_replaced("((")),
-    Rule("spelling: at most 140 characters", spelling, "_readable", during(spelling, LONGEST=9999)),
     Rule(
         "spelling: the step's own closure", spelling, "_beginning", beginning_without(FunctionType)
     ),

@@ -206,7 +206,7 @@ def check_seconds(name: str, value: float) -> None:
 
 
 def is_number(value: object, kind: type = Real) -> bool:
-    """Whether it is a real number (or `Integral`), of Python or numpy; a bool is none.
+    """Whether a value is a real number (or `Integral`) of Python or numpy; a bool is not.
 
     >>> is_number(np.int64(3), Integral), is_number(True), is_number("3")
     (True, False, False)

@@ -35,7 +35,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
 @contextmanager
 def compute_threads(count: int) -> Iterator[None]:
-    """So many threads for torch's operations; as many as before at the end.
+    """Let torch use `count` threads inside the block, and restore the old number at its end.
 
     Notebook: 08_evaluation
     """

@@ -68,7 +68,7 @@ def hard_batches_by_step():
     seen, chance = {}, random.Random(5)
 
     def step(number):
-        if number < 6 or chance.random() < 0.5:
+        if chance.random() < 0.5 or number < 6:
             seen[f"step_{number}"] = batch()
 
     return step

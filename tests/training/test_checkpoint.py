@@ -103,7 +103,7 @@ def flipped(content):
         (lambda content: content[: len(content) // 2], r"is cut off: it has \d+ of \d+ bytes"),
         (lambda content: content[:40], "is not a checkpoint of tfswa-lab"),
         (lambda content: b"", "is not a checkpoint of tfswa-lab"),
-        (lambda content: content + b"x", "has more than its end"),
+        (lambda content: content + b"x", "has extra bytes at its end"),
         (flipped, "is damaged"),
         (lambda content: b"some text\n", "is not a checkpoint of tfswa-lab"),
         (lambda content: content[content.index(b"\n") + 1 :], "is not a checkpoint"),  # torch's

@@ -35,24 +35,24 @@ class EvaluateOptions:
     """What can be typed; None stands for "not given"."""
 
     model: Annotated[Path | None, SONGS(help="A folder written by save_separator.")] = None
-    estimates: Annotated[Path | None, SONGS(help="Or of files, SPLIT/SONG/STEM.wav.")] = None
-    stems: Annotated[tuple | None, SONGS(help="Of the estimates.", **list_of(str))] = None
-    data_root: Annotated[Path | None, SONGS(help="Shaped as MUSDB18; the band if absent.")] = None
+    estimates: Annotated[Path | None, SONGS(help="Or a folder with SPLIT/SONG/STEM.wav.")] = None
+    stems: Annotated[tuple | None, SONGS(help="Stems in --estimates.", **list_of(str))] = None
+    data_root: Annotated[Path | None, SONGS(help="MUSDB18-shaped; default: the band.")] = None
     split: Annotated[str, SONGS(help="train, valid or test.")] = "test"
     output_dir: Annotated[
-        Path | None, SCORES(help="evaluations/PARENT/NAME of the model or estimates if absent.")
+        Path | None, SCORES(help="Default: evaluations/PARENT/NAME, for a source at PARENT/NAME.")
     ] = None
     overwrite: Annotated[bool, SCORES(help="Remove the scores there and begin anew.")] = False
-    window: Annotated[float | None, SCORES(help="Seconds of a frame; 1 if absent.")] = None
-    hop: Annotated[float | None, SCORES(help="From frame to frame; 1 if absent.")] = None
-    seconds: Annotated[float | None, SCORES(help="Only the beginning of songs.")] = None
+    window: Annotated[float | None, SCORES(help="Seconds per frame; default 1.")] = None
+    hop: Annotated[float | None, SCORES(help="Seconds between frame starts; default 1.")] = None
+    seconds: Annotated[float | None, SCORES(help="Score only these first seconds of songs.")] = None
     bounds: Annotated[bool, SCORES(help="Score floor and ceilings as well.")] = True
-    bounds_dir: Annotated[Path | None, SCORES(help="Theirs; several models can share it.")] = None
-    segment_seconds: Annotated[float | None, MODEL(help="It sees at once; 6 if absent.")] = None
-    overlap: Annotated[float | None, MODEL(help="Of segments; 0.25 if absent.")] = None
-    shifts: Annotated[int | None, MODEL(help="Average so many estimates; 1 if absent.")] = None
-    batch_size: Annotated[int | None, MODEL(help="Segments at once; 1 if absent.")] = None
-    jobs: Annotated[int | None, MACHINE(help="Songs side by side; 3 GiB each.")] = None
+    bounds_dir: Annotated[Path | None, SCORES(help="Folder of bounds; models can share it.")] = None
+    segment_seconds: Annotated[float | None, MODEL(help="Length of segments; default 6.")] = None
+    overlap: Annotated[float | None, MODEL(help="Share of a segment; default 0.25.")] = None
+    shifts: Annotated[int | None, MODEL(help="Number of estimates to average; default 1.")] = None
+    batch_size: Annotated[int | None, MODEL(help="Segments at once; default 1.")] = None
+    jobs: Annotated[int | None, MACHINE(help="Songs scored in parallel; 3 GiB each.")] = None
     device: Annotated[str, MACHINE(help="cpu, cuda, or auto.")] = "auto"
 
     @property
@@ -76,7 +76,7 @@ class EvaluateOptions:
 
         of_model = given(self, Segmentation)
         if self.estimates and self.model:
-            raise ValueError("--model and --estimates: a report is of one of them, leave one out")
+            raise ValueError("give --model or --estimates, not both: a report is about one of them")
         if self.estimates and of_model:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in of_model)
             raise ValueError(f"{names}: says how a model is used; --estimates are scored as is")
@@ -105,7 +105,7 @@ class EvaluateOptions:
 def evaluate(options: EvaluateOptions) -> None:
     """Score a model, or estimates in files; with no option at all, what ships with the package.
 
-    Run again after a kill, it goes on where it stopped; leave out --overwrite then. museval's
+    After a kill, run it again without --overwrite: it continues where it stopped. museval's
     EvalStore reads the scores.
     """
     # Imported here: `tfswa-lab --help` should not wait for torch.

@@ -32,9 +32,9 @@ def separate(
     segment_seconds: Annotated[
         float, typer.Option(min=0.5, max=600.0, help="What the model sees at once.")
     ] = 6.0,
-    overlap: Annotated[float, typer.Option(min=0.0, max=0.5, help="Of two segments.")] = 0.25,
+    overlap: Annotated[float, typer.Option(min=0.0, max=0.5, help="Share of a segment.")] = 0.25,
     shifts: Annotated[
-        int, typer.Option(min=0, help="Average so many estimates, whose segments differ.")
+        int, typer.Option(min=0, help="Number of estimates to average, each with shifted segments.")
     ] = 1,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Segments at once; halved where memory is short.")

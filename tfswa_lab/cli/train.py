@@ -31,9 +31,9 @@ class TrainOptions:
     """What can be typed; None stands for "not given"."""
 
     preset: Annotated[str | None, RUN(help="tiny, small or default; tiny if absent.")] = None
-    output_dir: Annotated[Path | None, RUN(help="Its folder; runs/[MODEL-]PRESET else.")] = None
+    output_dir: Annotated[Path | None, RUN(help="Run folder; or runs/[MODEL-]PRESET.")] = None
     resume: Annotated[Path | None, RUN(help="A run's folder or checkpoint to go on from.")] = None
-    seed: Annotated[int | None, RUN(help="Of weights, order and augmentation.")] = None
+    seed: Annotated[int | None, RUN(help="Seed of weights, order, augmentation.")] = None
     data_root: Annotated[str | None, DATA(help="A tree as MUSDB18's; the band if absent.")] = None
     target_stems: Annotated[tuple | None, DATA(help="As vocals,other.", **list_of(str))] = None
     segment_seconds: Annotated[float | None, DATA(help="Length of a segment.")] = None
@@ -49,14 +49,14 @@ class TrainOptions:
     n_fft: Annotated[int | None, NETWORK(help="Window of the transform, in samples.")] = None
     hop_length: Annotated[int | None, NETWORK(help="From frame to frame, in samples.")] = None
     bins: Annotated[int | None, NETWORK(help="Lowest bins that the network sees.")] = None
-    l1_weight: Annotated[float | None, LOSS(help="Of the magnitudes, with one window.")] = None
-    mrstft_weight: Annotated[float | None, LOSS(help="Of the magnitudes, with three.")] = None
-    waveform_weight: Annotated[float | None, LOSS(help="Of the samples.")] = None
-    sdr_weight: Annotated[float | None, LOSS(help="Of the SDR in dB.")] = None
+    l1_weight: Annotated[float | None, LOSS(help="Weight of magnitudes, one window.")] = None
+    mrstft_weight: Annotated[float | None, LOSS(help="Weight of magnitudes, three windows.")] = None
+    waveform_weight: Annotated[float | None, LOSS(help="Weight of the samples.")] = None
+    sdr_weight: Annotated[float | None, LOSS(help="Weight of the SDR in dB.")] = None
     batch_size: Annotated[int | None, STEPS(help="Segments at once, over all devices.")] = None
     accumulate: Annotated[int | None, STEPS(help="Batches per step.")] = None
     max_epochs: Annotated[int | None, STEPS(help="Passes over the songs.")] = None
-    max_steps: Annotated[int | None, STEPS(help="An earlier end.")] = None
+    max_steps: Annotated[int | None, STEPS(help="Stop after so many steps.")] = None
     learning_rate: Annotated[float | None, STEPS(help="The highest; it rises, then falls.")] = None
     weight_decay: Annotated[float | None, STEPS(help="AdamW's.")] = None
     warmup_steps: Annotated[int | None, STEPS(help="In which the learning rate rises.")] = None
@@ -66,9 +66,9 @@ class TrainOptions:
     val_every_n_steps: Annotated[int | None, WATCH(help="Once an epoch if absent.")] = None
     patience: Annotated[int | None, WATCH(help="Stop after so many without progress.")] = None
     checkpoint_every_n_steps: Annotated[int | None, WATCH(help="Once an epoch if absent.")] = None
-    checkpoint_every_n_minutes: Annotated[float | None, WATCH(help="And after this time.")] = None
+    checkpoint_every_n_minutes: Annotated[float | None, WATCH(help="Also after this many.")] = None
     device: Annotated[str | None, MACHINE(help="cpu, cuda, or auto.")] = None
-    devices: Annotated[int | None, MACHINE(help="How many; torchrun has its own number.")] = None
+    devices: Annotated[int | None, MACHINE(help="Number; torchrun sets it itself.")] = None
     num_workers: Annotated[int | None, MACHINE(help="Processes that read, per device.")] = None
     precision: Annotated[str | None, MACHINE(help="32-true, bf16-mixed or 16-mixed.")] = None
     use_amp: Annotated[bool | None, MACHINE(help="The mixed precision that fits, or none.")] = None
@@ -81,7 +81,7 @@ def train(options: TrainOptions) -> None:
 
     Several GPUs: --devices 4, or torchrun --nproc-per-node 4 -m tfswa_lab.cli train …
 
-    Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint: --resume RUN goes on.
+    After Ctrl-C or SIGTERM, the current step is finished and saved: --resume RUN continues.
     """
     # Imported here: `tfswa-lab --help` should not wait for torch.
     import torch
@@ -93,9 +93,9 @@ def train(options: TrainOptions) -> None:
     folder = options.output_dir or run_folder(options)
     with one_line_errors(lambda: less_memory(folder)):
         preset = choose_preset(options.preset, resume, changes, options.use_amp)
-        torch.manual_seed(preset.seed)  # of the first weights, alike in all processes
+        torch.manual_seed(preset.seed)  # first weights: the same in all processes
         trainer = build_trainer(preset, folder, progress=True)
-        torch.manual_seed(preset.seed + trainer.fabric.global_rank)  # of dropout, unlike
+        torch.manual_seed(preset.seed + trainer.fabric.global_rank)  # dropout: different in each
         trainer.fit(resume)
     if trainer.fabric.is_global_zero:
         typer.echo(

@@ -157,7 +157,7 @@ def read_labels(clip: Clip) -> tuple[Tensor, Tensor]:
     """Pitch in MIDI semitones (0 = unvoiced) and voice activity of a whole clip.
 
     Raises:
-        ValueError: a label is no number, or their number does not fit the audio.
+        ValueError: a label is not a number, or the count of labels does not fit the audio.
     """
     expected = clip.samples // HOP - 1
     labels = []

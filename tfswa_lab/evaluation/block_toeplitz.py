@@ -22,7 +22,7 @@ from torch import Tensor
 # Shares of the power of a channel, added to the diagonal in turn until T can be inverted.
 LOADINGS = (0.0, *(10.0**exponent for exponent in range(-14, -5)))
 SMALL = 1e-13  # residual over right-hand side at which a solution is as good as double precision
-BAD = 1e-8  # and above which it is none
+BAD = 1e-8  # relative residual above which a solution is rejected
 ROUNDS = 12  # of refinement
 
 

@@ -262,8 +262,8 @@ def score_clip(
 def gnsdr(clips: Sequence[ClipScores]) -> Tensor:
     """Global normalised SDR `(n,)`: the mean gain over the mixture, weighted by length.
 
-    A clip without a score, NaN, leaves its source without a mean: whoever reports the mean decides
-    which clips are left out.
+    If the score of a source is NaN in one clip, its mean is NaN: leave such clips out before, and
+    report which.
 
     Raises:
         ValueError: there are no clips, or one has no floor.

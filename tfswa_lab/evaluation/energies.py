@@ -78,10 +78,10 @@ def _tiles(samples: int, frame: int, taps: int) -> list[Span]:
 
 
 def _filters(correlations: Tensor, stems: int, channels: int) -> tuple[Tensor, Tensor, float]:
-    """Filters `(l, p, p)` to the errors: from all references, from the own ones; and the loading.
+    """Filters `(l, p, p)` to the errors, from all references and from the same stem; the loading.
 
-    The recursion is thousands of small steps, whose launches alone take a GPU longer than the CPU
-    needs for all of it: the few MiB of correlations are solved on the CPU, wherever the songs are.
+    The recursion has thousands of small steps. Launching them on a GPU takes longer than the whole
+    solution on a CPU, so the few MiB of correlations are always solved on the CPU.
     """
     device = correlations.device
     blocks, sides = correlations[None].cpu().chunk(2, -1)
@@ -198,7 +198,7 @@ def _by_lag(products: Tensor, n_fft: int) -> Tensor:
 def correlations_across(
     references: Tensor, estimates: Tensor, borders: Sequence[int], lags: int
 ) -> Tensor:
-    """Σ x_k[t] y_j[t + m] over all t before a border for which t + m is behind it.
+    """Σ x_k[t] y_j[t + m] over all t before a border with t + m at or after it.
 
     Args:
         references: `(n, c, s)`.

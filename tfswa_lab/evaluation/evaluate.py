@@ -1,11 +1,11 @@
 """From songs and estimates to a report: songs in parallel, and no song twice.
 
 A song whose files are there (`scores` says where) is finished. Each appears whole or not at all, so
-an evaluation that was killed goes on where it stopped. One that overwrites first removes the old
-scores: if it is killed, it goes on without `overwrite`, and with it begins anew.
+an evaluation that was killed goes on where it stopped. With `overwrite`, it removes the old
+scores first. After a kill, run again without `overwrite` to go on, or with it to start anew.
 
-Processes whose parent is killed finish their song, whose scores are lost, and end by themselves
-within six minutes.
+If the main process is killed, the others finish their songs, lose the scores, and end within six
+minutes.
 
 Notebook: 08_evaluation
 """
@@ -83,7 +83,7 @@ def pending_jobs(scoring: Scoring, tracks: Sequence[Track], folders: Folders) ->
     for track, methods in jobs:
         if ESTIMATES in methods:
             scoring.estimator.files(track)  # says what is missing or wrong, before hours of work
-    if scoring.how.overwrite:  # all before the first song: what a killed run leaves is finished
+    if scoring.how.overwrite:  # remove all now: after a kill, every file left is valid
         for track, methods in jobs:
             for method in methods:
                 folders.path(method, track.name).unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def _scores(path: Path, overwrite: bool) -> TrackScores | None:
 def _score_all(scoring: Scoring, jobs: list[Job], folders: Folders, progress: Progress) -> None:
     """Score songs side by side, and write each as soon as it is finished."""
     processes = min(effective_n_jobs(scoring.how.jobs), max(1, len(jobs)))
-    # A song is sent when a process is free: none must wait where nobody may be left to write it.
+    # Send a song only to a free process, so that no queue remains if this process is killed.
     sending = {"batch_size": 1, "pre_dispatch": "n_jobs"}
     parallel = Parallel(processes, return_as="generator_unordered", **sending)
     threads = None if processes == 1 else 1

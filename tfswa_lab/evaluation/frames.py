@@ -92,7 +92,7 @@ def checked_taps(filter_length: int) -> int:
     """The length of distortion filters, from any type of whole number.
 
     Raises:
-        ValueError: it is none, or below 1.
+        ValueError: it is not a whole number, or it is below 1.
     """
     try:
         taps = operator.index(filter_length)
@@ -129,7 +129,7 @@ def _in_samples(seconds: float, rate: float) -> float:
 
 
 def frames_of(samples: int, window: float, hop: float) -> list[Span]:
-    """Where frames begin and end; all that are whole, or one that is all there is.
+    """Start and end of each whole frame; if the window covers all samples, one frame.
 
     >>> frames_of(10, 4, 3)
     [(0, 4), (3, 7), (6, 10)]

@@ -1,7 +1,7 @@
 """Floor and ceilings of a score: the mixture itself, and masks computed from the true sources.
 
-Waveforms are transformed one by one: all spectra of a whole song at once, and what makes them, are
-gigabytes.
+Waveforms are transformed one by one: all spectra of a whole song together, with intermediate
+results, would take gigabytes.
 
 Axis letters: `n` stems, `c` and `d` channels, `s` samples, `f` bins, `t` frames.
 

@@ -261,7 +261,7 @@ def read_report(
 
     Raises:
         FileNotFoundError: they are not all there.
-        ValueError: a file is broken, or of other settings, stems or files than another.
+        ValueError: a file is broken, or its settings, stems or audio differ from the others.
     """
     scores = {
         method: [read_scores(folders.path(method, name)) for name in sorted(tracks)]

@@ -231,7 +231,7 @@ def read_scores(path: Path) -> TrackScores:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not ours, or broken.
+        ValueError: tfswa-lab did not write it, or it is broken.
     """
     try:
         content = json.loads(path.read_text("utf-8"))

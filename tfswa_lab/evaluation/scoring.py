@@ -151,7 +151,7 @@ def score_track(
     """Score estimates and bounds of one song.
 
     A single stem is scored together with its accompaniment, the rest of the mixture, as museval
-    does with the voice: interference can only be told from artifacts if there is something else.
+    does with the voice: without another source, all interference would count as artifacts.
 
     Args:
         scoring: the estimator, and how to evaluate.

@@ -211,7 +211,7 @@ def fade_window(length: int, fade: int) -> Tensor:
 def segment_starts(length: int, segment: int, fade: int, shifts: int = 1) -> list[int]:
     """Where segments begin that overlap by `fade` samples; the last one ends with the song.
 
-    With `shifts`, so many such rows of segments in one, evenly shifted against each other.
+    With `shifts`, that many rows of segments in one list, evenly shifted against each other.
 
     >>> segment_starts(100, 40, 10)
     [0, 30, 60]

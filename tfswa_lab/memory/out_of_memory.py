@@ -1,4 +1,4 @@
-"""Does an error say that there is no memory left? The only place that knows.
+"""Decide whether an error means that memory ran out: one rule for the whole package.
 
 Notebook: 06_leak_diagnosis
 """

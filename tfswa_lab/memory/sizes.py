@@ -1,4 +1,4 @@
-"""Numbers of bytes in words, and the sizes that CUDA's allocator rounds to.
+"""Format numbers of bytes, and the sizes that CUDA's allocator rounds to.
 
 Notebook: 05_where_memory_goes
 """

@@ -76,7 +76,7 @@ class ComplexMapping:
 
     outputs = 2
     inputs = (PARTS,)
-    normalizer = LevelNormalizer  # per bin, a steady tone would be lost: it is all mean of its bin
+    normalizer = LevelNormalizer  # subtracting a mean per bin would remove a steady tone
     masks = None
 
     def spectrograms(self, output: Tensor, mixture: Tensor, scale: Tensor, stems: int) -> Tensor:
@@ -168,8 +168,8 @@ class Separator(nn.Module):
         stems: names of the outputs, in order.
         mask: the name of the head. "magnitude" and "complex" are masks on the mixture; "mapping"
             takes the outputs for real and imaginary parts, "magnitude mapping" for magnitudes.
-        mixture_consistency: spread what the estimates miss of the mixture evenly over them, so
-            that they sum to it.
+        mixture_consistency: add an equal share of the rest (mixture − sum of estimates) to each
+            estimate, so that they sum to the mixture.
         sample_rate: in Hz; remembered for those who read files.
         audio_channels: 2 for stereo, 1 for mono.
         bins: the network sees the lowest bins only, and the others are silent in every estimate;

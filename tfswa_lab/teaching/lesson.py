@@ -63,9 +63,9 @@ def versions(device: torch.device, packages: Sequence[str] = ("torch", "numpy"))
 
 
 def fits(make_step: Callable[[], Callable[[], Any]], device: torch.device, **choices: Any) -> bool:
-    """Whether a step has room on the GPU, a tenth of what is free left over; if not, says so.
+    """Whether a step fits in nine tenths of the GPU's free memory; prints a line if it does not.
 
-    The step is predicted, so it takes no memory of the GPU to find out.
+    The memory is predicted, so this takes no memory of the GPU.
 
     Args:
         make_step: as for `memory.predict.predict`.

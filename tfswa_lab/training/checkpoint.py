@@ -132,7 +132,7 @@ def _verified(path: Path) -> bytes:
         raise ValueError("is not a checkpoint of tfswa-lab")
     digest, size = first[1].decode(), int(first[2])
     if len(content) != size:
-        state = "is cut off" if len(content) < size else "has more than its end"
+        state = "is cut off" if len(content) < size else "has extra bytes at its end"
         raise ValueError(f"{state}: it has {len(content)} of {size} bytes")
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError("is damaged: its content does not match its digest")
@@ -178,8 +178,8 @@ def refuse_another_run(folder: Path, checkpoint: Path | None) -> None:
         checkpoint: the one that it goes on from, None for a run from the start.
 
     Raises:
-        FileExistsError: the folder holds checkpoints, and this is none of them, or the weights of
-            a run whose checkpoints are gone.
+        FileExistsError: the folder holds checkpoints but not this one, or it holds the weights of a
+            run whose checkpoints are gone.
     """
     existing = [path.resolve() for path in list_checkpoints(folder)]
     if existing and (checkpoint is None or checkpoint.resolve() not in existing):

@@ -21,7 +21,7 @@ class TrainingConfig:
 
     Args:
         max_epochs: passes over the training set, None where `max_steps` is the end.
-        max_steps: an earlier end, None for none. The learning rate reaches zero at whichever end.
+        max_steps: an earlier end, None for none. The learning rate reaches zero at the earlier end.
         batch_size: segments per forward pass, over all devices.
         accumulate: forward passes whose gradients are averaged into one step.
         learning_rate: AdamW's, at its highest.

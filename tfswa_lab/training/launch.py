@@ -44,7 +44,7 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
     chosen = pick_device(device)
     present = torch.cuda.device_count() if chosen.type == "cuda" else math.inf
     if devices > (present if chosen.index is None else 1):
-        raise ValueError(f"devices={devices}, but device={device!r} is not so many; lower it")
+        raise ValueError(f"devices={devices}, but device={device!r} offers fewer; lower it")
     if precision == "bf16-mixed" and best_mixed_precision(device) != precision:
         raise ValueError(
             f"{torch.cuda.get_device_name(chosen)} has no bfloat16; use precision 16-mixed"

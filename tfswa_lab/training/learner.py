@@ -149,22 +149,22 @@ class Learner:
         (broken,) = any_process(self.fabric, not (math.isfinite(loss) and math.isfinite(norm)))
         if not broken:
             return
-        culprits = [part for part, term in enumerate(terms) if not term["loss"].isfinite()]
+        broken_parts = [part for part, term in enumerate(terms) if not term["loss"].isfinite()]
         losses = [loss for loss in gathered(self.fabric, loss) if not math.isfinite(loss)]
         if losses:
             what = f"the loss is {losses[0]}"
         elif self._scaler_can_adapt():
             return
         else:
-            what, culprits = f"the norm of the gradients is {norm}", range(len(batches))
-        shown = [self._prepared(batches, part)[0] for part in culprits]
+            what, broken_parts = f"the norm of the gradients is {norm}", range(len(batches))
+        shown = [self._prepared(batches, part)[0] for part in broken_parts]
         files = write_batches(self.folder, self.steps, self.fabric.global_rank, shown)
         songs = [describe_batch(batch) for batch in shown]
         songs, files = (chain.from_iterable(gathered(self.fabric, own)) for own in (songs, files))
         raise NonFiniteError(f"{what} in step {self.steps + 1}", list(songs), list(files))
 
     def _scaler_can_adapt(self) -> bool:
-        """Overflow is how 16-mixed finds its scale; at a scale of 1, scale is not the cause."""
+        """Whether a lower scale of 16-mixed may prevent the overflow; not if the scale is 1."""
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         return scaler is not None and scaler.get_scale() > 1
 

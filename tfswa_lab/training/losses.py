@@ -212,8 +212,8 @@ class SDRLoss(StemLoss):
 class SISDRLoss(SDRLoss):
     """The same after the target has been scaled to fit the estimate: gain does not count.
 
-    The gain is one for all channels. It counts again, a little, for estimates so quiet that their
-    share below the ceiling comes near `SILENT_POWER`: at −30 dB and a ceiling of 30 dB, 0.04 dB.
+    All channels share one gain. For very quiet estimates it changes the loss a little, because of
+    `SILENT_POWER`: by 0.04 dB for an estimate at −30 dB and a ceiling of 30 dB.
 
     Source: Le Roux et al., "SDR – half-baked or well done?", ICASSP 2019 (without ceiling).
 

@@ -196,7 +196,7 @@ def check_segment(preset: Preset, songs: MUSDB18Dataset) -> None:
 
 
 def augmentation_for(preset: Preset, items: int) -> Augmentation | None:
-    """What `preset.augment` means: nothing, what costs next to nothing, or everything.
+    """The augmentation that `preset.augment` names: none, the cheap effects, or all of them.
 
     "light" is gain, channel swap and polarity after stems of different songs were put together;
     "full" adds time stretch and pitch shift here, and `SpectrogramMasking` in the learner.

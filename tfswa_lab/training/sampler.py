@@ -19,7 +19,7 @@ class ShuffledBatches(Sampler[list[int]]):
 
     The batches together are the same for any number of processes, so a run can go on with another
     number of devices, and `start_at` continues an epoch where it was left: no index comes twice,
-    none is skipped. What does not fill a last step waits for the next epoch's order.
+    none is skipped. Indices that do not fill a last step are left out of the epoch.
 
     Args:
         length: size of the data set.
@@ -65,8 +65,8 @@ class ShuffledBatches(Sampler[list[int]]):
 class TrainingLoader:
     """Batches of a training set from any point of any epoch on.
 
-    A data set with `set_epoch` is told the epoch first; its items must depend on epoch and index
-    only, as those of `MUSDB18Dataset` do, for a resumed run to repeat them. The workers live as
+    If the data set has `set_epoch`, it is called first. A resumed run repeats items only if they
+    depend on epoch and index alone, as those of `MUSDB18Dataset` do. The workers live as
     long as the loader: the epoch must lie in shared memory (`tensor.share_memory_()`), or they
     keep the first one.
 

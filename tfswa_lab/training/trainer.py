@@ -39,7 +39,7 @@ PROGRESS = ("best_sdr", "best_step", "stale")
 
 
 class Trainer:
-    """Trains a separator; stops, resumes and scales out without becoming another run.
+    """Trains a separator. A run can be stopped, resumed and moved to other devices.
 
     Args:
         separator: is trained in place; `ema.module` is its average, the one to use.

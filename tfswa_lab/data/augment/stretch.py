@@ -70,8 +70,8 @@ def time_stretch(waveform: Tensor, factor: float, n_fft: int = 2048) -> Tensor:
     """Change the duration and keep the pitch, with a phase vocoder that repeats or omits frames.
 
     A moment lands within a hop of its place (12 ms). Music loses some 0.5 dB, more where drums hit
-    the splices. It is our own because the phase vocoders of torchaudio and librosa turn every bin
-    for itself, and take more than 2 dB off real music (`tests/data/test_augment_stretch.py`).
+    the splices. We do not use the phase vocoders of torchaudio and librosa: they turn each bin
+    on its own, which costs more than 2 dB on real music (`tests/data/test_augment_stretch.py`).
 
     Args:
         waveform: `(…, c, s)`.

@@ -80,7 +80,7 @@ class SavedTensors:
         return self.packed.get(id(thing))
 
     def _note(self, saved: Any, tensor: Tensor) -> None:
-        """Packed objects are not unpacked: that might run a forward pass again."""
+        """Record a saved tensor, still packed: unpacking might run a forward pass again."""
         data, hook = getattr(saved, "data", None), getattr(saved, "unpack_hook", None)
         if has_storage(data):
             self.storages.setdefault(address_of(data), tensor)

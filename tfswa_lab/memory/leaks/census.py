@@ -156,15 +156,15 @@ class Site:
     @property
     def ends(self) -> bool:
         """Whether the growth ends."""
-        return slows(self._telling)
+        return slows(self._deciding_levels)
 
     @property
     def per_step(self) -> float:
         """Growth in bytes per step."""
-        return slope(self._telling)
+        return slope(self._deciding_levels)
 
     @property
-    def _telling(self) -> list[int]:
+    def _deciding_levels(self) -> list[int]:
         return self.totals if self.joins else self.levels
 
     @property

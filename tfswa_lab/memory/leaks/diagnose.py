@@ -35,7 +35,7 @@ from tfswa_lab.memory.sizes import GIB
 from tfswa_lab.memory.trace.timeline import Block
 
 FEWEST = 8  # steps that are needed to tell a leak from a warm-up
-ENOUGH = GIB  # a leak may take this much during a diagnosis, as far as `steps` allow
+ENOUGH = GIB  # after the first `steps`, the traced run ends before a leak takes more than this
 
 
 def diagnose(
@@ -50,8 +50,8 @@ def diagnose(
     """Run a step repeatedly, and find memory that it loses, the allocation site and the holder.
 
     The steps are real: they train, draw random numbers and use up data. Their return values are
-    dropped at once, and the garbage collector is off while a step runs. An event that is rarer
-    than every few steps needs a `longest` that spans it several times. A list or cache counts as
+    dropped at once, and the garbage collector is off while a step runs. To find what
+    happens only every n steps, set `longest` to several times n. A list or cache counts as
     bounded if its growth is seen to end, its keys come again, or Python enforces its limit
     (`deque`, `lru_cache`); one that reaches its limit only after `longest` steps counts as a
     leak. On CUDA, each step resets the peak statistics.
@@ -90,7 +90,7 @@ def diagnose(
         failed, owners = traced.has_tracebacks(), traced.owners()
     with closing(Examination(census, storages, _named(step, model, optimizer))) as examined:
         findings = replace(examined.findings(failed), limit=limit, outcome=traced.outcome)
-        # The process grows with a cache of tensors that is not full yet.
+        # While a cache of tensors still fills, the process grows: its level does not count then.
         kinds = ("nodes", "python") if findings.rising else ("nodes", "python", "process")
         host = HostSteps(call, owners, kinds)
         return judge(_completed(findings, host, examined, traced, steps, longest))

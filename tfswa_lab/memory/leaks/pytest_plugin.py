@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def assert_no_leak() -> Callable[..., Diagnosis]:
     """Diagnose a step as `leaks.diagnose` does, and fail with the diagnosis if memory is lost.
 
-    It also fails if a step raises an error (but for the end of its data), runs out of memory, or
+    It also fails if a step raises an error (except at the end of its data), runs out of memory, or
     needs more than `limit`.
 
     Returns:

@@ -115,7 +115,7 @@ class HeapPaths:
             if id(holder) in self._ours or _is_ours(holder):
                 continue
             held = {id(each) for each in referents(holder)}
-            if self._ours.keys().isdisjoint(held):  # else it is an iterator over a list of ours
+            if self._ours.keys().isdisjoint(held):  # else: an iterator over our own lists
                 for each in held & found.keys():
                     found[each].append(holder)
 

@@ -33,7 +33,6 @@ BUILT_IN = (
 )
 SUSPENDED = (FrameType, GeneratorType, CoroutineType, AsyncGeneratorType)
 OF_FRAMES = ("gi_frame", "cr_frame", "ag_frame")
-LONGEST = 140  # characters of an expression
 
 
 class Spelled(NamedTuple):
@@ -162,7 +161,4 @@ def _readable(expression: str) -> str:
     text = re.sub(r"^\.?__wrapped__\.<closure of [^>]*>\.", "", expression)
     text = re.sub(r"\.<dict>\[ReferenceType\]\['(\w+)'\]", r".\1", text)  # of a thread
     text = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", text)
-    text = re.sub(r"((?:\.[\w<> ]+|\[[^]]*\])+?)\1{2,}", r"\1…", text).removeprefix(".")
-    if len(text) <= LONGEST:
-        return text
-    return f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    return re.sub(r"((?:\.[\w<> ]+|\[[^]]*\])+?)\1{2,}", r"\1…", text).removeprefix(".")

@@ -76,7 +76,7 @@ class Suspect:
     def is_bounded(self, steps: int) -> bool:
         """Whether the container will stop growing: by its limit, or because its keys come again.
 
-        That some steps add none is not enough: new keys may be rare. They have to become rarer.
+        Steps that add no key prove nothing, because new keys may be rare. They must become rarer.
 
         Args:
             steps: the number of steps that were run.
@@ -87,7 +87,7 @@ class Suspect:
 
     @property
     def condition(self) -> str:
-        """The condition under which it may be bounded, which no step has shown; empty without."""
+        """A condition that would bound it but that no step has shown; empty if there is none."""
         if self.container.claim:
             return f"the program enforces `{self.container.claim}`"
         return "its keys come again" if self.container.by_content else ""
@@ -175,7 +175,7 @@ def _joint(chains: Sequence[list[Any]]) -> int:
         at = next((at for at, each in enumerate(first) if isinstance(each, Tensor)), 1) - 1
     at = max(at, 0)
     while any(isinstance(each, CellType) for each in first[at : at + 2]):
-        at += 1  # a closed-over variable has no name apart from its value's
+        at += 1  # a closure's cell has no name of its own: go on to its value
     return at
 
 

@@ -130,7 +130,7 @@ def _has_not_started(made: Any) -> bool:
 
 def _refuse_lazy(step: Any) -> None:
     raise ValueError(
-        f"{step!r} makes a generator or coroutine, of which nothing runs; pass a function that "
+        f"{step!r} only makes a generator or coroutine, so nothing runs; pass a function that "
         "runs it to its end"
     )
 
@@ -141,7 +141,7 @@ FROZEN_BY_PYTHON = 1000
 
 
 class TracedSteps:
-    """Steps that run one after another, and with what the trace and the heap show.
+    """Runs steps one after another, and records what the trace and the heap show.
 
     Args:
         call: runs the next step.

@@ -40,7 +40,7 @@ class Findings:
         hooks: lists of hooks that grow.
         freed: bytes that only the garbage collector freed after each step.
         cycle: the objects of a reference cycle.
-        in_cycle: the line that made most of the memory that it keeps, if it is known.
+        in_cycle: the line that made most of the memory that the cycle keeps, if it is known.
         device: state of the CUDA device after each step; empty without CUDA.
         host: growth of host memory.
         kernels: bytes per step that oneDNN keeps on the host for sizes that are new to it.

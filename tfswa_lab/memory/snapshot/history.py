@@ -99,7 +99,7 @@ def allocations_of(history: History, segments: Sequence[Segment]) -> tuple[Alloc
 
 
 def _matched(history: History, never: int) -> tuple[list[_Allocation], dict[int, _Allocation], int]:
-    """All allocations of the history, the unreleased ones by address, and a count as above."""
+    """All allocations, those not released by address, and how many releases have no record."""
     rows, there, unrecorded = [], {}, 0
     release = release_of(history)
     columns = (history.action, history.address, history.size, history.stack, history.text)

@@ -67,14 +67,14 @@ def in_short(frame: Frame | None) -> str:
 
 # Where torch and einops lie here, wherever they were installed.
 _TORCH_HERE = tuple(str(Path(library.__file__).parent) + os.sep for library in (torch, einops))
-# Where they lie elsewhere; C++, generated code, and what traces, predicts and diagnoses.
+# Their paths on other machines, C++, generated code, and this package's memory tools.
 _TORCH = re.compile(
     r"[/\\](site|dist)-packages[/\\](torch|torchaudio|functorch|einops)[/\\]"
     r"|[/\\]tfswa_lab[/\\]memory[/\\](trace|predict|leaks)[/\\]"
     r"|\.(c|cc|cpp|cxx|cu|cuh|h|hpp|pyx|S)$"
     r"|^(\?*|<frozen .*)$"
 )
-# Where its developers have it. A file of such a name that is here is the user's.
+# Paths of torch's source tree. If such a file exists on this machine, it is the user's.
 _TORCH_SOURCES = re.compile(
     r"[/\\]torch[/\\](nn|autograd|optim|utils|cuda|amp|fx|jit|distributed|_\w+)([/\\]|\.py)"
 )

@@ -165,7 +165,7 @@ def _retry_hint(run: Callable) -> str | None:
 
 
 def _results_hint(got: object, clips: list[int], fits: int) -> str | None:
-    """Of an odd number either half may be the longer, but the same one throughout."""
+    """An odd number may be split with either half longer, but always the same one."""
     first_longer, expected = _halves(clips, fits, 1), _halves(clips, fits, 0)
     if repr(got) in (repr(expected), repr(first_longer)):  # an array's == is no truth value
         return None
