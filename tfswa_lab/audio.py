@@ -206,9 +206,9 @@ def check_seconds(name: str, value: float) -> None:
 
 
 def is_number(value: object, kind: type = Real) -> bool:
-    """Whether a value is a real number (or `Integral`) of Python or numpy; a bool is not.
+    """Whether a value is a number of Python or numpy, of a kind such as `Integral`; a bool is not.
 
-    >>> is_number(np.int64(3), Integral), is_number(True), is_number("3")
+    >>> is_number(np.int64(3)), is_number(True), is_number("3")
     (True, False, False)
     """
     return isinstance(value, kind) and not isinstance(value, bool)

@@ -78,7 +78,7 @@ def test_errors_are_short_and_say_what_to_do(data, tmp_path):
     common = ["--data-root", data, "--output-dir", tmp_path / "o", "--jobs", 1]
     for options, words in (
         (["--estimates", tmp_path / "no"], "no such folder of estimates"),
-        (["--estimates", data, "--model", tmp_path], "leave one out"),
+        (["--estimates", data, "--model", tmp_path], "not both"),
         (["--stems", "vocals"], "a model has its own"),
         (["--model", tmp_path], "separator.json is missing"),
         (["--estimates", data, "--split", "tests"], "did you mean 'test'"),
