@@ -251,3 +251,9 @@ def test_a_cache_of_recurring_keys_is_told_from_new_keys_by_its_pace(seed):
         told["new"] += not fills_up([0, *(s for s in range(1, 40) if draw.random() < 0.5)], 40)
     assert told["recurring"] >= 36, "of 40"
     assert told["new"] >= 30
+
+
+def test_a_large_leak_is_not_run_for_longer_than_a_gibibyte_allows():
+    kept = []
+    assert diagnose(lambda: kept.append(torch.empty(100 * 2**18))).verdict == "leak of tensors"
+    assert 12 < len(kept) <= 12 + 10, "of 100 MiB each, whose pages are never touched"

@@ -125,7 +125,7 @@ def _run(traced: TracedSteps, steps: int, longest: int) -> None:
 
 def _enough(census: Census, longest: int) -> int:
     """The number of steps to run, so that a leak does not take too much memory."""
-    growth = max(1.0, (census.settled[-1] - census.settled[0]) / census.steps)
+    growth = max(1.0, (census.settled[-1] - census.settled[0]) / (census.steps - 1))
     return min(longest, census.steps + int(ENOUGH / growth))
 
 
