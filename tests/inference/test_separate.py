@@ -225,6 +225,20 @@ def test_a_file_states_its_own_rate(tmp_path):
         separate(Halves(), song, rate=44_100)
 
 
+@pytest.mark.parametrize(
+    ("of_weights", "of_input"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2],
+)
+def test_a_network_gets_its_own_precision_but_never_less_than_float32(of_weights, of_input):
+    model = Identity()
+    model.weight = nn.Parameter(torch.zeros(1, dtype=of_weights))
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    for given in (torch.float32, torch.float64):
+        seen = []
+        assert separate_track(model, torch.zeros(2, 50, dtype=given)).dtype == given
+        assert set(seen) == {of_input}
+
+
 def test_a_waveform_of_other_floats_is_separated_in_the_networks_precision():
     separator = build_separator(("vocals", "other"), n_fft=512, hop_length=128, **MINI).eval()
     song = torch.rand(2, 20_000, dtype=torch.float64) - 0.5

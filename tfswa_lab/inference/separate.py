@@ -302,8 +302,9 @@ def separate_batches(
 def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
     """Estimates `(b, n, c, s)` on the batch's device, in its precision; None if memory runs out."""
     weights = next(separator.parameters(), batch)
+    precise = torch.promote_types(weights.dtype, torch.float32)  # the transform needs that much
     try:
-        return separator(batch.to(weights)).to(batch)
+        return separator(batch.to(weights.device, precise)).to(batch)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
