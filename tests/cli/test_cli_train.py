@@ -148,6 +148,7 @@ def test_mistakes_are_named(finished, songs, tmp_path):
             "choose another output_dir",
         ),
         (["--resume", finished, "--preset", "small"], "keeps its preset"),
+        (["--resume", finished, "--model", "resunet"], "keeps its model='tfswa_unet'"),
     ]:
         usual = [*QUICK, "--data-root", songs, "--output-dir", tmp_path / "new"]
         result = run(*usual, *arguments)

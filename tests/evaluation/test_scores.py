@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from tfswa_lab.evaluation.scores import OURS, RATIOS, TrackScores, read_scores, write_scores
@@ -74,6 +75,7 @@ def test_durations_that_make_no_sense_are_refused(value):
         ({"jobs": True}, "^jobs=True must be"),
         ({"jobs": "2"}, "^jobs='2' must be"),
         ({"bounds": "irm"}, r"write \('irm',\)"),
+        ({"overwrite": "no"}, "^overwrite='no' must be True or False"),
         ({"bounds": ["imr"]}, "unknown bound 'imr'; did you mean 'irm'"),
         ({"split": "tset"}, "unknown split 'tset'; did you mean 'test'"),
         ({"device": "tpu"}, "device='tpu' is unknown"),
@@ -82,3 +84,9 @@ def test_durations_that_make_no_sense_are_refused(value):
 def test_other_options_that_make_no_sense_are_refused(option, message):
     with pytest.raises(ValueError, match=message):
         Evaluation(**option)
+
+
+def test_numbers_of_numpy_and_iterators_are_kept_as_json_has_them():
+    how = Evaluation(window=np.float32(2), hop=np.int64(1), bounds=iter(["mixture"]))
+    assert how == Evaluation(window=2.0, hop=1.0, bounds=("mixture",))
+    assert Scoring(Own(), how).settings("estimates")["window"] == 2.0

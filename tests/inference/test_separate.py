@@ -1,5 +1,8 @@
 """Overlap-add must be invisible: an identity separator returns its input."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +177,7 @@ def test_numbers_that_make_no_sense_are_refused_by_name(name, value):
 def test_numbers_of_numpy_are_numbers():
     numbers = Segmentation(np.float32(0.5), np.float64(0.25), np.int64(2), np.int32(3))
     assert numbers == Segmentation(0.5, 0.25, 2, 3)
+    assert json.loads(json.dumps(asdict(numbers))) == asdict(numbers)
 
 
 def test_a_segmentation_that_does_not_fit_the_sample_rate_is_refused():
@@ -237,6 +241,32 @@ def test_a_network_gets_its_own_precision_but_never_less_than_float32(of_weights
         seen = []
         assert separate_track(model, torch.zeros(2, 50, dtype=given)).dtype == given
         assert set(seen) == {of_input}
+
+
+@pytest.mark.parametrize("song", [[[0.0] * 99] * 2, np.zeros((2, 99)), None, 5])
+def test_a_song_of_another_type_is_refused_in_short(song):
+    for call in (separate_track, separate, lambda *given: separate(*given, rate=8000)):
+        with pytest.raises(ValueError, match="expected a waveform as a tensor, got a") as raised:
+            call(Halves(), song)
+        assert len(str(raised.value)) < 150
+
+
+@pytest.mark.parametrize("segmentation", [44_100, 6.0, None, {"shifts": 2}])
+def test_a_segmentation_of_another_type_is_refused(segmentation):
+    for call in (separate_track, separate):
+        with pytest.raises(ValueError, match="pass a Segmentation"):
+            call(Halves(), torch.zeros(2, 99), segmentation)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(2), nn.Dropout(0.5)])
+def test_layers_in_training_mode_are_refused_and_left_as_they_were(layer):
+    model = Identity()
+    model.layer = layer.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"{type(layer).__name__} in training mode"):
+        separate_track(model, torch.zeros(2, 99))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert separate_track(model.eval(), torch.zeros(2, 99)).shape == (1, 2, 99)
 
 
 def test_a_waveform_of_other_floats_is_separated_in_the_networks_precision():

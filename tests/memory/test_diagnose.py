@@ -43,6 +43,8 @@ def with_a_batch(batch):
         (nn.Linear(2, 2), {}, TypeError, "step is a network"),
         (torch.zeros(2), {}, TypeError, r"pass `lambda: train\(x\)`"),
         (print, {"steps": 3}, ValueError, "8 <= steps <= longest"),
+        (print, {"steps": 12.0}, ValueError, "expected whole numbers"),
+        (print, {"limit": True}, ValueError, "limit=True; expected bytes"),
         (print, {"steps": 50}, ValueError, "raise longest"),
         (print, {"model": "net"}, TypeError, "model='net'; expected a torch Module"),
         (print, {"optimizer": "adam"}, TypeError, "expected a torch Optimizer"),

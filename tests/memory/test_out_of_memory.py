@@ -30,6 +30,12 @@ def chained(cause: BaseException) -> RuntimeError:
     return error
 
 
+def lost_process_group(cause: BaseException) -> RuntimeError:
+    error = RuntimeError("NCCL communicator was aborted on rank 0")
+    error.__cause__ = cause
+    return error
+
+
 def in_a_circle() -> RuntimeError:
     error = RuntimeError("this is its own cause")
     error.__cause__ = error
@@ -116,7 +122,15 @@ OTHERS = [
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.ENOSPC, "No space left on device", "Out of memory.wav"),
     FileNotFoundError("no such audio file: Out of memory.wav"),
+    RuntimeError("Error opening 'out of memory.wav': System error."),  # of soundfile
+    RuntimeError("unable to open file <out of memory.bin>: No such file or directory (2)"),
+    RuntimeError("PytorchStreamReader failed locating file out of memory.pt"),
+    RuntimeError("RCCL error: unhandled hip error. Last error: 'out of memory'"),
+    RuntimeError("ncclUnhandledCudaError: Call to CUDA function failed: 'out of memory'"),
+    NotImplementedError("no kernel for the out of memory op"),
+    RecursionError("out of memory"),
     KeyboardInterrupt(),
+    lost_process_group(torch.OutOfMemoryError("CUDA out of memory.")),
     chained(ValueError("no number")),
     in_a_circle(),
 ]

@@ -65,15 +65,21 @@ class Evaluation:
         check_choice("split", self.split, SPLITS)
         if isinstance(self.bounds, str):
             raise ValueError(f"bounds={self.bounds!r} is a string; write ({self.bounds!r},)")
+        self._set("bounds", tuple(self.bounds))  # an iterator would be used up
         for name in self.bounds:
             check_choice("bound", name, tuple(BOUNDS))
         if not (self.jobs is None or (is_number(self.jobs, Integral) and self.jobs >= 1)):
             raise ValueError(f"jobs={self.jobs!r} must be 1 or more processes, or None")
         pick_device(self.device)  # or an error: unknown, or not here
-        check_seconds("window", self.window)
-        check_seconds("hop", self.hop)
-        if self.seconds is not None:
-            check_seconds("seconds", self.seconds)
+        if not isinstance(self.overwrite, bool):
+            raise ValueError(f"overwrite={self.overwrite!r} must be True or False")
+        for name in ("window", "hop", "seconds"):
+            if (value := getattr(self, name)) is not None or name != "seconds":
+                check_seconds(name, value)
+                self._set(name, float(value))  # numbers of numpy are not of JSON's types
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,17 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from tfswa_lab import audio
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
 from tfswa_lab.models.separator import Separator
 
 Progress = Callable[[list[int]], Iterable[int]]  # wraps the list of segment starts, e.g. `tqdm`
+
+
+COUNTS = ("shifts", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Segmentation:
             raise ValueError(f"shifts={self.shifts!r} must be 0 or more estimates to average")
         if not (audio.is_number(self.batch_size, Integral) and self.batch_size >= 1):
             raise ValueError(f"batch_size={self.batch_size!r} must be 1 or more segments at once")
+        for name, value in vars(self).items():  # numbers of numpy are not of JSON's types
+            object.__setattr__(self, name, int(value) if name in COUNTS else float(value))
 
     def samples(self, rate: int) -> tuple[int, int]:
         """Samples of a segment and of its overlap with the next, at a rate in Hz.
@@ -108,7 +115,7 @@ def separate(
             sense.
         torch.OutOfMemoryError: there is no memory even for one segment.
     """
-    if not isinstance(song, Tensor):
+    if isinstance(song, str | Path):
         if rate is not None:
             raise ValueError(f"rate={rate!r} is for waveforms; {song} states its own: leave it out")
         song, rate = audio.read(song)
@@ -145,8 +152,8 @@ def separate_track(
         Estimates `(n, c, s)` on the mixture's device.
 
     Raises:
-        ValueError: the mixture is empty, not finite or not `(c, s)`, or the segmentation does not
-            fit its rate.
+        ValueError: the mixture is empty, not finite or not `(c, s)`, the segmentation does not fit
+            its rate, or the separator is in training mode and has batch norm or dropout.
         torch.OutOfMemoryError: there is no memory even for one segment.
     """
     _check_waveform(mixture)
@@ -156,6 +163,11 @@ def separate_track(
 
 
 def _check_waveform(mixture: Tensor) -> None:
+    if not isinstance(mixture, Tensor):
+        raise ValueError(
+            f"expected a waveform as a tensor, got a {type(mixture).__name__}; use "
+            "torch.as_tensor(waveform), or the path of a file"
+        )
     if mixture.ndim != 2 or mixture.shape[1] == 0:
         raise ValueError(f"expected a mixture (channels, samples), got {tuple(mixture.shape)}")
     if not mixture.is_floating_point():
@@ -190,12 +202,26 @@ def separate_stream(
 
     Notebook: 08_evaluation
     """
+    if not isinstance(segmentation, Segmentation):
+        raise ValueError(
+            f"segmentation={segmentation!r}: pass a Segmentation, such as Segmentation(6.0)"
+        )
+    _refuse_training_mode(separator)
     segment, fade = segmentation.samples(separator.sample_rate)
     starts = segment_starts(length, segment, fade, max(segmentation.shifts, 1))
     window = fade_window(min(segment, length), fade)
     segments = cut_segments(blocks, starts, len(window))
     estimates = separate_batches(separator, segments, segmentation.batch_size)
     return overlap_add(progress(starts), estimates, window)
+
+
+def _refuse_training_mode(separator: nn.Module) -> None:
+    """Refuse batch norm and dropout in training mode, because the stems would differ."""
+    for module in separator.modules():
+        if module.training and isinstance(module, _NormBase | _DropoutNd):
+            raise ValueError(
+                f"the separator has {type(module).__name__} in training mode; call its eval() first"
+            )
 
 
 def fade_window(length: int, fade: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 # Windows; the arena of onnxruntime. XPU and MPS also have names of their own: out of resources, and
 # a buffer that is larger than the device allows.
 _NO_MEMORY = re.compile(
-    r"\bout of memory\b|OutOfMemory\b|ErrorMemoryAllocation|OUT_OF_((DEVICE|HOST)_)?MEMORY"
+    r"\bout of memory\b(?!\.\w)|OutOfMemory\b|ErrorMemoryAllocation|OUT_OF_((DEVICE|HOST)_)?MEMORY"
     r"|(UR_RESULT|PI)_ERROR_OUT_OF_RESOURCES|\binvalid buffer size: \d"
     r"|ALLOC(ATION)?_FAILED|StatusAllocFailed|status_memory_error"
     r"|(can't|cannot|could not|failed to) allocate memory|not enough memory|\bbad[_ ]alloc"
@@ -25,9 +25,11 @@ _NO_MEMORY = re.compile(
 # These can quote the words above, but a smaller batch does not help: the process group, the CUDA
 # context or the worker is lost. "To enable device-side assertions" is a hint in every CUDA error.
 _BROKEN = re.compile(
-    r"(?-i:NCCL)|device-side assert triggered|worker.*\b(killed|exited|died|terminated)\b",
+    r"(?-i:NCCL|RCCL|\bnccl)|device-side assert triggered"
+    r"|worker.*\b(killed|exited|died|terminated)\b",
     re.IGNORECASE,
 )
+_QUOTED = re.compile(r"(?<!\w)'[^'\n]*\.\w+'|<[^<>\n]*\.\w+>")  # names of files
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -42,7 +44,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     >>> is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     False
     """
-    return any(map(_says_so, _with_causes(error)))
+    errors = list(_with_causes(error))
+    return any(map(_says_so, errors)) and not any(map(_is_broken, errors))
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
@@ -58,14 +61,20 @@ def _says_so(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    text = _text_that_counts(error)
-    return bool(_NO_MEMORY.search(text)) and not _BROKEN.search(text)
+    return bool(_NO_MEMORY.search(_text_that_counts(error)))
+
+
+def _is_broken(error: BaseException) -> bool:
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return not known and bool(_BROKEN.search(_text_that_counts(error)))
 
 
 def _text_that_counts(error: BaseException) -> str:
     """The text of an error of torch, the system or onnxruntime, without names of files."""
+    if isinstance(error, NotImplementedError | RecursionError):
+        return ""
     if isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime"):
-        return str(error)
+        return _QUOTED.sub("", str(error))
     if type(error) is OSError:  # not its subclasses, such as FileNotFoundError: they quote names
         return error.strerror or str(error)
     return ""

@@ -61,6 +61,8 @@ def choose_preset(
         preset = named_preset(name or "tiny", changes.get("model", "tfswa_unet"))
     elif name is None:
         preset = preset_of(find_checkpoint(resume))
+        if changes.get("model", preset.model) != preset.model:
+            raise ValueError(f"a resumed run keeps its model={preset.model!r}; leave model out")
     else:
         raise ValueError(f"a resumed run keeps its preset; leave preset={name!r} out")
     if use_amp is not None:
