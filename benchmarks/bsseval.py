@@ -41,9 +41,7 @@ def stems(seconds: float) -> tuple[np.ndarray, np.ndarray]:
     """References and estimates `(n, 2, s)`, float64, always the same."""
     draw = np.random.default_rng(0)
     references = np.empty((SOURCES, 2, round(seconds * RATE)))
-    for channel in references.reshape(
-        2 * SOURCES, -1
-    ):  # one by one: no copies in the peak of memory
+    for channel in references.reshape(2 * SOURCES, -1):  # one by one: the peak holds no copies
         channel[:] = np.round(3000 * draw.standard_normal(channel.size)) / 32_768
     estimates = 0.8 * references
     estimates += 0.2 * references.mean(0)

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +212,15 @@ def is_number(value: object, kind: type = Real) -> bool:
     (True, False, False)
     """
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def plain_number(value: Real) -> int | float:
+    """A number of Python or numpy as Python's, because JSON does not know those of numpy.
+
+    >>> plain_number(np.int64(3)), plain_number(np.float32(0.5))
+    (3, 0.5)
+    """
+    return int(value) if is_number(value, Integral) else float(value)
 
 
 def decibels(signal: Tensor, noise: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tfswa_lab import __version__
-from tfswa_lab.audio import check_seconds, is_number
+from tfswa_lab.audio import check_seconds, is_number, plain_number
 from tfswa_lab.data.musdb import SPLITS, check_choice, stem_parts
 from tfswa_lab.data.tracks import Track
 from tfswa_lab.device import compute_threads, pick_device
@@ -73,10 +73,9 @@ class Evaluation:
         pick_device(self.device)  # or an error: unknown, or not here
         if not isinstance(self.overwrite, bool):
             raise ValueError(f"overwrite={self.overwrite!r} must be True or False")
-        for name in ("window", "hop", "seconds"):
-            if (value := getattr(self, name)) is not None or name != "seconds":
-                check_seconds(name, value)
-                self._set(name, float(value))  # numbers of numpy are not of JSON's types
+        for name in ("window", "hop") if self.seconds is None else ("window", "hop", "seconds"):
+            check_seconds(name, getattr(self, name))
+            self._set(name, plain_number(getattr(self, name)))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

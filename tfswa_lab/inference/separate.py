@@ -29,9 +29,6 @@ from tfswa_lab.models.separator import Separator
 Progress = Callable[[list[int]], Iterable[int]]  # wraps the list of segment starts, e.g. `tqdm`
 
 
-COUNTS = ("shifts", "batch_size")
-
-
 @dataclass(frozen=True)
 class Segmentation:
     """How a song is cut into the segments that a separator sees, and how many it sees at once.
@@ -61,8 +58,8 @@ class Segmentation:
             raise ValueError(f"shifts={self.shifts!r} must be 0 or more estimates to average")
         if not (audio.is_number(self.batch_size, Integral) and self.batch_size >= 1):
             raise ValueError(f"batch_size={self.batch_size!r} must be 1 or more segments at once")
-        for name, value in vars(self).items():  # numbers of numpy are not of JSON's types
-            object.__setattr__(self, name, int(value) if name in COUNTS else float(value))
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, audio.plain_number(value))
 
     def samples(self, rate: int) -> tuple[int, int]:
         """Samples of a segment and of its overlap with the next, at a rate in Hz.

@@ -51,11 +51,11 @@ def diagnose(
     """Run a step repeatedly, and find memory that it loses, the allocation site and the holder.
 
     The steps are real: they train, draw random numbers and use up data. Their return values are
-    dropped at once, and the garbage collector is off while a step runs. To find what
-    happens only every n steps, set `longest` to several times n. A list or cache counts as
-    bounded if its growth is seen to end, its keys come again, or Python enforces its limit
-    (`deque`, `lru_cache`); one that reaches its limit only after `longest` steps counts as a
-    leak. On CUDA, each step resets the peak statistics.
+    dropped at once, and the garbage collector is off while a step runs. To find what happens only
+    every n steps, set `longest` to several times n. A list or cache counts as bounded if its growth
+    is seen to end, its keys come again, or Python enforces its limit (`deque`, `lru_cache`); one
+    that reaches its limit only after `longest` steps counts as a leak. On CUDA, each step resets
+    the peak statistics.
 
     Args:
         step: a callable, such as one training step; if it needs an argument, it gets the number
