@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tfswa_lab.memory import gauges
-from tfswa_lab.memory.predict.cuda_kernels import present_gpu
+from tfswa_lab.memory.predict.cuda_attention import present_gpu
 from tfswa_lab.memory.predict.fake_tensors import fake_tensors
 from tfswa_lab.memory.predict.predict import predict_choices
 from tfswa_lab.memory.sizes import format_bytes

@@ -5,6 +5,9 @@ Notebook: 05_where_memory_goes
 
 from __future__ import annotations
 
+from numbers import Integral
+from typing import Any
+
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
@@ -58,3 +61,12 @@ def segment_size(size: int) -> int:
     if size < OWN_SEGMENT:
         return LARGE_SEGMENT
     return -(-size // SEGMENT_QUANTUM) * SEGMENT_QUANTUM
+
+
+def is_whole(number: Any) -> bool:
+    """Whether it is a whole number of Python or numpy; a bool is none.
+
+    >>> is_whole(3), is_whole(True), is_whole(3.0)
+    (True, False, False)
+    """
+    return isinstance(number, Integral) and not isinstance(number, bool)

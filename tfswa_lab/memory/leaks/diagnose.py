@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import cached_property
 from inspect import signature
 from itertools import pairwise
-from numbers import Integral
 from statistics import median
 from types import ModuleType
 from typing import Any
@@ -32,7 +31,7 @@ from tfswa_lab.memory.leaks.referrers import of_types
 from tfswa_lab.memory.leaks.suspects import Suspect, suspects_of
 from tfswa_lab.memory.leaks.traced_steps import OWNERS, StepCaller, TracedSteps
 from tfswa_lab.memory.leaks.verdicts import Diagnosis, Findings, judge
-from tfswa_lab.memory.sizes import GIB
+from tfswa_lab.memory.sizes import GIB, is_whole
 from tfswa_lab.memory.trace.timeline import Block
 
 FEWEST = 8  # steps that are needed to tell a leak from a warm-up
@@ -98,20 +97,16 @@ def diagnose(
 
 
 def _check(steps: int, longest: int, limit: int | None, model: Any, optimizer: Any) -> None:
-    if not (_is_whole(steps) and _is_whole(longest) and FEWEST <= steps <= longest):
+    if not (is_whole(steps) and is_whole(longest) and FEWEST <= steps <= longest):
         raise ValueError(
             f"steps={steps!r}, longest={longest!r}; expected whole numbers with {FEWEST} <= steps "
             "<= longest: fewer do not tell a leak from a warm-up, and for more raise longest"
         )
-    if limit is not None and not (_is_whole(limit) and limit > 0):
+    if limit is not None and not (is_whole(limit) and limit > 0):
         raise ValueError(f"limit={limit!r}; expected bytes, such as 8 * 2**30, or None")
     for name, thing, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
         if thing is not None and not isinstance(thing, kind):
             raise TypeError(f"{name}={thing!r}; expected a torch {kind.__name__}, or None")
-
-
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _named(step: Callable, model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:

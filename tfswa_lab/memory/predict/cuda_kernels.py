@@ -15,10 +15,8 @@ Notebook: 05_where_memory_goes
 
 from __future__ import annotations
 
-import math
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -31,7 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import optimizer as optimizers
 from torch.utils import _foreach_utils
 
+from tfswa_lab.memory.predict.cuda_attention import cuda_attention
 from tfswa_lab.memory.predict.cuda_autocast import cuda_autocast
+from tfswa_lab.memory.predict.fake_tensors import GPU, STAND_IN, FakeTensors
+from tfswa_lab.memory.predict.values import Values
 
 # By patterns of operator names: memory that a prediction cannot see.
 UNSEEN = {
@@ -72,11 +73,15 @@ def workspace(operator: Any, args: tuple) -> int:
     return measure(*args) if measure else 0
 
 
-def _flash_backward(grad_out: Tensor, query: Tensor, *_: Any) -> int:
-    """The gradient of the queries is accumulated in float32, beside one number per row."""
+def _flash_backward(grad_out: Tensor, query: Tensor, key: Tensor, *_: Any) -> int:
+    """The gradient of the queries is accumulated in float32, beside one number per row.
+
+    With groups of heads, the gradients of keys and values are made for each head, then added up.
+    """
     b, h, length, width = query.shape
     rows = b * h * _up(length, 128)
-    return 4 * rows * _up(width, 32) + 4 * rows
+    per_head = 2 * b * h * key.shape[2] * width * key.element_size()
+    return 4 * rows * _up(width, 32) + 4 * rows + (per_head if key.shape[1] != h else 0)
 
 
 def _efficient_backward(grad_out: Tensor, query: Tensor, *_: Any) -> int:
@@ -103,155 +108,47 @@ WORKSPACES = {
 }
 
 
-ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
-# The kernels that "auto" tries, in order. "hopper" is every GPU of compute capability 9 or 10
-# (H100, H200, B200) with cuDNN above 9.15, which torch >= 2.11 for CUDA 13 installs; "ampere" is
-# every other GPU.
-AUTO = {
-    "ampere": ("flash", "efficient", "math"),
-    "hopper": ("cudnn", "flash", "efficient", "math"),
-}
-CUDNN_PREFERRED = 9_15_00  # torch prefers the cuDNN kernel above this version
-CUDNN_ROWS = 65_535  # batch times heads, the most that the cuDNN kernel supports
-HALVES = (torch.float16, torch.bfloat16)
-
-
-def present_gpu() -> str:
-    """The key of `AUTO` for the GPU of this machine; "ampere" where there is none.
-
-    Source: `check_prefer_cudnn_attention` in sdp_utils.cpp of PyTorch 2.11.
-    """
-    if not torch.cuda.is_available() or os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1":
-        return "ampere"
-    is_new = torch.cuda.get_device_capability()[0] in (9, 10)
-    return "hopper" if is_new and torch.backends.cudnn.version() > CUDNN_PREFERRED else "ampere"
-
-
 @contextmanager
-def cuda_like(attention: str = "auto", gpu: str | None = None) -> Iterator[None]:
-    """Treat CPU tensors as a GPU treats its own.
-
-    Args:
-        attention: the kernel of `scaled_dot_product_attention`: "flash" (half precision, no mask),
-            "efficient", "cudnn", or "math", which keeps all scores; "auto" takes the first one that
-            supports the inputs, in the GPU's order.
-        gpu: a key of `AUTO`, whose order "auto" follows; None for the GPU of this machine.
-
-    Raises:
-        ValueError: the kernel or the GPU is unknown, or the kernel does not support the inputs.
-    """
-    gpu = present_gpu() if gpu is None else gpu
-    for name, value, known in (("attention", attention, ATTENTION), ("gpu", gpu, AUTO)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is none of {', '.join(known)}")
-    kernels = AUTO[gpu] if attention == "auto" else (attention,)
-    devices = partial(_with_cpu, _foreach_utils._get_foreach_kernels_supported_devices)
+def cuda_like(fake: FakeTensors, values: Values, attention: str, gpu: str) -> Iterator[None]:
+    """A GPU's kernels for its tensors; arguments as for `cuda_attention`."""
+    devices = partial(_foreach_devices, fake, _foreach_utils._get_foreach_kernels_supported_devices)
     types = [*_foreach_utils._foreach_supported_types, FakeTensor]
     with ExitStack() as stack:
         for place, name, value in (
-            (F, "scaled_dot_product_attention", partial(_attention, kernels)),
-            (F, "dropout", _dropout),
+            (F, "dropout", _dropout(fake)),
+            (torch._C, "_group_tensors_by_device_and_dtype", _grouped),
             (optimizers, "_get_foreach_kernels_supported_devices", devices),
             (_foreach_utils, "_get_foreach_kernels_supported_devices", devices),
             (optimizers, "_foreach_supported_types", types),
             (_foreach_utils, "_foreach_supported_types", types),
         ):
             stack.enter_context(patch.object(place, name, value))
+        stack.enter_context(cuda_attention(fake, values, attention, gpu))
         stack.enter_context(cuda_autocast())
         yield
 
 
-def _with_cpu(devices: Any) -> list[str]:
-    return [*devices(), "cpu"]
+def _foreach_devices(fake: FakeTensors, devices: Callable) -> list[str]:
+    """A program that never names a GPU has its tensors on the CPU."""
+    return devices() if fake.names_gpu else [*devices(), "cpu"]
 
 
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _grouped(*args: Any) -> dict:
+    """Groups of tensors by device and dtype, which C++ makes."""
+    groups = GROUP_TENSORS(*args)
+    return {(GPU if on == STAND_IN else on, dtype): v for (on, dtype), v in groups.items()}
+
+
+GROUP_TENSORS = torch._C._group_tensors_by_device_and_dtype
+
+
+def _dropout(fake: FakeTensors) -> Callable:
     """Dropout on CUDA stores one byte per element, on the CPU a float."""
-    return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else x
+    on_cpu = F.dropout
 
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not fake.runs_on_gpu(x):
+            return on_cpu(x, p, training, inplace)
+        return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else x
 
-def _attention(
-    kernels: tuple[str, ...],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`scaled_dot_product_attention` by the first of these kernels that supports the inputs."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (x.to(dtype) for x in (query, key, value))
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(dtype)
-    refusals = _refusals(query, key, value, attn_mask, enable_gqa)
-    kernel = next((name for name in kernels if name not in refusals), None)
-    if kernel is None:
-        (kernel,) = kernels
-        raise ValueError(f"attention={kernel!r} cannot run here: {refusals[kernel]}")
-    common = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    with torch.autocast("cpu", enabled=False):  # the inputs are cast already
-        if kernel == "math":
-            attend = torch.ops.aten._scaled_dot_product_attention_math
-            return attend(query, key, value, attn_mask, enable_gqa=enable_gqa, **common)[0]
-        if kernel == "flash":
-            return _flash(query, key, value, **common)
-        keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        attend = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention")
-        bias = _bias(attn_mask, query, key, multiple=8 if kernel == "efficient" else 1)
-        return attend(query, key, value, bias, keeps, **common)[0]
-
-
-def _refusals(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
-) -> dict[str, str]:
-    """The kernels that do not support these inputs, and why."""
-    width, half = query.shape[-1], query.dtype in HALVES
-    rows = math.prod(query.shape[:-2])
-    aligned = width % (8 if half else 4) == 0
-    found = {}
-    if query.ndim != 4 or enable_gqa:
-        reason = "it is emulated only for (batch, heads, length, width) without groups of heads"
-        found = dict.fromkeys(("flash", "efficient", "cudnn"), reason)
-    if not half:
-        found["flash"] = found["cudnn"] = f"{query.dtype} is not half precision; use autocast"
-    if mask is not None:
-        found["flash"] = "it takes no mask"
-    if width > 256:
-        found["flash"] = f"heads of {width} channels are wider than 256"
-    if width > 128:
-        found["cudnn"] = f"heads of {width} channels are wider than 128"
-    if rows > CUDNN_ROWS:
-        found["cudnn"] = f"batch times heads is {rows}, more than {CUDNN_ROWS}"
-    if 1 in (query.shape[-2], key.shape[-2]):
-        found["cudnn"] = "a sequence has length 1"
-    if not aligned:
-        found["efficient"] = found["cudnn"] = f"heads of {width} channels are not aligned"
-    return found
-
-
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: Any
-) -> Tensor:
-    """Flash attention pads heads to multiples of eight channels and cuts the result."""
-    width = query.shape[-1]
-    scale = 1 / math.sqrt(width) if scale is None else scale
-    if width % 8:
-        query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
-    attend = torch.ops.aten._scaled_dot_product_flash_attention
-    return attend(query, key, value, dropout_p, is_causal, scale=scale)[0][..., :width]
-
-
-def _bias(mask: Tensor | None, query: Tensor, key: Tensor, multiple: int) -> Tensor | None:
-    """A mask as the kernels take it: numbers to add, with rows padded to a multiple."""
-    if mask is None:
-        return None
-    if mask.dtype is torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
-    length = mask.shape[-1]
-    if length % multiple:
-        mask = F.pad(mask, (0, -length % multiple))[..., :length]
-    return mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+    return dropout

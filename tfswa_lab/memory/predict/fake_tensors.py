@@ -1,4 +1,8 @@
-"""Tensors with a shape and no values: a step of 700 GiB fits on a laptop.
+"""Tensors with a shape, a device and no values: a step of 700 GiB fits on a laptop.
+
+Torch's own fake tensors on `cuda` end in a crash where torch was built without CUDA. Here a tensor
+on the GPU says `cuda:0` to Python, and `cpu:0` to torch's C++, which takes it for a CPU tensor on
+another device than `cpu`, where the host's tensors are.
 
 Notebook: 05_where_memory_goes
 """
@@ -6,84 +10,152 @@ Notebook: 05_where_memory_goes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Make all tensors fake and on the CPU, also those that a program wants on a GPU."""
-    with patch.object(nn.Module, "_apply", _apply_by_replacing), FakeTensors(), CudaAsCpu():
-        yield
+GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
+STAND_IN = torch.device("cpu", 0)  # the GPU, as C++ sees it
 
 
 class FakeTensors(FakeTensorMode):
-    """Torch's mode of fake tensors, with answers where a program asks for a value.
+    """Torch's mode of fake tensors, on a host and a GPU.
 
-    Every number (`.item()`) is 1 and every truth value (`if tensor`) is False: a logged loss is
-    finite, an overlap is not empty, a check for NaN finds none.
+    Attributes:
+        names_gpu: whether a tensor has been put on a GPU so far. A program that never does so is
+            taken to live there as a whole.
     """
 
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
+        self.names_gpu = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Nothing is compiled here, so torch does not have to wrap every dispatch."""
         return False
 
+    @property
+    def avoid_device_init(self) -> bool:
+        """A prediction never touches a GPU, even where there is one."""
+        return True
+
+    def may_turn_const(self, t: Tensor) -> bool:
+        """Values are followed by `Values`; torch would only keep single numbers."""
+        return False
+
+    def runs_on_gpu(self, tensor: Tensor) -> bool:
+        """Whether a GPU's kernels calculate with this tensor."""
+        return not self.names_gpu or tensor.device.type == "cuda"
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
-        if func in (torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default):
-            return False
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return _answer(args[0])
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return seen_by_cpp(args[0])
+        if kwargs.get("device") is not None:
+            kwargs = kwargs | {"device": self._place(kwargs["device"])}
+        if kwargs.get("pin_memory"):
+            kwargs = kwargs | {"pin_memory": False}  # of the host all the same
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-
-def _answer(tensor: Tensor) -> bool | complex | float | int:
-    if tensor.dtype is torch.bool:
-        return False
-    if tensor.is_complex():
-        return 1 + 0j
-    return 1.0 if tensor.is_floating_point() else 1
-
-
-class CudaAsCpu(TorchFunctionMode):
-    """Where a program names the device `cuda`, it gets the CPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
-        if func is Tensor.cuda:
-            return args[0]
-        kwargs = kwargs or {}
-        if "device" in kwargs:
-            kwargs = kwargs | {"device": _on_cpu(kwargs["device"])}
-        if func is Tensor.to:
-            args = tuple(map(_on_cpu, args))
-        return func(*args, **kwargs)
+    def _place(self, device: torch.device) -> torch.device:
+        if device.type != "cuda" and device != STAND_IN:
+            return device
+        the_gpu(device)
+        self.names_gpu = True
+        return GPU
 
 
-def _on_cpu(value: Any) -> Any:
-    is_cuda = isinstance(value, str | torch.device) and str(value).startswith("cuda")
-    return torch.device("cpu") if is_cuda else value
+def the_gpu(device: torch.device) -> torch.device:
+    """The only GPU.
+
+    Raises:
+        NotImplementedError: the device is a second one.
+    """
+    if device.index not in (None, 0):
+        raise NotImplementedError(
+            f"{device}: a prediction has one GPU; predict each part of the model on its own"
+        )
+    return STAND_IN
 
 
-def _apply_by_replacing(
-    module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
-) -> nn.Module:
-    """`Module.to` and the like; torch would swap the data of tensors, which fake ones refuse."""
-    for child in module.children() if recurse else ():
-        child._apply(function)
-    for name, parameter in module._parameters.items():
-        if parameter is not None and (changed := function(parameter)) is not parameter:
-            changed = nn.Parameter(changed.detach(), parameter.requires_grad)
-            module._parameters[name] = changed
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = function(buffer)
-    return module
+def seen_by_cpp(tensor: Tensor) -> torch.device:
+    """The device of a fake tensor that C++ is told."""
+    device = tensor.fake_device
+    return STAND_IN if device.type == "cuda" else device
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensors]:
+    """Make all tensors fake."""
+    mode = FakeTensors()  # imports what must not see the patches
+    make = Tensor._make_subclass
+
+    def on_cpu(*args: Any, device_for_backend_keys: torch.device | None = None, **kwargs: Any):
+        """C++ has kernels, and casts of autocast, for the CPU."""
+        return make(*args, device_for_backend_keys=device_for_backend_keys and HOST, **kwargs)
+
+    dispatch = FakeTensor.__torch_dispatch__
+
+    def outside_of_modes(cls: type, func: Any, *rest: Any) -> Any:
+        """C++ asks for a device, also where the modes are off."""
+        found = dispatch(func, *rest)
+        return STAND_IN if isinstance(found, torch.device) and found == GPU else found
+
+    replaced: list[tuple[dict, str, Tensor]] = []
+    with ExitStack() as stack:
+        for place, name, value in (
+            (torch.Tensor, "_make_subclass", staticmethod(on_cpu)),
+            (fake_tensor, "init_gpu_context", lambda device: None),
+            (FakeTensor, "is_cuda", property(lambda self: self.device.type == "cuda")),
+            (FakeTensor, "is_cpu", property(lambda self: self.device.type == "cpu")),
+            (FakeTensor, "__torch_dispatch__", classmethod(outside_of_modes)),
+            (nn.Module, "_apply", _applied(replaced)),
+        ):
+            stack.enter_context(patch.object(place, name, value))
+        stack.callback(_put_back, replaced)
+        yield stack.enter_context(mode)
+
+
+def _applied(replaced: list) -> Callable:
+    """`Module.to` and the like: they give each parameter other data, so that it stays itself."""
+
+    def apply(
+        module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> nn.Module:
+        for child in module.children() if recurse else ():
+            child._apply(function)
+        for name, parameter in module._parameters.items():
+            if parameter is None or (changed := function(parameter)) is parameter:
+                continue
+            if isinstance(parameter, FakeTensor):
+                _set_data(parameter, changed)
+                if parameter.grad is not None:
+                    _set_data(parameter.grad, function(parameter.grad))
+            else:
+                replaced.append((module._parameters, name, parameter))
+                module._parameters[name] = nn.Parameter(changed.detach(), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if not isinstance(buffer, FakeTensor):
+                    replaced.append((module._buffers, name, buffer))
+                module._buffers[name] = function(buffer)
+        return module
+
+    return apply
+
+
+def _set_data(tensor: Tensor, changed: Tensor) -> None:
+    tensor.data = changed.detach()
+    tensor.fake_device = changed.fake_device
+
+
+def _put_back(replaced: list[tuple[dict, str, Tensor]]) -> None:
+    """A model that existed before the prediction has its own tensors again."""
+    for place, name, tensor in reversed(replaced):
+        place[name] = tensor

@@ -11,28 +11,44 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     UnsupportedOperatorException,
 )
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
+from tfswa_lab.memory.html import page
 from tfswa_lab.memory.predict.allocator import replay
-from tfswa_lab.memory.predict.cuda_kernels import cuda_like, error_budget, workspace
-from tfswa_lab.memory.predict.fake_tensors import fake_tensors
-from tfswa_lab.memory.sizes import format_bytes, rounded
-from tfswa_lab.memory.trace.timeline import Moment
+from tfswa_lab.memory.predict.calls import calls_answered
+from tfswa_lab.memory.predict.cuda_attention import present_gpu
+from tfswa_lab.memory.predict.cuda_kernels import (
+    WORKSPACES,
+    cuda_like,
+    error_budget,
+    workspace,
+)
+from tfswa_lab.memory.predict.cuda_module import cuda_module
+from tfswa_lab.memory.predict.fake_tensors import FakeTensors, fake_tensors, seen_by_cpp
+from tfswa_lab.memory.predict.values import Values
+from tfswa_lab.memory.sizes import format_bytes, is_whole, rounded
+from tfswa_lab.memory.trace.timeline import Moment, Peak, Timeline
 from tfswa_lab.memory.trace.tracer import Tracer
 
 Step = Callable[[], Any]
+aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction(Moment):
     """The memory that a step will take, and who will hold it at the peak.
 
@@ -40,24 +56,54 @@ class Prediction(Moment):
         peak: bytes that `torch.cuda.max_memory_allocated` would report. It may be a little above
             the sum of the blocks: the allocator does not split a large one for less than 1 MiB.
         reserved: bytes that a simulated allocator takes from the GPU.
+        host: when the program's tensors hold the most memory of the host, and which do.
+        names_gpu: whether the program puts a tensor on a GPU. If it never does, all its tensors are
+            taken to live there, and none on the host.
         budget: one sentence for each kind of memory that a prediction cannot see.
         seconds: how long the prediction took.
     """
 
     peak: int
     reserved: int
+    host: Peak
+    names_gpu: bool
     budget: tuple[str, ...]
     seconds: float
 
-    def __str__(self) -> str:
+    @property
+    def head(self) -> str:
+        """Both peaks in a sentence."""
         peak, reserved = format_bytes(self.peak), format_bytes(self.reserved)
-        head = f"peak {peak} allocated, about {reserved} reserved"
-        unseen = "".join(f"\n  {sentence}" for sentence in self.budget)
-        return f"{head}\n{self.table()}\nnot in these numbers:{unseen}"
+        if self.names_gpu:
+            host = f"{format_bytes(self.host.allocated)} on the host"
+        else:
+            host = "the program names no GPU, so all of its tensors are taken to live there"
+        return f"GPU: peak {peak} allocated, about {reserved} reserved; {host}"
+
+    def __repr__(self) -> str:
+        sizes = {"peak": self.peak, "reserved": self.reserved, "host": self.host.allocated}
+        shown = ", ".join(f"{name}={format_bytes(size)}" for name, size in sizes.items())
+        return f"Prediction({shown})"
+
+    def __str__(self) -> str:
+        modules = (f"  {format_bytes(n):>12}  {name}" for name, n in self.by_module(2, 5).items())
+        parts = [self.head, self.table(), "by module:", *modules, "not in these numbers:"]
+        return "\n".join([*parts, *(f"  {sentence}" for sentence in self.budget)])
+
+    def _repr_html_(self) -> str:
+        return page(
+            self.head,
+            {"by category": self.by_category(), "by module": self.by_module(2, 8)},
+            {"not in these numbers": self.budget},
+        )
 
 
 def predict(
-    make_step: Callable[[], Step], attention: str = "auto", steps: int = 2, gpu: str | None = None
+    make_step: Callable[[], Step],
+    attention: str = "auto",
+    steps: int = 2,
+    gpu: str | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> Prediction:
     """The memory of a step on a CUDA GPU.
 
@@ -84,52 +130,151 @@ def predict(
     >>> predict(make_step).peak / 2**20  # 4 of weights, 4 and 4 of gradients, 2 of input
     14.0009765625
     """
+    if not is_whole(steps) or steps < 1:
+        raise ValueError(f"steps={steps!r} must be a whole number of at least 1")
     began = time.perf_counter()
-    tracer = FakeTracer()
-    with torch.random.fork_rng(devices=()), cuda_like(attention, gpu), fake_tensors(), tracer:
-        step = make_step()
-        if not callable(step):
-            raise TypeError(
-                f"make_step must return a function that runs one step, not {type(step).__name__}"
-            )
-        for _ in range(steps):
-            tracer.step()
-            step()
-    timeline = tracer.timeline("cpu")
+    known, gpu = Values(values), gpu or present_gpu()
+    with (
+        torch.random.fork_rng(devices=()),
+        fake_tensors() as fake,
+        FakeTracer(fake, known) as tracer,
+        cuda_like(fake, known, attention, gpu),
+        cuda_module(gpu, known, tracer.allocated),
+        calls_answered(fake, known) as tracer.calls,
+        ExitStack() as stack,
+    ):
+        stack.callback(tracer.restore)
+        stack.callback(_restore_defaults, _default_device(), torch.get_default_dtype())
+        try:
+            step = make_step()
+            if not callable(step):
+                raise TypeError(
+                    "make_step must return a function that runs one step, not "
+                    f"{type(step).__name__}"
+                )
+            for _ in range(steps):
+                tracer.step()
+                step()
+        except Exception as error:
+            hidden = known.refusal or known.tried
+            if hidden is None or hidden is error:
+                raise
+            raise hidden from error
+    if known.refusal is not None:  # a library went on without the number
+        raise known.refusal
+    if known.unused():
+        raise ValueError(f"values: no number was asked for at {', '.join(known.unused())}")
     del step
     gc.collect()
-    operators = {block.op for block in timeline.blocks}
-    replayed = replay(timeline)  # counts the blocks that the allocator leaves unsplit
+    gpu_timeline, host = tracer.both()
+    operators = {block.op for block in gpu_timeline.blocks}
+    replayed = replay(gpu_timeline)  # counts the blocks that the allocator leaves unsplit
     (peak, event), (reserved, _) = replayed.peak_allocated, replayed.peak_reserved
+    budget = (*error_budget(operators), *known.notes)
     seconds = time.perf_counter() - began
-    return Prediction(timeline, event, peak, reserved, error_budget(operators), seconds)
+    return Prediction(
+        gpu_timeline, event, peak, reserved, host.peak(), fake.names_gpu, budget, seconds
+    )
+
+
+def _default_device() -> torch.device | None:
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return context and context.device
+
+
+def _restore_defaults(device: torch.device | None, dtype: torch.dtype) -> None:
+    """A program may set defaults, and the next one should not find them."""
+    if _default_device() != device:
+        torch.set_default_device(device)
+    torch.set_default_dtype(dtype)
 
 
 class FakeTracer(Tracer):
-    """Records the requests that CUDA's allocator would get."""
+    """Records the requests that CUDA's allocator would get, and those of the host.
+
+    Args:
+        fake: the mode that makes tensors fake.
+        values: what is known of their numbers.
+    """
+
+    def __init__(self, fake: FakeTensors, values: Values):
+        super().__init__()
+        self.fake, self.values, self.calls = fake, values, None
+        self._gradients = WeakIdKeyDictionary()  # of parameters older than the prediction
+        self._states: dict[Optimizer, dict] = {}  # of their optimizers
+
+    def allocated(self) -> tuple[int, int]:
+        """Bytes of the tensors on the GPU, now and at most."""
+        on = "cuda:0" if self.fake.names_gpu else "cpu"
+        bytes_after = self.timeline(on).allocated()
+        return bytes_after[-1], max(bytes_after)
+
+    def both(self) -> tuple[Timeline, Timeline]:
+        """The timelines of the GPU and of the host."""
+        host = self.timeline("cpu")
+        if not self.fake.names_gpu:
+            return host, replace(host, blocks=[])
+        for block in host.blocks:
+            block.rounded = block.size
+        return self.timeline("cuda:0"), host
+
+    def add_module(self, root: nn.Module) -> None:
+        """Remember the gradients of a model that is older than the prediction."""
+        for parameter in root.parameters():
+            if not isinstance(parameter, FakeTensor) and parameter not in self._gradients:
+                self._gradients[parameter] = parameter.grad
+        super().add_module(root)
+
+    def _before_optimizer(self, optimizer: Optimizer, *rest: Any) -> None:
+        if optimizer not in self._states:
+            state = {of: dict(each) for of, each in optimizer.state.items()}
+            self._states[optimizer] = state
+        super()._before_optimizer(optimizer, *rest)
+
+    def restore(self) -> None:
+        """Give the program's older parameters and optimizers what they had."""
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient
+        for optimizer, state in self._states.items():
+            optimizer.state.clear()
+            optimizer.state.update(state)
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        """The device of a fake tensor, as autograd sees it."""
+        return seen_by_cpp(tensor)
 
     def rounded(self, size: int, device: str) -> int:
-        """As on a GPU, although the tensors are on the CPU."""
+        """As on a GPU; what turns out to be the host's is not rounded."""
         return rounded(size)
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Run an operator; one that needs values is named in the error."""
+        """Run an operator; one that needs values is given those that are known."""
+        if func is aten._local_scalar_dense.default:
+            return self.values.scalar(args[0], self.calls.running)
+        if func is aten.equal.default:
+            return False  # torch's own checks ask whether something is wrong
         try:
             return func(*args, **kwargs)
-        except (
-            DataDependentOutputException,
-            DynamicOutputShapeException,
-            UnsupportedOperatorException,
-        ) as error:
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return self.values.sized(func, args, kwargs)
+        except UnsupportedOperatorException as error:
             where = next(iter(self._sites.here()), "an unknown line")
             raise NotImplementedError(
-                f"{func} at {where} depends on the values of a tensor, and a prediction has no "
-                "values; keep it out of the step, or give it a fixed size"
+                f"{func} at {where}: torch cannot tell the size of its result without running it; "
+                "keep it out of the step"
             ) from error
+
+    def seen(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], result: Any) -> None:
+        """Follow the values."""
+        self.values.follow(func, args, kwargs, inputs, result)
 
     def scratch(self, func: Any, args: tuple, result: Any) -> int:
         """Bytes of the operator's workspace, if its size is known."""
-        return workspace(func, args)
+        return workspace(func, args) if func in WORKSPACES and self.fake.runs_on_gpu(args[0]) else 0
+
+    def _died(self, key: int) -> None:
+        self.values.forget(key)
+        super()._died(key)
 
 
 OF_PREDICT = ("attention", "steps", "gpu")  # arguments of `predict`, the rest are `make_step`'s

@@ -125,7 +125,7 @@ class Tracer(TorchDispatchMode):
         self._label_gradients()
         for parameter, state in optimizer.state.items():
             module = self._module_of(parameter)
-            for tensor in _tensors(state):
+            for tensor in tensors_in(state):
                 self.label(tensor, "optimizer state", module)
 
     def lines_of(self, node: Any) -> tuple[Frame, ...]:
@@ -143,14 +143,15 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # autograd asks fake tensors thousands of times
-            return args[0].fake_device
-        for tensor in _tensors((args, kwargs)):
+            return self.device_of(args[0])
+        inputs = list(tensors_in((args, kwargs)))
+        for tensor in inputs:
             if self._block_of(tensor) is None:  # made outside of the mode, as by from_numpy
                 self.label(tensor, "input")
         result = self.call(func, args, kwargs)
         task = torch._C._current_graph_task_id()
         node = self._nodes.new(task)
-        new = [tensor for tensor in _tensors(result) if self._block_of(tensor) is None]
+        new = [tensor for tensor in tensors_in(result) if self._block_of(tensor) is None]
         scratch = self.scratch(func, args, result)
         if new or node or scratch:
             origin = self._origin(node, task) | {"op": str(func)}
@@ -158,11 +159,19 @@ class Tracer(TorchDispatchMode):
                 self._add(tensor, **origin)
             if scratch:
                 self._pass(scratch, _device_of(new[0] if new else result), origin)
+        self.seen(func, args, kwargs, inputs, result)
         return result
+
+    def device_of(self, tensor: Tensor) -> torch.device:
+        """The device of a fake tensor, as autograd sees it."""
+        return tensor.fake_device
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Run an operator; subclasses may explain its errors."""
         return func(*args, **kwargs)
+
+    def seen(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], result: Any) -> None:
+        """An operator has run; subclasses may follow what it calculates."""
 
     def rounded(self, size: int, device: str) -> int:
         """Bytes that the allocator gives for a request: CUDA's gives multiples of 512."""
@@ -285,17 +294,17 @@ def _device_of(tensor: Tensor) -> str:
     return str(getattr(tensor, "fake_device", None) or tensor.device)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors with a storage in nested lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
         if has_storage(value):
             yield value
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, dict):
         for each in value.values():
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
 ROWS = ("crow_indices", "col_indices", "values")

@@ -1,0 +1,232 @@
+"""What a program meets on a machine with a GPU, where there is none: `torch.cuda` and the like.
+
+Notebook: 05_where_memory_goes
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import dataloader as loaders
+
+from tfswa_lab.memory.predict.unknown import Unknown, asking_frame, line_of
+from tfswa_lab.memory.predict.values import Values, real_tensors
+
+IGNORED = (
+    *("synchronize", "empty_cache", "reset_peak_memory_stats", "reset_max_memory_allocated"),
+    *("reset_max_memory_cached", "reset_accumulated_memory_stats", "ipc_collect", "init"),
+    *("manual_seed", "manual_seed_all", "seed", "seed_all", "set_device", "set_stream"),
+    *("set_per_process_memory_fraction", "_lazy_init", "_record_memory_history"),
+)
+CAPABILITY = {"ampere": (8, 0), "hopper": (9, 0)}
+
+
+class Idle:
+    """A stream, an event or a device of a GPU: it takes every call, and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __enter__(self) -> Idle:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: None
+
+
+class Properties:
+    """What is known of the GPU that a prediction is for."""
+
+    def __init__(self, gpu: str):
+        self.name = f"a GPU like {gpu}"
+        self.major, self.minor = CAPABILITY[gpu]
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(
+            f"{name} of the GPU at {line_of(asking_frame())}: a prediction does not know it; write "
+            "the number into the program"
+        )
+
+
+@contextmanager
+def cuda_module(
+    gpu: str, values: Values, allocated: Callable[[], tuple[int, int]]
+) -> Iterator[None]:
+    """A GPU is available, and does what the program says.
+
+    Args:
+        gpu: a key of `CAPABILITY`.
+        values: for numbers that nobody knows, and notes.
+        allocated: gives the bytes of the GPU's tensors, now and at most.
+    """
+
+    def no_size(*_: Any) -> None:
+        raise NotImplementedError(
+            f"the GPU's free memory at {line_of(asking_frame())}: a prediction does not know it; "
+            "write the number into the program"
+        )
+
+    class Event(Idle):
+        def elapsed_time(self, _: Any) -> Unknown:
+            return Unknown(values, line_of(asking_frame()))
+
+    of_gpu = dict.fromkeys(IGNORED, _nothing) | {
+        "is_available": lambda: True,
+        "is_initialized": lambda: False,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "is_bf16_supported": lambda *_, **__: True,
+        "get_device_name": lambda *_: Properties(gpu).name,
+        "get_device_capability": lambda *_: CAPABILITY[gpu],
+        "get_device_properties": lambda *_: Properties(gpu),
+        "memory_allocated": lambda *_: allocated()[0],
+        "max_memory_allocated": lambda *_: allocated()[1],
+        "memory_reserved": lambda *_: allocated()[0],
+        "max_memory_reserved": lambda *_: allocated()[1],
+        "memory_summary": lambda *_, **__: "",
+        "mem_get_info": no_size,
+        "get_memory_info": no_size,
+        "current_accelerator": lambda *_, **__: torch.device("cuda"),
+        "current_device_index": lambda: 0,
+        "Event": Event,
+        "Stream": Idle,
+        "stream": Idle,
+        "device": Idle,
+        "current_stream": Idle,
+        "default_stream": Idle,
+    }
+    with ExitStack() as stack:
+
+        def replace(place: Any, name: str, value: Any) -> None:
+            if hasattr(place, name):
+                stack.enter_context(patch.object(place, name, value))
+
+        for name, value in of_gpu.items():
+            for module in (torch.cuda, torch.cuda.memory, torch.accelerator):
+                replace(module, name, value)
+        for name in ("range_push", "range_pop", "mark", "range"):
+            replace(torch.cuda.nvtx, name, Idle)
+        replace(torch.backends.cudnn, "is_acceptable", lambda _: False)
+        replace(Tensor, "record_stream", _nothing)
+        replace(torch, "Generator", _Generator)
+        replace(safetensors, "safe_open", SafeOpen)
+        replace(safetensors.torch, "safe_open", SafeOpen)
+        replace(nn.init, "_no_grad_trunc_normal_", _normal)  # torch's draws until all are inside
+        replace(torch, "compile", _compile(values))
+        replace(torch, "save", _save(values))
+        replace(DataLoader, "_get_iterator", _loader_iterator(values))
+        next_index = loaders._BaseDataLoaderIter._next_index
+        replace(loaders._BaseDataLoaderIter, "_next_index", _with_real_tensors(next_index))
+        for name, answer in (("isnan", False), ("isinf", False), ("isfinite", True)):
+            replace(math, name, _of_unknown(getattr(math, name), answer))
+            replace(np, name, _of_unknown(getattr(np, name), answer))
+        yield
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Nothing to do."""
+
+
+def _normal(tensor: Tensor, mean: float, std: float, *_: Any, **__: Any) -> Tensor:
+    with torch.no_grad():
+        return tensor.normal_(mean, std)
+
+
+class _Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu"):
+        """On the CPU, whatever the device."""
+        return super().__new__(cls, device="cpu")
+
+
+def _compile(values: Values) -> Callable:
+    def compile_nothing(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return lambda model: compile_nothing(model)
+        if "flex_attention" not in getattr(model, "__name__", ""):  # which has its own note
+            values.note("torch.compile: predicted as it runs without; compiled kernels keep less")
+        return model
+
+    return compile_nothing
+
+
+def _save(values: Values) -> Callable:
+    def save(*_: Any, **__: Any) -> None:
+        values.note("torch.save: nothing is written in a prediction")
+
+    return save
+
+
+SAFE_OPEN = safetensors.safe_open
+
+
+class SafeOpen:
+    """`safetensors.safe_open`, which maps the file on the host, then copies to the GPU."""
+
+    def __init__(self, filename: Any, framework: str = "pt", device: Any = "cpu", **_: Any):
+        self._file, self._device = SAFE_OPEN(filename, framework), device
+
+    def __enter__(self) -> SafeOpen:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._file.get_tensor(name).to(self._device)
+
+    def get_tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {name: self.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118
+
+
+def _loader_iterator(values: Values) -> Callable:
+    """Batches are made in this process, in which their memory is counted."""
+
+    def iterator(loader: DataLoader) -> Any:
+        if loader.num_workers:
+            values.note(
+                f"{loader.num_workers} workers of a DataLoader: each prepares "
+                f"{loader.prefetch_factor} batches ahead, in memory of the host"
+            )
+            loader = copy.copy(loader)
+            loader.num_workers, loader.timeout = 0, 0
+        return loaders._SingleProcessDataLoaderIter(loader)
+
+    return iterator
+
+
+def _with_real_tensors(function: Callable) -> Callable:
+    def run(*args: Any) -> Any:
+        with real_tensors():
+            return function(*args)
+
+    return run
+
+
+def _of_unknown(function: Callable, answer: bool) -> Callable:
+    """In a program that works, a number that nobody knows is neither infinite nor NaN."""
+
+    def ask(number: Any, *args: Any, **kwargs: Any) -> Any:
+        is_unknown = isinstance(number, float) and float.__ne__(number, number)
+        return answer if is_unknown else function(number, *args, **kwargs)
+
+    return ask
