@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tfswa_lab.memory.predict import predict
 from tfswa_lab.memory.predict.cuda_attention import present_gpu
@@ -387,6 +390,320 @@ def test_the_present_gpu_decides_where_none_is_named(monkeypatch, capability, cu
     assert present_gpu() == gpu
     monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
     assert present_gpu() == "ampere"
+
+
+def heads(query, groups, kernels=None, **options):
+    """Attention of 16 heads in bfloat16, whose keys and values have `groups` heads."""
+
+    def make_step():
+        def step():
+            q = torch.randn(1, query, 4096, 64, dtype=torch.bfloat16, requires_grad=True)
+            k, v = (torch.randn(1, groups, 4096, 64, dtype=torch.bfloat16) for _ in range(2))
+            k.requires_grad_()
+            with sdpa_kernel(kernels) if kernels else nullcontext():
+                F.scaled_dot_product_attention(q, k, v, **options).sum().backward()
+
+        return step
+
+    return make_step
+
+
+def test_groups_of_heads_take_the_flash_kernel_in_half_precision():
+    grouped = heads(16, 4, is_causal=True, enable_gqa=True)
+    whole = heads(16, 16, is_causal=True)
+    assert kernel_of(grouped, gpu="ampere") == "flash"
+    assert kernel_of(grouped, gpu="hopper") == "cudnn"
+    assert predict(grouped).peak <= predict(whole).peak
+    backward = "aten._scaled_dot_product_flash_attention_backward.default"
+    extra = [
+        max(
+            b.size
+            for b in predict(make, steps=1).timeline.blocks
+            if b.op == backward and not b.shape
+        )
+        for make in (grouped, whole)
+    ]
+    assert extra[0] - extra[1] == 2 * 16 * 4096 * 64 * 2, "gradients of keys and values per head"
+    with pytest.raises(ValueError, match="efficient: it takes no groups of heads"):
+        predict(grouped, attention="efficient")
+
+
+def test_the_programs_own_choice_of_kernels_is_respected():
+    for kernel, name in (
+        (SDPBackend.MATH, "math"),
+        (SDPBackend.EFFICIENT_ATTENTION, "efficient"),
+        (SDPBackend.FLASH_ATTENTION, "flash"),
+    ):
+        assert kernel_of(heads(16, 16, kernels=[kernel])) == name
+    mask = {"attn_mask": torch.zeros(4096, 4096, dtype=torch.bfloat16)}
+    with pytest.raises(ValueError, match="none of the allowed kernels can run here: flash: it tak"):
+        predict(heads(16, 16, kernels=[SDPBackend.FLASH_ATTENTION], **mask))
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "options", "kernel"),
+    [
+        ((2, 4, 16, 32), (2, 4, 24, 32), {"is_causal": True}, "efficient"),  # not square
+        ((2, 4, 16, 32), (2, 4, 24, 32), {"attn_mask": "lower right"}, "flash"),
+        ((2, 4, 16, 32), (2, 4, 24, 32), {"attn_mask": "upper left"}, "efficient"),
+        ((2, 4, 16, 32), (2, 4, 16, 32), {"attn_mask": "upper left"}, "flash"),
+        ((2, 4, 16, 32), (2, 4, 16, 32), {"attn_mask": "numbers"}, "efficient"),
+        ((2, 4, 16, 32), (2, 4, 16, 32), {"attn_mask": "numbers", "is_causal": True}, "efficient"),
+        ((4, 16, 32), (4, 16, 32), {}, "math"),  # no axis of heads
+        ((2, 4, 16, 32), (2, 1, 16, 32), {}, "math"),  # heads are broadcast
+    ],
+)
+def test_shapes_and_masks_decide_the_kernel(q, k, options, kernel):
+    masks = {
+        "lower right": lambda: causal_lower_right(q[-2], k[-2]),
+        "upper left": lambda: causal_upper_left(q[-2], k[-2]),
+        "numbers": lambda: torch.zeros(q[-2], k[-2], dtype=torch.bfloat16),
+    }
+
+    def make_step():
+        query, key, value = (torch.randn(shape, dtype=torch.bfloat16) for shape in (q, k, k))
+        chosen = options | {n: masks[m]() for n, m in options.items() if n == "attn_mask"}
+        return lambda: F.scaled_dot_product_attention(query, key, value, **chosen)
+
+    assert kernel_of(make_step) == kernel
+
+
+def test_flex_attention_keeps_an_output_and_a_sum_per_row():
+    def make_step():
+        shape = 1, 8, 1024, 64
+        q, k, v = (torch.randn(shape, device="cuda", requires_grad=True) for _ in range(3))
+        return lambda: flex_attention(q, k, v).sum().backward()
+
+    found = predict(make_step, steps=1)
+    tokens = 8 * 1024 * 64 * 4
+    assert 7 * tokens < found.peak < 8 * tokens, "three, an output, its gradient, three gradients"
+    assert any("flex_attention at test_predict.py" in sentence for sentence in found.budget)
+
+    def masked():
+        mask = create_block_mask(lambda b, h, i, j: i >= j, 1, 1, 1024, 1024, device="cuda")
+        q = torch.randn(1, 8, 1024, 64, device="cuda", requires_grad=True)
+        return lambda: torch.compile(flex_attention)(q, q, q, block_mask=mask).sum().backward()
+
+    assert not any("torch.compile: " in sentence for sentence in predict(masked).budget)
+
+
+def test_nested_tensors_are_refused_with_bounds():
+    parts = [torch.randn(5, 8), torch.randn(9, 8)]
+    with pytest.raises(NotImplementedError, match=r"unknown kernel\. Bounds are two predictions"):
+        predict(lambda: lambda: torch.nested.nested_tensor(parts, layout=torch.jagged))
+
+
+def test_functions_that_were_imported_by_name_are_replaced_too():
+    attend, drop = F.scaled_dot_product_attention, F.dropout
+
+    def make_step():
+        q = torch.randn(1, 2, 64, 32, dtype=torch.bfloat16, requires_grad=True)
+        return lambda: drop(attend(q, q, q), 0.1).sum().backward()
+
+    assert kernel_of(make_step, gpu="ampere") == "flash"
+    assert any(b.dtype == "bool" for b in predict(make_step).timeline.blocks)
+
+
+def test_autocast_keeps_its_casts_of_parameters_until_it_ends():
+    def make_step(function):
+        weights = [nn.Parameter(torch.randn(512, 512)) for _ in range(8)]
+
+        def step():
+            x = torch.randn(4, 512)
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                for weight in weights:
+                    x = function(x, weight)
+
+        return step
+
+    einsum = predict(lambda: make_step(lambda x, w: torch.einsum("bi,oi->bo", x, w)))
+    linear = predict(lambda: make_step(F.linear))
+    casts = 8 * 512 * 512 * 2
+    for found in (einsum, linear):
+        assert found.peak == pytest.approx(8 * 512 * 512 * 4 + casts, rel=0.01)
+        held = [b for b in found.timeline.blocks if b.size == 512 * 512 * 2]
+        assert {b.died is None for b in held} == {False}, "gone after each step"
+
+
+def test_the_backward_pass_of_softmax_multiplies_gradient_and_output():
+    """The peak in https://github.com/pytorch/pytorch/issues/72450, with 2**-10 of its rows."""
+
+    def make_step():
+        kept = {"x": torch.rand(5, 2, 384, 384, dtype=torch.bfloat16, requires_grad=True)}
+
+        def step():
+            kept["x"] = F.softmax(kept["x"], dim=-1)
+            kept["x"].mean().backward()
+
+        return step
+
+    whole = 15_099_495_424 / 3_019_898_880  # of the issue: five times the input
+    one = 5 * 2 * 384 * 384 * 2
+    assert predict(make_step, steps=1).peak / one == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize(("gpu", "each"), [("ampere", 8_519_680), ("hopper", 33_554_432)])
+def test_cublas_keeps_a_workspace_for_each_thread(gpu, each):
+    """8.125 MiB in https://github.com/pytorch/pytorch/issues/104604; two with a backward pass."""
+
+    def make_step(backward):
+        layer, x = nn.Linear(1024, 1024, bias=False).cuda(), torch.rand(1, 512, 1024).cuda()
+        return lambda: layer(x).sum().backward() if backward else layer(x)
+
+    forward, both = (predict(lambda b=b: make_step(b), gpu=gpu) for b in (False, True))
+    assert (forward.workspaces, both.workspaces) == (each, 2 * each)
+    assert both.reserved >= both.peak + both.workspaces
+    assert predict(lambda: lambda: torch.zeros(9).exp(), gpu=gpu).workspaces == 0
+
+
+def test_the_host_keeps_what_is_not_moved():
+    def rows_of_a_data_set():
+        data, net = torch.randn(4096, 65536), nn.Linear(65536, 16).cuda()  # 1 GiB on the host
+        at = iter(range(9))
+
+        def step():
+            k = next(at)
+            net(data[8 * k : 8 * k + 8].cuda()).sum().backward()
+            net.zero_grad()
+
+        return step
+
+    found = predict(rows_of_a_data_set)
+    assert found.peak / MIB == pytest.approx(10, abs=0.01)  # of weights 4, gradients 4, input 2
+    assert found.host.allocated == 2**30 + 4 * (65536 * 16 + 16)
+    assert found.names_gpu
+
+
+def test_a_cast_before_the_move_is_the_hosts():
+    def half():
+        net = nn.Linear(8192, 8192, bias=False).to(torch.bfloat16).cuda()
+
+        def step():
+            with torch.no_grad():
+                net(torch.randn(1, 8192, device="cuda", dtype=torch.bfloat16))
+
+        return step
+
+    found = predict(half)
+    assert found.peak / MIB == pytest.approx(128.03, abs=0.01)
+    assert found.host.allocated == 6 * 8192**2
+
+
+def deep(offloaded):
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(20)]).cuda()
+
+    def step():
+        with torch.autograd.graph.save_on_cpu() if offloaded else nullcontext():
+            y = net(torch.randn(8192, 256, device="cuda"))
+        y.sum().backward()
+
+    return step
+
+
+def test_activations_saved_on_the_cpu_leave_the_gpu():
+    plain, offloaded = (predict(lambda off=off: deep(off)) for off in (False, True))
+    assert plain.peak / MIB == pytest.approx(346.29, abs=0.01)
+    assert offloaded.peak < plain.peak / 5
+    assert offloaded.host.allocated > 0.9 * (plain.peak - offloaded.peak)
+
+
+def test_an_optimizer_on_the_host_has_its_state_there():
+    def make_step():
+        net = nn.Linear(1024, 1024, bias=False).cuda()
+        copy = nn.Parameter(net.weight.detach().cpu())
+        optimizer = torch.optim.Adam([copy])
+
+        def step():
+            net(torch.randn(8, 1024, device="cuda")).sum().backward()
+            copy.grad = net.weight.grad.cpu()
+            net.zero_grad()
+            optimizer.step()
+            with torch.no_grad():
+                net.weight.copy_(copy)
+
+        return step
+
+    found = predict(make_step)
+    held = dict(found.host.timeline.held_by(found.host.timeline.events, lambda b: b.category))
+    assert held["optimizer state"] == 2 * 4 * 1024**2 + 4
+    assert found.peak < 9 * MIB
+
+
+def test_optimizers_keep_their_parameters_when_a_model_moves():
+    """As torch's own `.cuda()` does: parameters stay the same objects, tied ones stay tied."""
+
+    def make_step():
+        net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        net[1].weight = net[0].weight
+        optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
+        net.cuda().to(torch.bfloat16)
+        assert net[1].weight is net[0].weight
+
+        def step():
+            net(torch.randn(2, 64, device="cuda", dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+
+        return step
+
+    state = [b for b in predict(make_step).timeline.blocks if b.category == "optimizer state"]
+    assert sorted(b.size for b in state) == [2 * 64, 2 * 64, 2 * 64 * 64]
+
+
+def test_tensors_on_other_devices_do_not_mix():
+    with pytest.raises(RuntimeError, match="same device"):
+        predict(lambda: lambda: nn.Linear(3, 3)(torch.zeros(3, 3, device="cuda")))
+    with pytest.raises(NotImplementedError, match="cuda:1: a prediction has one GPU"):
+        predict(lambda: lambda: torch.zeros(3, device="cuda:1"))
+
+
+def test_a_device_is_chosen_as_on_a_machine_with_a_gpu():
+    found = []
+
+    def make_step():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        net = nn.Linear(64, 64).to(device)
+
+        def step():
+            x = torch.randn(8, 64).to(device)
+            found.append((x.is_cuda, x.device.type, net(x).device == x.device, x.cpu().is_cpu))
+
+        return step
+
+    assert predict(make_step).names_gpu
+    assert found == [(True, "cuda", True, True)] * 2
+    assert not torch.cuda.is_available() or torch.cuda.device_count()
+
+
+def test_a_program_that_names_no_gpu_lives_there_as_a_whole():
+    found, named = predict(training), predict(lambda: training_on_gpu())
+    assert not found.names_gpu
+    assert found.host.allocated == 0
+    assert "names no GPU" in str(found)
+    assert found.peak == named.peak
+
+
+def training_on_gpu():
+    """`training`, with its tensors made on a GPU."""
+    with torch.device("cuda"):
+        return training()
+
+
+def test_a_prediction_is_short_in_a_notebook():
+    found = predict(lambda: deep(offloaded=True))
+    assert len(repr(found)) < 100
+    assert len(str(found).splitlines()) <= 25
+    assert "on the host" in str(found)
+    html = found._repr_html_()
+    assert len(html) < 6000
+    assert "by category" in html
+    assert "by module" in html
+    assert "not in these numbers" in html
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, "2", 1.5])
+def test_the_number_of_steps_is_checked(steps):
+    with pytest.raises(ValueError, match=r"steps=.* must be a whole number of at least 1"):
+        predict(training, steps=steps)
 
 
 def test_bad_arguments_are_named():

@@ -134,12 +134,12 @@ def _bool(calls: Calls, tensor: Tensor) -> bool:
     return bool(calls.values.number(tensor))
 
 
-def _equal(calls: Calls, one: Tensor, other: Tensor, **close: Any) -> bool:
-    known = calls.values.of(one), calls.values.of(other)
-    if None not in known:
-        with real_tensors():
-            return torch.allclose(*known, **close) if close else torch.equal(*known)
-    return calls.values.decide()
+def _equal(calls: Calls, one: Tensor, other: Tensor, **close: Any) -> bool | Truth:
+    known = [calls.values.of(tensor) for tensor in (one, other)]
+    if any(values is None for values in known):
+        return Truth(calls.values, line_of(asking_frame()))
+    with real_tensors():
+        return torch.allclose(*known, **close) if close else torch.equal(*known)
 
 
 def _allclose(
@@ -149,7 +149,7 @@ def _allclose(
     rtol: float = 1e-5,
     atol: float = 1e-8,
     equal_nan: bool = False,
-) -> bool:
+) -> bool | Truth:
     return _equal(calls, one, other, rtol=rtol, atol=atol, equal_nan=equal_nan)
 
 

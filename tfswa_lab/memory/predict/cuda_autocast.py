@@ -11,14 +11,16 @@ Notebook: 05_where_memory_goes
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 KEY = "AutocastCPU"
 # Run in float32.
@@ -46,13 +48,19 @@ LOW_PRECISION = ("addmv", "mv", "addr", "linalg_multi_dot", "chain_matmul", "ein
 def cuda_autocast() -> Iterator[None]:
     """Autocast CPU tensors as CUDA would, for `torch.autocast` of "cpu" and of "cuda"."""
     library = torch.library.Library("aten", "IMPL")
-    rules = ((FP32, _in_fp32), (FP32_OUTPUT, _to_fp32_output), (LOW_PRECISION, _in_low_precision))
+    casts = WeakIdKeyDictionary()
+    low_precision = partial(_in_low_precision, casts)
+    rules = ((FP32, _in_fp32), (FP32_OUTPUT, _to_fp32_output), (LOW_PRECISION, low_precision))
     with warnings.catch_warnings(action="ignore"):  # torch warns that kernels are replaced
         for names, rule in rules:
             for name in names:
                 library.impl(name, rule(_operator(name)), KEY)
     autocast = torch.amp.autocast_mode.autocast
-    original = autocast.__init__
+    original, clear = autocast.__init__, torch.clear_autocast_cache
+
+    def clear_cache() -> None:
+        casts.clear()
+        clear()
 
     def on_cpu(self: Any, device_type: str, dtype: torch.dtype | None = None, *args, **kwargs):
         if device_type == "cuda" and dtype is None:
@@ -60,7 +68,10 @@ def cuda_autocast() -> Iterator[None]:
         original(self, "cpu" if device_type == "cuda" else device_type, dtype, *args, **kwargs)
 
     try:
-        with patch.object(autocast, "__init__", on_cpu):
+        with (
+            patch.object(autocast, "__init__", on_cpu),
+            patch.object(torch, "clear_autocast_cache", clear_cache),
+        ):
             yield
     finally:
         library._destroy()
@@ -75,9 +86,25 @@ def _in_fp32(operator: Callable) -> Callable:
     return _with_casts(operator, lambda x: x.float() if _is_half(x) else x)
 
 
-def _in_low_precision(operator: Callable) -> Callable:
+def _in_low_precision(casts: MutableMapping[Tensor, Tensor], operator: Callable) -> Callable:
+    """Casts of parameters are kept until the outermost autocast ends."""
+
     def cast(x: Tensor) -> Tensor:
-        return x.to(torch.get_autocast_dtype("cpu")) if x.is_floating_point() else x
+        dtype = torch.get_autocast_dtype("cpu")
+        if not x.is_floating_point() or x.dtype in (dtype, torch.float64):
+            return x
+        is_parameter = x.requires_grad and x.is_leaf and not x._is_view()
+        if (
+            not is_parameter
+            or not torch.is_autocast_cache_enabled()
+            or x.dtype is not torch.float32
+        ):
+            return x.to(dtype)
+        if torch.is_inference_mode_enabled():  # since torch 2.10
+            return x.to(dtype)
+        if x not in casts:
+            casts[x] = x.to(dtype)
+        return casts[x]
 
     return _with_casts(operator, cast)
 

@@ -33,10 +33,11 @@ from tfswa_lab.memory.predict.cuda_attention import cuda_attention
 from tfswa_lab.memory.predict.cuda_autocast import cuda_autocast
 from tfswa_lab.memory.predict.fake_tensors import GPU, STAND_IN, FakeTensors
 from tfswa_lab.memory.predict.values import Values
+from tfswa_lab.memory.sizes import KIB
+from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 # By patterns of operator names: memory that a prediction cannot see.
 UNSEEN = {
-    r"mm|bmm|addmm|baddbmm": "cuBLAS workspace: 8.1 MiB by default, 32 MiB on Hopper; in allocated",
     r".*convolution.*": "cuDNN workspaces of convolutions: they depend on shapes and algorithms, "
     "up to gigabytes with cudnn.benchmark; in allocated while they run",
     r"_fft.*": "cuFFT: workspaces in allocated while they run, plans outside of it",
@@ -54,8 +55,8 @@ def error_budget(operators: Iterable[str]) -> tuple[str, ...]:
     Args:
         operators: names such as `aten.mm.default`.
 
-    >>> error_budget(["aten.mm.default"])[0]
-    'cuBLAS workspace: 8.1 MiB by default, 32 MiB on Hopper; in allocated'
+    >>> error_budget(["aten._fft_r2c.default"])[0]
+    'cuFFT: workspaces in allocated while they run, plans outside of it'
     """
     names = {operator.removeprefix("aten.").split(".")[0] for operator in operators}
     found = [
@@ -65,6 +66,25 @@ def error_budget(operators: Iterable[str]) -> tuple[str, ...]:
 
 
 aten = torch.ops.aten
+# cuBLAS keeps a workspace for each thread that multiplies matrices: the program's, and the one in
+# which autograd runs the backward pass. Source: aten/src/ATen/cuda/CublasHandlePool.cpp.
+CUBLAS_WORKSPACE = {"ampere": (2 * 4096 + 8 * 16) * KIB, "hopper": 8 * 4096 * KIB}
+MATRIX_PRODUCTS = re.compile(r"aten\.(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|vdot|linear|matmul|einsum)\.\w+")
+
+
+def cublas_workspaces(timeline: Timeline, gpu: str) -> list[Block]:
+    """What cuBLAS allocates with the first matrix product of a thread, and keeps.
+
+    >>> product = Block(512, 512, 1, op="aten.mm.default", phase="forward")
+    >>> [block.size for block in cublas_workspaces(Timeline([product], 1), "ampere")]
+    [8519680]
+    """
+    first = {}
+    for block in timeline.blocks:
+        if MATRIX_PRODUCTS.fullmatch(block.op):
+            first.setdefault(block.phase in ("backward", "recompute"), block.born)
+    size = CUBLAS_WORKSPACE[gpu]
+    return [Block(size, size, born, op="cuBLAS workspace") for born in first.values()]
 
 
 def workspace(operator: Any, args: tuple) -> int:
@@ -92,6 +112,11 @@ def _efficient_backward(grad_out: Tensor, query: Tensor, *_: Any) -> int:
     return 4 * rows + (4 * b * h * _up(length, 64) * width if half else 0)
 
 
+def _softmax_backward(grad_out: Tensor, output: Tensor, *_: Any) -> int:
+    """The product of gradient and output (SoftMax.cu)."""
+    return grad_out.numel() * grad_out.element_size()
+
+
 def _inverse_fft(x: Tensor, *_: Any) -> int:
     """cuFFT overwrites its input, so torch copies it first."""
     return x.numel() * x.element_size()
@@ -104,6 +129,7 @@ def _up(size: int, multiple: int) -> int:
 WORKSPACES = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    aten._softmax_backward_data.default: _softmax_backward,
     aten._fft_c2r.default: _inverse_fft,
 }
 

@@ -157,7 +157,7 @@ def _compile(values: Values) -> Callable:
     def compile_nothing(model: Any = None, **options: Any) -> Any:
         if model is None:
             return lambda model: compile_nothing(model)
-        if "flex_attention" not in getattr(model, "__name__", ""):  # which has its own note
+        if "flex_attention" not in getattr(model, "__name__", ""):  # that has a note of its own
             values.note("torch.compile: predicted as it runs without; compiled kernels keep less")
         return model
 

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
 STAND_IN = torch.device("cpu", 0)  # the GPU, as C++ sees it
+DEVICE = torch.ops.prim.device.default
 
 
 class FakeTensors(FakeTensorMode):
@@ -54,9 +55,9 @@ class FakeTensors(FakeTensorMode):
         return not self.names_gpu or tensor.device.type == "cuda"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
-        kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:
+        if func is DEVICE:
             return seen_by_cpp(args[0])
+        kwargs = kwargs or {}
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": self._place(kwargs["device"])}
         if kwargs.get("pin_memory"):
@@ -86,8 +87,8 @@ def the_gpu(device: torch.device) -> torch.device:
 
 def seen_by_cpp(tensor: Tensor) -> torch.device:
     """The device of a fake tensor that C++ is told."""
-    device = tensor.fake_device
-    return STAND_IN if device.type == "cuda" else device
+    device = tensor._fake_device
+    return STAND_IN if device == GPU else device
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -33,15 +33,16 @@ from tfswa_lab.memory.predict.calls import calls_answered
 from tfswa_lab.memory.predict.cuda_attention import present_gpu
 from tfswa_lab.memory.predict.cuda_kernels import (
     WORKSPACES,
+    cublas_workspaces,
     cuda_like,
     error_budget,
     workspace,
 )
 from tfswa_lab.memory.predict.cuda_module import cuda_module
-from tfswa_lab.memory.predict.fake_tensors import FakeTensors, fake_tensors, seen_by_cpp
+from tfswa_lab.memory.predict.fake_tensors import DEVICE, FakeTensors, fake_tensors, seen_by_cpp
 from tfswa_lab.memory.predict.values import Values
 from tfswa_lab.memory.sizes import format_bytes, is_whole, rounded
-from tfswa_lab.memory.trace.timeline import Moment, Peak, Timeline
+from tfswa_lab.memory.trace.timeline import Block, Moment, Peak, Timeline
 from tfswa_lab.memory.trace.tracer import Tracer
 
 Step = Callable[[], Any]
@@ -53,9 +54,11 @@ class Prediction(Moment):
     """The memory that a step will take, and who will hold it at the peak.
 
     Args:
-        peak: bytes that `torch.cuda.max_memory_allocated` would report. It may be a little above
-            the sum of the blocks: the allocator does not split a large one for less than 1 MiB.
-        reserved: bytes that a simulated allocator takes from the GPU.
+        peak: bytes of the tensors on the GPU. It may be a little above the sum of the blocks: the
+            allocator does not split a large one for less than 1 MiB.
+        workspaces: bytes that cuBLAS keeps beside them. `torch.cuda.max_memory_allocated` reports
+            the sum of both (older versions than 1.12 the tensors alone).
+        reserved: bytes that a simulated allocator takes from the GPU, for both.
         host: when the program's tensors hold the most memory of the host, and which do.
         names_gpu: whether the program puts a tensor on a GPU. If it never does, all its tensors are
             taken to live there, and none on the host.
@@ -64,6 +67,7 @@ class Prediction(Moment):
     """
 
     peak: int
+    workspaces: int
     reserved: int
     host: Peak
     names_gpu: bool
@@ -78,7 +82,8 @@ class Prediction(Moment):
             host = f"{format_bytes(self.host.allocated)} on the host"
         else:
             host = "the program names no GPU, so all of its tensors are taken to live there"
-        return f"GPU: peak {peak} allocated, about {reserved} reserved; {host}"
+        cublas = f" and {format_bytes(self.workspaces)} by cuBLAS" if self.workspaces else ""
+        return f"GPU: {peak} allocated at the peak{cublas}, about {reserved} reserved; {host}"
 
     def __repr__(self) -> str:
         sizes = {"peak": self.peak, "reserved": self.reserved, "host": self.host.allocated}
@@ -109,19 +114,24 @@ def predict(
 
     Args:
         make_step: makes the model, the optimizer and the input, and returns a function without
-            arguments that runs one step. All of it runs on tensors without values. It may be
-            written for the CPU or for a GPU, `torch.autocast("cuda", …)` included.
-        attention: kernel of `scaled_dot_product_attention`, see `cuda_like`.
+            arguments that runs one step. All of it runs on tensors without values, as on a machine
+            with a GPU: what the program puts there is counted there, the rest on the host. If it
+            names no GPU, all its tensors are taken to live there.
+        attention: the kernel of `scaled_dot_product_attention`: "flash" (half precision, no mask),
+            "efficient", "cudnn", or "math", which keeps all scores; "auto" takes the first one that
+            supports the inputs, in the GPU's order, of those that the program allows.
         steps: how many to run; the second step finds the optimizer's state already allocated.
         gpu: the GPU that attention="auto" chooses for: "hopper" (H100, H200, B200) or "ampere" (all
             others); None for the GPU of this machine, or "ampere" where there is none.
+        values: numbers that only tensors with values would tell, by the line that asks for them,
+            such as `{"train.py:12": 4000}`. The error names the line.
 
     Raises:
         TypeError: `make_step` does not return a function.
-        ValueError: the attention kernel or the GPU is unknown, or the kernel does not support these
-            inputs.
-        NotImplementedError: the step depends on values, which a prediction does not have; the
-            message names the operation and the line.
+        ValueError: the attention kernel or the GPU is unknown, the kernel does not support these
+            inputs, `steps` is no number of steps, or a line of `values` asks for nothing.
+        NotImplementedError: a number that nobody knows becomes a size, an index or a branch; the
+            message names the line. Checks (`assert`, `if …: raise`) are taken to pass.
 
     >>> from torch import nn
     >>> def make_step():
@@ -136,15 +146,13 @@ def predict(
     known, gpu = Values(values), gpu or present_gpu()
     with (
         torch.random.fork_rng(devices=()),
+        _defaults_restored(),
         fake_tensors() as fake,
         FakeTracer(fake, known) as tracer,
         cuda_like(fake, known, attention, gpu),
         cuda_module(gpu, known, tracer.allocated),
         calls_answered(fake, known) as tracer.calls,
-        ExitStack() as stack,
     ):
-        stack.callback(tracer.restore)
-        stack.callback(_restore_defaults, _default_device(), torch.get_default_dtype())
         try:
             step = make_step()
             if not callable(step):
@@ -164,17 +172,40 @@ def predict(
         raise known.refusal
     if known.unused():
         raise ValueError(f"values: no number was asked for at {', '.join(known.unused())}")
+    gpu_timeline, host = tracer.both()
     del step
     gc.collect()
-    gpu_timeline, host = tracer.both()
     operators = {block.op for block in gpu_timeline.blocks}
     replayed = replay(gpu_timeline)  # counts the blocks that the allocator leaves unsplit
-    (peak, event), (reserved, _) = replayed.peak_allocated, replayed.peak_reserved
+    peak, event = replayed.peak_allocated
+    workspaces = cublas_workspaces(gpu_timeline, gpu)
+    full = replace(gpu_timeline, blocks=[*gpu_timeline.blocks, *workspaces])
+    reserved, _ = replay(full).peak_reserved
     budget = (*error_budget(operators), *known.notes)
     seconds = time.perf_counter() - began
     return Prediction(
-        gpu_timeline, event, peak, reserved, host.peak(), fake.names_gpu, budget, seconds
+        timeline=gpu_timeline,
+        event=event,
+        peak=peak,
+        workspaces=sum(block.size for block in workspaces),
+        reserved=reserved,
+        host=host.peak(),
+        names_gpu=fake.names_gpu,
+        budget=budget,
+        seconds=seconds,
     )
+
+
+@contextmanager
+def _defaults_restored() -> Iterator[None]:
+    """A program may set defaults, and the next one should not find them."""
+    dtype, device = torch.get_default_dtype(), _default_device()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if _default_device() != device:
+            torch.set_default_device(device)
 
 
 def _default_device() -> torch.device | None:
@@ -182,11 +213,9 @@ def _default_device() -> torch.device | None:
     return context and context.device
 
 
-def _restore_defaults(device: torch.device | None, dtype: torch.dtype) -> None:
-    """A program may set defaults, and the next one should not find them."""
-    if _default_device() != device:
-        torch.set_default_device(device)
-    torch.set_default_dtype(dtype)
+def _is_counter(block: Block) -> bool:
+    """An optimizer's count of steps, which stays on the host unless its kernels are fused."""
+    return block.category == "optimizer state" and block.shape == ()
 
 
 class FakeTracer(Tracer):
@@ -212,11 +241,13 @@ class FakeTracer(Tracer):
     def both(self) -> tuple[Timeline, Timeline]:
         """The timelines of the GPU and of the host."""
         host = self.timeline("cpu")
-        if not self.fake.names_gpu:
-            return host, replace(host, blocks=[])
-        for block in host.blocks:
-            block.rounded = block.size
-        return self.timeline("cuda:0"), host
+        if self.fake.names_gpu:
+            return self.timeline("cuda:0"), host
+        fused = any("_fused_" in block.op for block in host.blocks)
+        blocks = [block for block in host.blocks if fused or not _is_counter(block)]
+        for block in blocks:
+            block.rounded = rounded(block.size)
+        return replace(host, blocks=blocks), replace(host, blocks=[])
 
     def add_module(self, root: nn.Module) -> None:
         """Remember the gradients of a model that is older than the prediction."""
@@ -226,26 +257,26 @@ class FakeTracer(Tracer):
         super().add_module(root)
 
     def _before_optimizer(self, optimizer: Optimizer, *rest: Any) -> None:
-        if optimizer not in self._states:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        if optimizer not in self._states and not all(isinstance(p, FakeTensor) for p in parameters):
             state = {of: dict(each) for of, each in optimizer.state.items()}
             self._states[optimizer] = state
         super()._before_optimizer(optimizer, *rest)
 
-    def restore(self) -> None:
-        """Give the program's older parameters and optimizers what they had."""
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         for parameter, gradient in self._gradients.items():
             parameter.grad = gradient
         for optimizer, state in self._states.items():
             optimizer.state.clear()
             optimizer.state.update(state)
 
-    def device_of(self, tensor: Tensor) -> torch.device:
-        """The device of a fake tensor, as autograd sees it."""
-        return seen_by_cpp(tensor)
-
-    def rounded(self, size: int, device: str) -> int:
-        """As on a GPU; what turns out to be the host's is not rounded."""
-        return rounded(size)
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
+        """Below the program's calls, nothing needs to be answered."""
+        if func is DEVICE:
+            return seen_by_cpp(args[0])
+        with torch._C.DisableTorchFunction():
+            return super().__torch_dispatch__(func, types, args, kwargs)
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Run an operator; one that needs values is given those that are known."""

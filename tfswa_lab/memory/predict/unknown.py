@@ -136,11 +136,7 @@ def user_line() -> str:
 
 
 def line_of(frame: FrameType) -> str:
-    """File and line, as a key of `values`; notebook cells are called `cell`.
-
-    >>> line_of(sys._getframe()).partition(":")[0]
-    '<doctest tfswa_lab.memory.predict.values.line_of[0]>'
-    """
+    """File and line, as a key of `values`; notebook cells are called `cell`."""
     name = frame.f_code.co_filename
     return f"{'cell' if 'ipykernel' in name else Path(name).name}:{frame.f_lineno}"
 

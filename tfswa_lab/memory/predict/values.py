@@ -9,6 +9,7 @@ Notebook: 05_where_memory_goes
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -27,6 +28,7 @@ from tfswa_lab.memory.predict.unknown import (
     line_of,
     user_line,
 )
+from tfswa_lab.memory.trace.stacks import is_library
 from tfswa_lab.memory.trace.tracer import has_storage, tensors_in
 
 aten = torch.ops.aten
@@ -51,6 +53,8 @@ class Values:
         self._asked: set[str] = set()
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._beliefs: dict[int, bool] = {}  # storages of truth values that are all alike
+        self._draws: set[int] = set()  # storages of one random number between 0 and 1
+        self._likely: dict[int, bool] = {}  # of comparisons with such a number
         self.notes: dict[str, None] = {}  # sentences for the error budget, in order
         self.refusal: ValueNeeded | None = None  # the last one, which a library may have hidden
         self.tried: ValueNeeded | None = None  # a refusal that may have been no more than a try
@@ -95,7 +99,12 @@ class Values:
         writes, random = traits(func)
         free = func in VALUE_FREE
         if random or not (free or all(map(self._is_known, inputs))):
-            if func in BELIEFS:
+            if func in DRAWS and result.numel() == 1:
+                self._draws.add(result.untyped_storage()._cdata)
+            elif func in COMPARISONS and inputs[0].untyped_storage()._cdata in self._draws:
+                more_likely = COMPARISONS[func](0.5, args[1])
+                self._likely[result.untyped_storage()._cdata] = more_likely
+            elif func in BELIEFS:
                 self._believe(func, args, result)
             elif writes and func not in CHECKS_ONLY:
                 self._forget_written(args, kwargs, writes)
@@ -115,8 +124,9 @@ class Values:
 
     def forget(self, storage: int) -> None:
         """A storage is gone, or its values are."""
-        self._storages.pop(storage, None)
-        self._beliefs.pop(storage, None)
+        for kept in (self._storages, self._beliefs, self._likely):
+            kept.pop(storage, None)
+        self._draws.discard(storage)
 
     def sized(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The result of an operator whose size depends on values.
@@ -208,6 +218,10 @@ class Values:
         line, found = self.given_here()
         if found is not None:
             return found
+        likely = self._likely.get(tensor.untyped_storage()._cdata)
+        if likely is not None and is_library(asking_frame().f_code.co_filename):
+            self.note(f"a random choice at {line}: {likely} is the likelier outcome")
+            return likely
         kind = Truth if tensor.dtype is torch.bool else Unknown
         return kind(self, line)
 
@@ -339,6 +353,14 @@ VALUE_FREE = {
     *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
     *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
 }
+# One number between 0 and 1, with which libraries decide whether to skip a layer.
+DRAWS = {aten.rand.default, aten.uniform_.default}
+COMPARISONS = {
+    aten.lt.Scalar: operator.lt,
+    aten.le.Scalar: operator.le,
+    aten.gt.Scalar: operator.gt,
+    aten.ge.Scalar: operator.ge,
+}
 # They write whether a number was infinite, and in a program that works none is.
 CHECKS_ONLY = {aten._amp_foreach_non_finite_check_and_unscale_.default}
 
@@ -409,6 +431,11 @@ def _nonzero(values: Values, func: Any, x: Tensor) -> Tensor:
 
 def _masked_select(values: Values, func: Any, x: Tensor, mask: Tensor) -> Tensor:
     shape = torch.broadcast_shapes(x.shape, mask.shape)
+    line = asking_frame()
+    is_label = x.dtype is torch.int64 and x.numel() <= MOST_NUMBERS
+    if is_label and values.of(mask) is None and is_library(line.f_code.co_filename):
+        values.note(f"labels at {line_of(line)}: how many are set is unknown, all are taken to be")
+        return x.new_empty(math.prod(shape))
     return x.new_empty(len(_rows(values, mask.expand(shape))[0]))
 
 

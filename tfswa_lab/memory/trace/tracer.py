@@ -142,8 +142,8 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # autograd asks fake tensors thousands of times
-            return self.device_of(args[0])
+        if func is torch.ops.prim.device.default:  # of fake tensors
+            return args[0].fake_device
         inputs = list(tensors_in((args, kwargs)))
         for tensor in inputs:
             if self._block_of(tensor) is None:  # made outside of the mode, as by from_numpy
@@ -161,10 +161,6 @@ class Tracer(TorchDispatchMode):
                 self._pass(scratch, _device_of(new[0] if new else result), origin)
         self.seen(func, args, kwargs, inputs, result)
         return result
-
-    def device_of(self, tensor: Tensor) -> torch.device:
-        """The device of a fake tensor, as autograd sees it."""
-        return tensor.fake_device
 
     def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Run an operator; subclasses may explain its errors."""
@@ -299,12 +295,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if has_storage(value):
             yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from tensors_in(each)
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from tensors_in(each)
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            if not isinstance(each, PLAIN):
+                yield from tensors_in(each)
+
+
+PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
 
 
 ROWS = ("crow_indices", "col_indices", "values")
