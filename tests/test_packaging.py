@@ -24,7 +24,10 @@ EXTRAS = {
 
 CONDA_NAMES = {"torch": "pytorch", "soundfile": "pysoundfile", "mir-eval": "mir_eval"}
 # old or absent there: pip brings them
-NOT_ON_CONDA_FORGE = {"auraloss", "lightning-fabric", "musdb", "museval", "stempeg", "torchaudio"}
+NOT_ON_CONDA_FORGE = {
+    *("auraloss", "demucs", "lightning-fabric", "musdb", "museval", "openunmix", "stempeg"),
+    "torchaudio",
+}
 MODULE_NAMES = {
     "lazy-loader": "lazy_loader",
     "lightning-fabric": "lightning_fabric",

@@ -69,7 +69,9 @@ aten = torch.ops.aten
 # cuBLAS keeps a workspace for each thread that multiplies matrices: the program's, and the one in
 # which autograd runs the backward pass. Source: aten/src/ATen/cuda/CublasHandlePool.cpp.
 CUBLAS_WORKSPACE = {"ampere": (2 * 4096 + 8 * 16) * KIB, "hopper": 8 * 4096 * KIB}
-MATRIX_PRODUCTS = re.compile(r"aten\.(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|vdot|linear|matmul|einsum)\.\w+")
+MATRIX_PRODUCTS = re.compile(
+    r"aten\.(mm|bmm|addmm|baddbmm|addbmm|mv|addmv|dot|vdot|linear|matmul|einsum)\.\w+"
+)
 
 
 def cublas_workspaces(timeline: Timeline, gpu: str) -> list[Block]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from tfswa_lab.memory.predict.unknown import Unknown, asking_frame, line_of
 from tfswa_lab.memory.predict.values import Values, real_tensors
 
 IGNORED = (
-    *("synchronize", "empty_cache", "reset_peak_memory_stats", "reset_max_memory_allocated"),
+    *("synchronize", "reset_peak_memory_stats", "reset_max_memory_allocated"),
     *("reset_max_memory_cached", "reset_accumulated_memory_stats", "ipc_collect", "init"),
     *("manual_seed", "manual_seed_all", "seed", "seed_all", "set_device", "set_stream"),
     *("set_per_process_memory_fraction", "_lazy_init", "_record_memory_history"),
@@ -65,7 +66,7 @@ class Properties:
 
 @contextmanager
 def cuda_module(
-    gpu: str, values: Values, allocated: Callable[[], tuple[int, int]]
+    gpu: str, values: Values, allocated: Callable[[], tuple[int, int]], empty_cache: Callable
 ) -> Iterator[None]:
     """A GPU is available, and does what the program says.
 
@@ -73,6 +74,7 @@ def cuda_module(
         gpu: a key of `CAPABILITY`.
         values: for numbers that nobody knows, and notes.
         allocated: gives the bytes of the GPU's tensors, now and at most.
+        empty_cache: notes that the program calls `torch.cuda.empty_cache`.
     """
 
     def no_size(*_: Any) -> None:
@@ -86,6 +88,7 @@ def cuda_module(
             return Unknown(values, line_of(asking_frame()))
 
     of_gpu = dict.fromkeys(IGNORED, _nothing) | {
+        "empty_cache": empty_cache,
         "is_available": lambda: True,
         "is_initialized": lambda: False,
         "device_count": lambda: 1,
@@ -129,6 +132,10 @@ def cuda_module(
         replace(nn.init, "_no_grad_trunc_normal_", _normal)  # torch's draws until all are inside
         replace(torch, "compile", _compile(values))
         replace(torch, "save", _save(values))
+        if "torch.utils.tensorboard" in sys.modules:  # a prediction writes no logs
+            writer = sys.modules["torch.utils.tensorboard"].SummaryWriter
+            for name in ("__init__", *(name for name in vars(writer) if name[0] != "_")):
+                replace(writer, name, _nothing)
         replace(DataLoader, "_get_iterator", _loader_iterator(values))
         next_index = loaders._BaseDataLoaderIter._next_index
         replace(loaders._BaseDataLoaderIter, "_next_index", _with_real_tensors(next_index))

@@ -150,7 +150,7 @@ def predict(
         fake_tensors() as fake,
         FakeTracer(fake, known) as tracer,
         cuda_like(fake, known, attention, gpu),
-        cuda_module(gpu, known, tracer.allocated),
+        cuda_module(gpu, known, tracer.allocated, tracer.empty_cache),
         calls_answered(fake, known) as tracer.calls,
     ):
         try:
@@ -180,7 +180,7 @@ def predict(
     peak, event = replayed.peak_allocated
     workspaces = cublas_workspaces(gpu_timeline, gpu)
     full = replace(gpu_timeline, blocks=[*gpu_timeline.blocks, *workspaces])
-    reserved, _ = replay(full).peak_reserved
+    reserved, _ = replay(full, empty_cache_after=tracer.emptied).peak_reserved
     budget = (*error_budget(operators), *known.notes)
     seconds = time.perf_counter() - began
     return Prediction(
@@ -229,6 +229,7 @@ class FakeTracer(Tracer):
     def __init__(self, fake: FakeTensors, values: Values):
         super().__init__()
         self.fake, self.values, self.calls = fake, values, None
+        self.emptied: list[int] = []  # events after which the program emptied torch's cache
         self._gradients = WeakIdKeyDictionary()  # of parameters older than the prediction
         self._states: dict[Optimizer, dict] = {}  # of their optimizers
 
@@ -237,6 +238,10 @@ class FakeTracer(Tracer):
         on = "cuda:0" if self.fake.names_gpu else "cpu"
         bytes_after = self.timeline(on).allocated()
         return bytes_after[-1], max(bytes_after)
+
+    def empty_cache(self) -> None:
+        """The program gives cached segments back here."""
+        self.emptied.append(self.event)
 
     def both(self) -> tuple[Timeline, Timeline]:
         """The timelines of the GPU and of the host."""

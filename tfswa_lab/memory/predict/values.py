@@ -434,7 +434,7 @@ def _masked_select(values: Values, func: Any, x: Tensor, mask: Tensor) -> Tensor
     line = asking_frame()
     is_label = x.dtype is torch.int64 and x.numel() <= MOST_NUMBERS
     if is_label and values.of(mask) is None and is_library(line.f_code.co_filename):
-        values.note(f"labels at {line_of(line)}: how many are set is unknown, all are taken to be")
+        values.note(f"labels at {line_of(line)}: how many count is unknown, all are taken to")
         return x.new_empty(math.prod(shape))
     return x.new_empty(len(_rows(values, mask.expand(shape))[0]))
 
