@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tfswa_lab.memory.predict import predict
+from tfswa_lab.memory.predict.allocator import replay
+from tfswa_lab.memory.predict.cuda_kernels import cublas_workspaces
 
 READINGS = Path(__file__).parent / "readings.json"
-UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+UNITS = {"GB": 10**9, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 # --- CS336, the course's own model
 SIZES = {  # width, feed-forward width, layers, heads
@@ -270,7 +273,6 @@ def memory_run(
     inference: bool = False,
     forward_loss: bool = False,
     clip: bool = False,
-    empties: bool = False,
 ):
     """damek's 2.7B, and OpenMOSS/SummerQuest-2026, A2-P: a forward pass, or a training step.
 
@@ -278,7 +280,6 @@ def memory_run(
     keep_logits: whether a name holds them until the step ends;
     inference: a forward pass in `inference_mode`, not `no_grad`;
     forward_loss: whether a forward pass includes the loss;
-    empties: whether torch's cache is emptied first.
     """
 
     def make():
@@ -302,8 +303,6 @@ def memory_run(
                     loss_of(logits)
 
         def train():
-            if empties:
-                torch.cuda.empty_cache()
             update.zero_grad(set_to_none=True)
             with cast():
                 logits = model(tokens)
@@ -539,6 +538,82 @@ def gpt2(fused=False, buffers=False, by_hand=True, half=True, fused_optimizer=Tr
     return make
 
 
+# --- ViT-L/16 of pytorch-memory-optim
+
+
+class ViTBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(1024, eps=1e-6), nn.LayerNorm(1024, eps=1e-6)
+        self.att = nn.MultiheadAttention(1024, 16, batch_first=True)
+        self.ff = nn.Sequential(nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n1(x)
+        y, _ = self.att(y, y, y, need_weights=False)
+        x = y + x
+        return x + self.ff(self.n2(x))
+
+
+class ViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 1024, 16, 16)
+        self.token = nn.Parameter(torch.zeros(1, 1, 1024))
+        self.places = nn.Parameter(torch.zeros(1, 197, 1024))
+        self.blocks = nn.Sequential(*(ViTBlock() for _ in range(24)))
+        self.norm, self.head = nn.LayerNorm(1024, eps=1e-6), nn.Linear(1024, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).permute(0, 2, 1)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return self.head(self.norm(self.blocks(x + self.places))[:, 0])
+
+
+class Adam2023(torch.optim.Optimizer):
+    """Adam of torch 2.1 for all parameters at once: its denominators are a copy of their own."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in parameters]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+        m, v = ([self.state[p][name] for p in parameters] for name in "mv")
+        torch._foreach_lerp_(m, grads, 0.1)
+        torch._foreach_mul_(v, 0.999)
+        torch._foreach_addcmul_(v, grads, grads, 0.001)
+        roots = torch._foreach_sqrt(v)
+        torch._foreach_addcdiv_(parameters, m, torch._foreach_add(roots, 1e-8), -1e-3)
+
+
+def vit(batch: int, precision: str):
+    """rasbt/pytorch-memory-optim: fine-tuning of ViT-L/16."""
+
+    def make():
+        half = precision == "bf16"
+        model = (ViT().to(torch.bfloat16) if half else ViT()).cuda()
+        optimizer, kept = Adam2023(model.parameters()), {}
+
+        def step():
+            x = torch.randn(batch, 3, 224, 224).cuda().to(torch.bfloat16 if half else torch.float32)
+            with torch.autocast("cuda", torch.float16, enabled=precision == "fp16"):
+                kept["logits"] = model(x)
+            labels = torch.randint(0, 10, (batch,)).cuda()
+            kept["loss"] = F.cross_entropy(kept["logits"], labels)
+            optimizer.zero_grad()
+            kept["loss"].backward()
+            optimizer.step()
+
+        return step
+
+    return make
+
+
 # --- issues
 def shared_linear(times: int = 100):
     """TylerYep/torchinfo issue 144: one Linear(1024) applied 100 times to (10240, 1024)."""
@@ -597,16 +672,23 @@ def issue_72450(until: str):
 
 
 @cache
-def predicted(program: str, arguments: str, options: str, steps: int, gpu: str) -> dict:
+def predicted(
+    program: str, arguments: str, options: str, steps: int, gpu: str, attention: str = "auto"
+) -> dict:
     """Bytes of what a reading may be of, with and without the workspaces of cuBLAS."""
     make = globals()[program](*json.loads(arguments), **json.loads(options))
-    found = predict(make, steps=steps, gpu=gpu)
+    found = predict(make, attention=attention, steps=steps, gpu=gpu)
     timeline = found.timeline
+    start, workspaces = timeline.steps[-1], cublas_workspaces(timeline, gpu)
+    full = replace(timeline, blocks=[*timeline.blocks, *workspaces])
+    emptied = replay(full, empty_cache_after=[start])
     return {
         "peak": found.peak,
         "end": timeline.allocated()[-1],
         "since": timeline.peak(start=timeline.steps[-1]).allocated,  # of the last step
         "reserved": found.reserved,
+        # The cache is emptied before the last step.
+        "reserved, emptied": int(max(emptied.reserved[start + 1 :], default=0)),
         "workspaces": found.workspaces,
         "seconds": found.seconds,
     }
@@ -624,19 +706,23 @@ def readings(*programs: str) -> list[dict]:
 
 def compared(row: dict) -> dict:
     """A reading beside its prediction."""
-    of = row["of"]
-    arguments, options = (json.dumps(row.get(name, {})) for name in ("arguments", "options"))
-    found = predicted(row["program"], arguments, options, row["steps"], row["kind"])
-    read = row["value"] * UNITS[row["unit"]]
-    counts = of != "reserved" and row["torch"] != "1.11" and "2022" not in row["torch"]
+    of, read = row["of"], row["value"] * UNITS[row["unit"]]
+    texts = (json.dumps(row.get(name, {})) for name in ("arguments", "options"))
+    what = (row["program"], *texts, row["steps"], row["kind"])
+    found = predicted(*what)
+    counts = not of.startswith("reserved") and row["torch"] != "1.11" and "2022" not in row["torch"]
     expected = found[of] + (found["workspaces"] if counts else 0)
-    return row | {
+    row |= {
         "read": round(read),
         "predicted": expected,
         "error": round(expected / read - 1, 6),
         "error_without_workspaces": round(found[of] / read - 1, 6),
         "seconds_to_predict": round(found["seconds"], 2),
     }
+    if "or_attention" in row:  # which kernel ran is not known
+        other = predicted(*what, attention=row["or_attention"])[of]
+        row["error_of_other_kernel"] = round(other / read - 1, 6)
+    return row
 
 
 def is_new(row: dict) -> bool:
@@ -649,7 +735,7 @@ def summary(rows: list[dict]) -> str:
     """A line for each source and each kind of reading."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        kind = "reserved" if row["of"] == "reserved" else "allocated"
+        kind = "reserved" if row["of"].startswith("reserved") else "allocated"
         groups.setdefault((row["source"], row["torch"], row["gpu"], kind), []).append(row)
     lines = []
     for key, group in groups.items():
@@ -680,7 +766,7 @@ def main() -> None:
         errors = [
             abs(row["error"])
             for row in rows
-            if is_new(row) and (row["of"] == "reserved") == (of == "reserved")
+            if is_new(row) and row["of"].startswith("reserved") == (of == "reserved")
         ]
         if errors:
             print(

@@ -1,5 +1,6 @@
 """Numbers in a prediction: those that the program knows, those that nobody knows, and checks."""
 
+import copy
 import math
 import sys
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import rnn
+from torch.utils._pytree import tree_leaves
 
 from tfswa_lab.memory.predict import predict
 
@@ -367,29 +369,77 @@ def test_defaults_of_a_program_end_with_it():
     assert torch.zeros(1).device.type == "cpu"
 
 
-def test_a_model_that_is_older_than_the_prediction_stays_as_it_was():
-    net = nn.Linear(8, 8)
-    optimizer = torch.optim.Adam(net.parameters())
+def older_model(tied):
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    if tied:
+        net[2].weight = net[0].weight
+    return net, torch.optim.Adam(net.parameters(), fused=True)
 
-    def make_step(move):
-        model = net.cuda() if move else net
-        device = "cuda" if move else "cpu"
+
+def moved(net, optimizer):
+    net.cuda()
+    ema = copy.deepcopy(net)
+
+    def step():
+        net(torch.ones(4, 8, device="cuda")).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            ema[0].weight.lerp_(net[0].weight, 0.1)
+
+    return step
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_that_is_older_than_the_prediction_counts_as_much(tied):
+    older = older_model(tied)
+    inside = predict(lambda: moved(*older_model(tied)))
+    outside = predict(lambda: moved(*older))
+    assert outside.peak == inside.peak
+    assert outside.by_category() == inside.by_category()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_model_that_is_older_than_the_prediction_stays_as_it_was(device):
+    net, optimizer = older_model(tied=True)
+    net(torch.ones(4, 8)).sum().backward()
+    optimizer.step()
+    state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+    weight, gradient = net[0].weight, net[0].weight.grad.clone()
+    count = torch.zeros(3)
+
+    def make_step():
+        net.to(device)
 
         def step():
-            model(torch.randn(2, 8, device=device)).sum().backward()
+            optimizer.zero_grad(set_to_none=False)
+            net(torch.ones(4, 8, device=device)).sum().backward()
             optimizer.step()
+            nn.init.zeros_(net[2].bias)
+            count.add_(1)
+            count[0] = 5.0
 
         return step
 
-    before = net.weight
-    for move in (False, True):
-        predict(lambda move=move: make_step(move))
-        assert net.weight is before
-        assert type(net.weight) is nn.Parameter
-        assert net.weight.grad is None
-        assert not optimizer.state
-    net(torch.randn(2, 8)).sum().backward()
+    predict(make_step)
+    assert net[0].weight is net[2].weight is weight is optimizer.param_groups[0]["params"][0]
+    assert torch.equal(weight.grad, gradient)
+    assert not count.any()
+    for before, after in zip(state, (net.state_dict(), optimizer.state_dict()), strict=True):
+        leaves = zip(tree_leaves(before), tree_leaves(after), strict=True)
+        for one, other in leaves:
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    net(torch.ones(4, 8)).sum().backward()
     optimizer.step()
+
+
+def test_a_deep_copy_is_counted_once():
+    def make_step(copies):
+        first = nn.Linear(512, 512, bias=False)
+        nets = [copy.deepcopy(first) if copies else nn.Linear(512, 512, bias=False) for _ in "abcd"]
+        net = nn.Sequential(*nets).cuda()
+        return lambda: net(torch.randn(4, 512, device="cuda")).sum().backward()
+
+    assert predict(lambda: make_step(True)).peak == predict(lambda: make_step(False)).peak
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="positions of instructions")

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tfswa_lab.memory.predict import sequences
@@ -92,6 +92,24 @@ def _pin_memory(calls: Calls, tensor: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _is_pinned(calls: Calls, tensor: Tensor, *_: Any, **__: Any) -> bool:
     return getattr(tensor, "pinned", False)
+
+
+def _deepcopy(calls: Calls, tensor: Tensor, memo: dict) -> Tensor:
+    """A clone; torch would copy a storage, of which fake tensors have none."""
+    if id(tensor) in memo:
+        return memo[id(tensor)]
+    if not tensor.is_leaf:
+        raise RuntimeError(
+            "only tensors created explicitly by the user support the deepcopy protocol"
+        )
+    copied = tensor.detach().clone()
+    if getattr(tensor, "_is_param", False):
+        copied = nn.Parameter(copied, tensor.requires_grad)
+    copied.requires_grad_(tensor.requires_grad)
+    if tensor.grad is not None:
+        copied.grad = tensor.grad.detach().clone()
+    memo[id(tensor)] = copied
+    return copied
 
 
 def _data_ptr(calls: Calls, tensor: Tensor) -> int:
@@ -259,6 +277,7 @@ ANSWERS = {
     Tensor.pin_memory: _pin_memory,
     Tensor.is_pinned: _is_pinned,
     Tensor.data_ptr: _data_ptr,
+    Tensor.__deepcopy__: _deepcopy,
     Tensor.item: _item,
     Tensor.__int__: _whole,
     Tensor.__index__: _whole,

@@ -91,6 +91,7 @@ def cuda_module(
         "empty_cache": empty_cache,
         "is_available": lambda: True,
         "is_initialized": lambda: False,
+        "is_current_stream_capturing": lambda: False,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "is_bf16_supported": lambda *_, **__: True,

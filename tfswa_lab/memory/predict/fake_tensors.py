@@ -1,4 +1,4 @@
-"""Tensors with a shape, a device and no values: a step of 700 GiB fits on a laptop.
+"""Tensors with a shape, a device and no values: a step of 800 GiB fits on a laptop.
 
 Torch's own fake tensors on `cuda` end in a crash where torch was built without CUDA. Here a tensor
 on the GPU says `cuda:0` to Python, and `cpu:0` to torch's C++, which takes it for a CPU tensor on
@@ -9,8 +9,10 @@ Notebook: 05_where_memory_goes
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import Optimizer
 
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
 STAND_IN = torch.device("cpu", 0)  # the GPU, as C++ sees it
@@ -87,7 +90,7 @@ def the_gpu(device: torch.device) -> torch.device:
 
 def seen_by_cpp(tensor: Tensor) -> torch.device:
     """The device of a fake tensor that C++ is told."""
-    device = tensor._fake_device
+    device = tensor.fake_device
     return STAND_IN if device == GPU else device
 
 
@@ -108,7 +111,7 @@ def fake_tensors() -> Iterator[FakeTensors]:
         found = dispatch(func, *rest)
         return STAND_IN if isinstance(found, torch.device) and found == GPU else found
 
-    replaced: list[tuple[dict, str, Tensor]] = []
+    older = OlderModels()
     with ExitStack() as stack:
         for place, name, value in (
             (torch.Tensor, "_make_subclass", staticmethod(on_cpu)),
@@ -116,14 +119,51 @@ def fake_tensors() -> Iterator[FakeTensors]:
             (FakeTensor, "is_cuda", property(lambda self: self.device.type == "cuda")),
             (FakeTensor, "is_cpu", property(lambda self: self.device.type == "cpu")),
             (FakeTensor, "__torch_dispatch__", classmethod(outside_of_modes)),
-            (nn.Module, "_apply", _applied(replaced)),
+            (nn.Module, "_apply", _applied(older)),
         ):
             stack.enter_context(patch.object(place, name, value))
-        stack.callback(_put_back, replaced)
+        stack.callback(older.put_back)
         yield stack.enter_context(mode)
 
 
-def _applied(replaced: list) -> Callable:
+class OlderModels:
+    """Models that are older than the prediction; what is moved of them is a copy, and put back."""
+
+    def __init__(self):
+        self._tensors: list[tuple[dict, str, Tensor]] = []
+        self._copies: dict[int, Tensor] = {}  # by the parameter's id
+        self._optimizers: list[Optimizer] | None = None
+        self._groups: list[tuple[dict, list]] = []
+
+    def replace(self, place: dict, name: str, copy: Callable[[], Tensor]) -> None:
+        """Put a copy in place of a parameter or a buffer, and of a parameter of an optimizer."""
+        tensor = place[name]
+        self._tensors.append((place, name, tensor))
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = copy()
+            self._tell_optimizers(tensor)
+        place[name] = self._copies[id(tensor)]
+
+    def _tell_optimizers(self, tensor: Tensor) -> None:
+        if self._optimizers is None:
+            every = gc.get_objects()
+            self._optimizers = [each for each in every if issubclass(type(each), Optimizer)]
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                if any(each is tensor for each in group["params"]):
+                    self._groups.append((group, group["params"]))
+                    copies = [self._copies.get(id(each), each) for each in group["params"]]
+                    group["params"] = copies
+
+    def put_back(self) -> None:
+        """Everything is as it was."""
+        for place, name, tensor in reversed(self._tensors):
+            place[name] = tensor
+        for group, parameters in reversed(self._groups):
+            group["params"] = parameters
+
+
+def _applied(older: OlderModels) -> Callable:
     """`Module.to` and the like: they give each parameter other data, so that it stays itself."""
 
     def apply(
@@ -139,24 +179,24 @@ def _applied(replaced: list) -> Callable:
                 if parameter.grad is not None:
                     _set_data(parameter.grad, function(parameter.grad))
             else:
-                replaced.append((module._parameters, name, parameter))
-                module._parameters[name] = nn.Parameter(changed.detach(), parameter.requires_grad)
+                new = partial(nn.Parameter, changed.detach(), parameter.requires_grad)
+                older.replace(module._parameters, name, new)
         for name, buffer in module._buffers.items():
-            if buffer is not None:
-                if not isinstance(buffer, FakeTensor):
-                    replaced.append((module._buffers, name, buffer))
-                module._buffers[name] = function(buffer)
+            if buffer is None or (changed := function(buffer)) is buffer:
+                continue
+            if isinstance(buffer, FakeTensor):
+                module._buffers[name] = changed
+            else:
+                older.replace(module._buffers, name, partial(_same, changed))
         return module
 
     return apply
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _set_data(tensor: Tensor, changed: Tensor) -> None:
     tensor.data = changed.detach()
     tensor.fake_device = changed.fake_device
-
-
-def _put_back(replaced: list[tuple[dict, str, Tensor]]) -> None:
-    """A model that existed before the prediction has its own tensors again."""
-    for place, name, tensor in reversed(replaced):
-        place[name] = tensor

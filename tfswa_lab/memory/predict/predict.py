@@ -40,12 +40,13 @@ from tfswa_lab.memory.predict.cuda_kernels import (
 )
 from tfswa_lab.memory.predict.cuda_module import cuda_module
 from tfswa_lab.memory.predict.fake_tensors import DEVICE, FakeTensors, fake_tensors, seen_by_cpp
-from tfswa_lab.memory.predict.values import Values
+from tfswa_lab.memory.predict.values import Values, traits
 from tfswa_lab.memory.sizes import format_bytes, is_whole, rounded
 from tfswa_lab.memory.trace.timeline import Block, Moment, Peak, Timeline
 from tfswa_lab.memory.trace.tracer import Tracer
 
 Step = Callable[[], Any]
+OLDER = (Tensor, nn.Parameter)  # types of real tensors
 aten = torch.ops.aten
 
 
@@ -231,7 +232,7 @@ class FakeTracer(Tracer):
         self.fake, self.values, self.calls = fake, values, None
         self.emptied: list[int] = []  # events after which the program emptied torch's cache
         self._gradients = WeakIdKeyDictionary()  # of parameters older than the prediction
-        self._states: dict[Optimizer, dict] = {}  # of their optimizers
+        self._states: dict[Optimizer, dict] = {}  # of optimizers, before their first step
 
     def allocated(self) -> tuple[int, int]:
         """Bytes of the tensors on the GPU, now and at most."""
@@ -254,16 +255,14 @@ class FakeTracer(Tracer):
             block.rounded = rounded(block.size)
         return replace(host, blocks=blocks), replace(host, blocks=[])
 
-    def add_module(self, root: nn.Module) -> None:
-        """Remember the gradients of a model that is older than the prediction."""
-        for parameter in root.parameters():
-            if not isinstance(parameter, FakeTensor) and parameter not in self._gradients:
-                self._gradients[parameter] = parameter.grad
-        super().add_module(root)
+    def label(self, tensor: Tensor, category: str, module: str = "") -> None:
+        """Remember the gradient of a tensor that is older than the prediction."""
+        if not isinstance(tensor, FakeTensor) and tensor.is_leaf and tensor not in self._gradients:
+            self._gradients[tensor] = tensor.grad
+        super().label(tensor, category, module)
 
     def _before_optimizer(self, optimizer: Optimizer, *rest: Any) -> None:
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        if optimizer not in self._states and not all(isinstance(p, FakeTensor) for p in parameters):
+        if optimizer not in self._states:
             state = {of: dict(each) for of, each in optimizer.state.items()}
             self._states[optimizer] = state
         super()._before_optimizer(optimizer, *rest)
@@ -289,7 +288,12 @@ class FakeTracer(Tracer):
             return self.values.scalar(args[0], self.calls.running)
         if func is aten.equal.default:
             return False  # torch's own checks ask whether something is wrong
+        # A tensor that is older than the prediction stays as it is, and `x += 1` keeps its name.
+        is_written = args and type(args[0]) in OLDER and traits(func)[0] == (0,)
         try:
+            if is_written:
+                func(self.fake.from_tensor(args[0]), *args[1:], **kwargs)
+                return args[0]
             return func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return self.values.sized(func, args, kwargs)

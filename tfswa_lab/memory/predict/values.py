@@ -60,15 +60,21 @@ class Values:
         self.tried: ValueNeeded | None = None  # a refusal that may have been no more than a try
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """The values of a tensor as a real one; None if they are unknown."""
-        if not isinstance(tensor, FakeTensor):
-            return tensor if has_storage(tensor) and tensor.device.type == "cpu" else None
+        """The values of a tensor as a real one; None if they are unknown.
+
+        Those of a tensor that is older than the prediction are copied, so that it stays as it is.
+        """
         if not has_storage(tensor) or tensor.is_complex():
             return None
-        storage = self._storages.get(tensor.untyped_storage()._cdata)
-        if storage is None:
-            return None
+        key = tensor.untyped_storage()._cdata
+        storage = self._storages.get(key)
         with real_tensors():
+            if storage is None and not isinstance(tensor, FakeTensor):
+                is_small = tensor.untyped_storage().nbytes() <= 8 * MOST_NUMBERS
+                if tensor.device.type == "cpu" and is_small:
+                    storage = self._storages[key] = tensor.untyped_storage().clone()
+            if storage is None:
+                return None
             place = tensor.storage_offset(), tuple(tensor.size()), tensor.stride()
             return torch.empty(0, dtype=tensor.dtype).set_(storage, *place)
 
@@ -153,7 +159,7 @@ class Values:
     def _is_known(self, tensor: Tensor) -> bool:
         if tensor.untyped_storage()._cdata in self._storages:
             return True
-        return not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"
+        return not isinstance(tensor, FakeTensor) and self.of(tensor) is not None
 
     def _calculated(self, func: Any, args: tuple, kwargs: dict, filled: bool) -> Any:
         """The result of the operator on real tensors; None if the CPU has no kernel for them."""
