@@ -32,7 +32,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tfswa_lab.memory import gauges
 from tfswa_lab.memory.predict.cuda_attention import present_gpu
-from tfswa_lab.memory.predict.fake_tensors import fake_tensors
 from tfswa_lab.memory.predict.predict import predict_choices
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.models import tf_locoformer, tfswa_unet
@@ -257,17 +256,17 @@ def peers(network: str, seconds: float, batch: int) -> dict[str, int]:
     """Estimates of other tools for the same step, in bytes."""
     kind, sizes = NETWORKS[network]
     frames = round(seconds * FRAMES_PER_SECOND)
-    with fake_tensors():
+    with torch.device("meta"):
         model = kind(4, 8, **sizes)
-        found = {"parameters × 4": 16 * sum(p.numel() for p in model.parameters())}
-        try:
-            from accelerate.utils import calculate_maximum_sizes
-            from torchinfo import summary
-        except ImportError:
-            return found
-        found["accelerate, training"] = 4 * calculate_maximum_sizes(model)[0]
-        shown = summary(model, (batch, 4, frames, BINS), device="cpu", verbose=0)
-        found["torchinfo"] = shown.total_input + shown.total_output_bytes + shown.total_param_bytes
+    found = {"parameters × 4": 16 * sum(p.numel() for p in model.parameters())}
+    try:
+        from accelerate.utils import calculate_maximum_sizes
+        from torchinfo import summary
+    except ImportError:
+        return found
+    found["accelerate, training"] = 4 * calculate_maximum_sizes(model)[0]
+    shown = summary(model, (batch, 4, frames, BINS), device="meta", verbose=0)
+    found["torchinfo"] = shown.total_input + shown.total_output_bytes + shown.total_param_bytes
     return found
 
 

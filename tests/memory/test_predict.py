@@ -141,6 +141,42 @@ def test_dropout_keeps_a_byte_per_element():
     assert {b.size for b in kept} == {512_000}
 
 
+@pytest.mark.parametrize(
+    "loss", [F.mse_loss, F.smooth_l1_loss, F.binary_cross_entropy, F.soft_margin_loss, F.l1_loss]
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_some_losses_keep_the_memory_of_all_elements(loss, reduction):
+    """Torch shortens the result in place; real tensors on the CPU show it."""
+    x, y = torch.rand(2, 1000)
+    real = loss(x, y, reduction=reduction).untyped_storage().nbytes()
+    found = []
+
+    def make_step():
+        x, y = torch.rand(1000), torch.rand(1000)
+        return lambda: found.append(loss(x, y, reduction=reduction).untyped_storage().nbytes())
+
+    predict(make_step, steps=1)
+    assert found == [real]
+
+
+def test_dropout_in_place_keeps_a_number_per_element():
+    def make_step(inplace):
+        x = torch.randn(1000, 512, requires_grad=True)
+        return lambda: F.dropout(x * 1, 0.1, inplace=inplace).sum().backward()
+
+    found = predict(lambda: make_step(True)).timeline.blocks
+    assert not any(block.dtype == "bool" for block in found)
+
+
+def test_a_model_in_which_nothing_moves_counts_as_much_if_it_is_older():
+    def make_step(net):
+        return lambda: net(torch.zeros(8, 512)).sum().backward()
+
+    build = lambda: nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])  # noqa: E731
+    older = build()
+    assert predict(lambda: make_step(older)).peak == predict(lambda: make_step(build())).peak
+
+
 def test_optimizers_update_all_parameters_at_once_as_on_cuda():
     step = predict(training)
     operators = {block.op for block in step.timeline.blocks}
@@ -433,8 +469,20 @@ def test_the_programs_own_choice_of_kernels_is_respected():
         (SDPBackend.MATH, "math"),
         (SDPBackend.EFFICIENT_ATTENTION, "efficient"),
         (SDPBackend.FLASH_ATTENTION, "flash"),
+        (SDPBackend.CUDNN_ATTENTION, "cudnn"),
     ):
         assert kernel_of(heads(16, 16, kernels=[kernel])) == name
+
+    def make_step():
+        q = torch.randn(1, 2, 64, 32, dtype=torch.bfloat16)
+
+        def step():
+            with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True):
+                F.scaled_dot_product_attention(q, q, q)
+
+        return step
+
+    assert kernel_of(make_step) == "math"
     mask = {"attn_mask": torch.zeros(4096, 4096, dtype=torch.bfloat16)}
     with pytest.raises(ValueError, match="none of the allowed kernels can run here: flash: it tak"):
         predict(heads(16, 16, kernels=[SDPBackend.FLASH_ATTENTION], **mask))

@@ -60,8 +60,15 @@ KNOWN = {
     "of zeros like": lambda: torch.zeros_like(torch.randn(5)).sum().long() + 3,
     "different": lambda: torch.unique(torch.tensor([1, 2, 2, 3])).numel(),
     "repeated": lambda: len(torch.zeros(3, 2).repeat_interleave(torch.tensor([1, 2, 5]), 0)),
+    "of a list in place": lambda: added([torch.tensor(3), torch.tensor(4)]),
+    "filled": lambda: torch.empty(3, dtype=torch.int64).fill_(4).sum(),
     "of numpy": lambda: torch.from_numpy(np.array([3, 8])).max(),
 }
+
+
+def added(counts):
+    torch._foreach_add_(counts, 1)
+    return counts[0] * counts[1]
 
 
 def written_view():
@@ -83,6 +90,21 @@ def test_a_write_of_unknown_numbers_makes_a_tensor_unknown():
 
     with pytest.raises(NotImplementedError, match="depends on the values"):
         predict(lambda: step)
+
+
+def test_a_write_to_an_older_tensor_changes_what_is_known_of_it():
+    older = torch.tensor([3.0, 4.0])
+
+    def known():
+        older.add_(1)
+        return torch.zeros(int(older.sum())).shape
+
+    found = []
+    predict(lambda: lambda: found.append(known()))
+    assert found == [(9,), (11,)]
+    with pytest.raises(NotImplementedError, match="depends on the values"):
+        predict(lambda: lambda: (older.add_(torch.randn(2)), int(older.sum())))
+    assert older.tolist() == [3, 4]
 
 
 def test_a_mask_that_is_known_selects_its_number_of_rows():
@@ -157,6 +179,78 @@ def test_values_can_be_given():
     assert found == [(5, 4)] * 2
     with pytest.raises(ValueError, match=r"values: no number was asked for at other\.py:3"):
         predict(lambda: step, values=given | {"other.py:3": 1})
+
+
+def test_whole_numbers_stay_whole():
+    labels = lambda: torch.randint(9, (16,))  # noqa: E731
+    assert run(lambda: torch.tensor(labels().tolist()).dtype) is torch.int64
+    assert run(lambda: torch.full((3,), labels()[0].item()).dtype) is torch.int64
+    assert run(lambda: (torch.arange(3) + labels().sum().item()).dtype) is torch.int64
+    assert run(lambda: (torch.arange(3) * (torch.randn(2) > 0).any().item()).dtype) is torch.int64
+    loss = run(lambda: F.cross_entropy(torch.randn(16, 9), torch.tensor(labels().tolist())).shape)
+    assert loss == ()
+
+
+def test_what_was_made_with_an_unknown_number_is_unknown():
+    with pytest.raises(NotImplementedError, match="depends on the values"):
+        predict(lambda: lambda: int(torch.full((2,), torch.randint(9, (1,)).item())[0]))
+
+
+def test_infinities_and_nans_that_the_program_writes_are_known():
+    assert run(lambda: bool(torch.isnan(torch.tensor(math.nan)))) is True
+    assert run(lambda: int(torch.isfinite(torch.tensor([1.0, math.inf, math.nan])).sum())) == 1
+    assert run(lambda: math.isnan(math.nan)) is True
+
+
+def masked():
+    return torch.randn(300, 300).masked_fill(torch.ones(300, 300) > 0, -math.inf)
+
+
+def test_infinities_of_large_masks_are_not_denied():
+    with pytest.raises(NotImplementedError, match="a branch"):
+        predict(lambda: lambda: 1 if torch.isinf(masked()).any() else 2)
+
+
+def test_arrays_of_unknown_numbers_choose_nothing():
+    array = lambda: torch.randn(4, 3).numpy()  # noqa: E731
+
+    def logged():
+        y = array()
+        assert not np.isnan(y).any()
+        assert np.isfinite(y.mean())
+        assert math.isfinite(y.mean())
+        return f"{y.mean():.2f} {y.std():.1f} {(y * 2 + 1).shape}"
+
+    assert run(logged) == "nan nan (4, 3)"
+    for choose in (
+        lambda: np.argmax(array()),
+        lambda: array().argmax(),
+        lambda: 1 if array().mean() > 0 else 2,
+        lambda: int((array() > 0).sum()),
+        lambda: array().astype(int),
+    ):
+        with pytest.raises(NotImplementedError, match="depends on the values"):
+            predict(lambda choose=choose: choose)
+
+
+def test_a_comparison_of_a_float_is_a_branch():
+    with pytest.raises(NotImplementedError, match="a branch"):
+        predict(lambda: lambda: 1 if float(unknown()) < 1e9 else 2)
+
+
+@pytest.mark.parametrize("transform", [torch.func.hessian, torch.func.jacfwd, torch.func.jacrev])
+def test_function_transforms_do_not_end_the_process(transform):
+    assert run(lambda: transform(lambda x: (x**2).sum())(torch.randn(3)).shape)[0] == 3
+
+
+def test_what_was_compiled_before_is_predicted_as_it_runs_without():
+    compiled = torch.compile(nn.Linear(8, 8))
+    assert predict(lambda: lambda: compiled(torch.randn(2, 8))).peak > 0
+
+
+def test_lazy_modules_are_refused():
+    with pytest.raises(NotImplementedError, match=r"a lazy module at test_values\.py"):
+        predict(lambda: lambda: nn.LazyLinear(3)(torch.randn(2, 8)))
 
 
 def checks():

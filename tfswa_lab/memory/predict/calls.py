@@ -21,7 +21,15 @@ from torch.overrides import TorchFunctionMode
 
 from tfswa_lab.memory.predict import sequences
 from tfswa_lab.memory.predict.fake_tensors import STAND_IN, FakeTensors, the_gpu
-from tfswa_lab.memory.predict.unknown import Truth, Unknown, asking_frame, line_of, user_line
+from tfswa_lab.memory.predict.unknown import (
+    Truth,
+    Unknown,
+    asking_frame,
+    is_compared,
+    line_of,
+    user_line,
+)
+from tfswa_lab.memory.predict.unknown_array import UnknownArray
 from tfswa_lab.memory.predict.values import MOST_NUMBERS, Values, real_tensors
 
 
@@ -45,7 +53,12 @@ class Calls(TorchFunctionMode):
         answer = ANSWERS.get(func)
         before, self.running = self.running, func
         try:
-            return answer(self, *args, **kwargs) if answer else func(*args, **kwargs)
+            if answer:
+                return answer(self, *args, **kwargs)
+            if self.values.handed_out and any(type(each) is Unknown for each in args):
+                args = [_as_number(func, each) for each in args]
+                return self.values.made_with_unknown(func(*args, **kwargs))
+            return func(*args, **kwargs)
         finally:
             self.running = before
 
@@ -61,6 +74,22 @@ def calls_answered(fake: FakeTensors, values: Values) -> Iterator[Calls]:
 
     with patch.object(torch.autograd, "_engine_run_backward", with_answers), calls:
         yield calls
+
+
+ARITHMETIC = {torch.full, torch.full_like, Tensor.new_full, Tensor.fill_} | {
+    getattr(place, name)
+    for place in (Tensor, torch)
+    for name in (
+        *("add", "sub", "mul", "remainder", "floor_divide", "add_", "sub_", "mul_", "rsub"),
+        *("__add__", "__sub__", "__mul__", "__mod__", "__floordiv__", "__radd__", "__rsub__"),
+    )
+    if hasattr(place, name)
+}
+
+
+def _as_number(func: Any, value: Any) -> Any:
+    """A whole number keeps its type in arithmetic, although nobody knows it."""
+    return 1 if type(value) is Unknown and value.whole and func in ARITHMETIC else value
 
 
 def without_cuda(device: Any) -> Any:
@@ -139,6 +168,8 @@ def _float(calls: Calls, tensor: Tensor) -> float:
     _check_one_element(tensor)
     number = calls.values.number(tensor)
     if isinstance(number, Unknown | Truth):
+        if is_compared(asking_frame()):
+            raise calls.values.refuse("a branch", line_of(asking_frame()))
         calls.values.note(
             f"float() of a tensor at {line_of(asking_frame())} gave NaN, as for all numbers that "
             "a prediction does not know; comparisons with it are false"
@@ -207,7 +238,10 @@ def _numpy(calls: Calls, tensor: Tensor, *_: Any, **force: Any) -> np.ndarray:
     with real_tensors():
         unknown = torch.full((), math.nan, dtype=tensor.dtype).numpy()
     every = np.broadcast_to(unknown, tuple(tensor.shape))
-    return every.copy() if every.size <= MOST_NUMBERS else every
+    every = every.copy() if every.size <= MOST_NUMBERS else every
+    found = every.view(UnknownArray)
+    found.values = calls.values
+    return found
 
 
 def _array(calls: Calls, tensor: Tensor, dtype: Any = None, *_: Any, **__: Any) -> np.ndarray:
@@ -255,7 +289,9 @@ def _numbers_in(calls: Calls, data: Any, unknown: list) -> Any:
             return known.tolist()
     if isinstance(data, Unknown | Truth):
         unknown.append(data)
-        return 0.0 if isinstance(data, Unknown) else False
+        if isinstance(data, Truth):
+            return False
+        return 0 if data.whole else 0.0
     return data
 
 

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import bias, flex_attention
+from torch.nn.attention import SDPBackend, bias, flex_attention
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from tfswa_lab.memory.predict.fake_tensors import FakeTensors
@@ -31,7 +31,7 @@ ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
 # (H100, H200, B200) with cuDNN above 9.15, which torch >= 2.11 for CUDA 13 installs; "ampere" is
 # every other GPU.
 AUTO = {
-    "ampere": ("flash", "efficient", "math"),
+    "ampere": ("flash", "efficient", "math", "cudnn"),
     "hopper": ("cudnn", "flash", "efficient", "math"),
 }
 CUDNN_PREFERRED = 9_15_00  # torch prefers the cuDNN kernel above this version
@@ -43,6 +43,19 @@ ENABLED = {  # the program's own choice, as by `torch.nn.attention.sdpa_kernel`
     "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
     "math": torch.backends.cuda.math_sdp_enabled,
 }
+ENABLE = (  # in the same order
+    torch.backends.cuda.enable_flash_sdp,
+    torch.backends.cuda.enable_mem_efficient_sdp,
+    torch.backends.cuda.enable_cudnn_sdp,
+    torch.backends.cuda.enable_math_sdp,
+)
+KERNELS = {
+    SDPBackend.FLASH_ATTENTION.value: "flash",
+    SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
+    SDPBackend.CUDNN_ATTENTION.value: "cudnn",
+    SDPBackend.MATH.value: "math",
+}
+ORDER = torch._C._get_sdp_priority_order()  # unless the program sets its own priorities
 
 
 def present_gpu() -> str:
@@ -77,7 +90,9 @@ def cuda_attention(fake: FakeTensors, values: Values, attention: str, gpu: str) 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not fake.runs_on_gpu(query):
             return on_cpu(query, *args, **kwargs)
-        auto = (name for name in AUTO[gpu] if ENABLED[name]())
+        order = torch._C._get_sdp_priority_order()
+        own = [KERNELS[number] for number in order if number in KERNELS]
+        auto = [name for name in (AUTO[gpu] if order == ORDER else own) if ENABLED[name]()]
         return on_gpu(tuple(auto) if attention == "auto" else (attention,), query, *args, **kwargs)
 
     def flex(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,8 +230,8 @@ class Flex(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Output (b, h, l, d) and sums (b, h, l) in float32."""
-        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        output = query.new_empty((*query.shape[:-1], value.shape[-1])).uniform_()
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32).uniform_()
         ctx.save_for_backward(query, key, value, output, sums)
         ctx.mark_non_differentiable(sums)
         return output, sums
@@ -226,7 +241,7 @@ class Flex(torch.autograd.Function):
         """Three gradients, and a number per row beside them."""
         *inputs, _, sums = ctx.saved_tensors
         sums.clone()
-        return tuple(torch.empty_like(x) for x in inputs)
+        return tuple(torch.empty_like(x).uniform_() for x in inputs)
 
 
 def _new_bias(cls: type, *_: Any) -> CausalBias:

@@ -100,7 +100,7 @@ def _in_low_precision(casts: MutableMapping[Tensor, Tensor], operator: Callable)
             or x.dtype is not torch.float32
         ):
             return x.to(dtype)
-        if torch.is_inference_mode_enabled():  # since torch 2.10
+        if torch.is_inference_mode_enabled():  # PR 165068 of PyTorch
             return x.to(dtype)
         if x not in casts:
             casts[x] = x.to(dtype)

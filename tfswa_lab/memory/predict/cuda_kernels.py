@@ -15,6 +15,7 @@ Notebook: 05_where_memory_goes
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import optimizer as optimizers
+from torch.optim import swa_utils
 from torch.utils import _foreach_utils
 
 from tfswa_lab.memory.predict.cuda_attention import cuda_attention
@@ -124,6 +126,37 @@ def _inverse_fft(x: Tensor, *_: Any) -> int:
     return x.numel() * x.element_size()
 
 
+# Losses whose mean or sum keeps the memory of all elements: torch makes them, then shortens the
+# result in place. The last two hold another such tensor until they have been added up.
+FULL_LOSSES = {
+    aten.binary_cross_entropy.default: 3,
+    aten.soft_margin_loss.default: 2,
+    aten.mse_loss.default: 2,
+    aten.smooth_l1_loss.default: 2,
+}
+
+
+def with_full_storage(loss: Any, args: tuple, result: Tensor) -> Tensor:
+    """The result of a loss, as a part of the memory that it keeps.
+
+    Args:
+        loss: a key of `FULL_LOSSES`, whose value is the place of the argument `reduction`.
+        args: of the loss.
+        result: what its fake kernel returned.
+    """
+    place = FULL_LOSSES[loss]
+    if len(args) > place and args[place] == 0:  # no reduction
+        return result
+    shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+    return result.new_empty(shape).as_strided((), ())
+
+
+def _loss(x: Tensor, target: Tensor, *_: Any) -> int:
+    """All elements, beside those that the result keeps."""
+    reduced = torch.broadcast_shapes(x.shape, target.shape)
+    return math.prod(reduced) * x.element_size()
+
+
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
@@ -132,6 +165,8 @@ WORKSPACES = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._softmax_backward_data.default: _softmax_backward,
+    aten.mse_loss.default: _loss,
+    aten.smooth_l1_loss.default: _loss,
     aten._fft_c2r.default: _inverse_fft,
 }
 
@@ -146,6 +181,7 @@ def cuda_like(fake: FakeTensors, values: Values, attention: str, gpu: str) -> It
             (F, "dropout", _dropout(fake)),
             (torch._C, "_group_tensors_by_device_and_dtype", _grouped),
             (optimizers, "_get_foreach_kernels_supported_devices", devices),
+            (swa_utils, "_get_foreach_kernels_supported_devices", devices),
             (_foreach_utils, "_get_foreach_kernels_supported_devices", devices),
             (optimizers, "_foreach_supported_types", types),
             (_foreach_utils, "_foreach_supported_types", types),
@@ -175,7 +211,7 @@ def _dropout(fake: FakeTensors) -> Callable:
     on_cpu = F.dropout
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not fake.runs_on_gpu(x):
+        if inplace or not fake.runs_on_gpu(x):
             return on_cpu(x, p, training, inplace)
         return torch.native_dropout(x, p, True)[0] if training and 0 < p < 1 else x
 

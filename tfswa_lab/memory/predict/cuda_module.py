@@ -17,10 +17,15 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import (
+    UninitializedBuffer,
+    UninitializedParameter,
+    UninitializedTensorMixin,
+)
 from torch.utils.data import DataLoader
 from torch.utils.data import dataloader as loaders
 
-from tfswa_lab.memory.predict.unknown import Unknown, asking_frame, line_of
+from tfswa_lab.memory.predict.unknown import NAN, Unknown, asking_frame, line_of, user_line
 from tfswa_lab.memory.predict.values import Values, real_tensors
 
 IGNORED = (
@@ -103,6 +108,9 @@ def cuda_module(
         "memory_reserved": lambda *_: allocated()[0],
         "max_memory_reserved": lambda *_: allocated()[1],
         "memory_summary": lambda *_, **__: "",
+        "memory_stats": lambda *_: _memory_stats(*allocated()),
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": _nothing,
         "mem_get_info": no_size,
         "get_memory_info": no_size,
         "current_accelerator": lambda *_, **__: torch.device("cuda"),
@@ -126,7 +134,13 @@ def cuda_module(
         for name in ("range_push", "range_pop", "mark", "range"):
             replace(torch.cuda.nvtx, name, Idle)
         replace(torch.backends.cudnn, "is_acceptable", lambda _: False)
+        replace(torch.backends.mha, "get_fastpath_enabled", lambda: False)  # of nested tensors
         replace(Tensor, "record_stream", _nothing)
+        replace(Tensor, "share_memory_", lambda tensor: tensor)
+        replace(UninitializedTensorMixin, "__new__", _no_lazy_module)
+        replace(UninitializedParameter, "__new__", _no_lazy_module)
+        replace(UninitializedBuffer, "__new__", _no_lazy_module)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled already
         replace(torch, "Generator", _Generator)
         replace(safetensors, "safe_open", SafeOpen)
         replace(safetensors.torch, "safe_open", SafeOpen)
@@ -148,6 +162,18 @@ def cuda_module(
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Nothing to do."""
+
+
+def _memory_stats(now: int, most: int) -> dict[str, int]:
+    kinds = {"current": now, "peak": most, "allocated": 0, "freed": 0}
+    names = ("allocated_bytes", "active_bytes", "requested_bytes", "reserved_bytes")
+    return {f"{name}.all.{kind}": size for name in names for kind, size in kinds.items()}
+
+
+def _no_lazy_module(*_: Any, **__: Any) -> None:
+    raise NotImplementedError(
+        f"a lazy module at {user_line()}: a prediction needs its sizes; write them down"
+    )
 
 
 def _normal(tensor: Tensor, mean: float, std: float, *_: Any, **__: Any) -> Tensor:
@@ -234,7 +260,7 @@ def _of_unknown(function: Callable, answer: bool) -> Callable:
     """In a program that works, a number that nobody knows is neither infinite nor NaN."""
 
     def ask(number: Any, *args: Any, **kwargs: Any) -> Any:
-        is_unknown = isinstance(number, float) and float.__ne__(number, number)
+        is_unknown = number is NAN or isinstance(number, Unknown)
         return answer if is_unknown else function(number, *args, **kwargs)
 
     return ask

@@ -25,17 +25,20 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tfswa_lab.memory.html import page
 from tfswa_lab.memory.predict.allocator import replay
 from tfswa_lab.memory.predict.calls import calls_answered
-from tfswa_lab.memory.predict.cuda_attention import present_gpu
+from tfswa_lab.memory.predict.cuda_attention import ENABLE, ENABLED, present_gpu
 from tfswa_lab.memory.predict.cuda_kernels import (
+    FULL_LOSSES,
     WORKSPACES,
     cublas_workspaces,
     cuda_like,
     error_budget,
+    with_full_storage,
     workspace,
 )
 from tfswa_lab.memory.predict.cuda_module import cuda_module
@@ -43,11 +46,13 @@ from tfswa_lab.memory.predict.fake_tensors import DEVICE, FakeTensors, fake_tens
 from tfswa_lab.memory.predict.values import Values, traits
 from tfswa_lab.memory.sizes import format_bytes, is_whole, rounded
 from tfswa_lab.memory.trace.timeline import Block, Moment, Peak, Timeline
-from tfswa_lab.memory.trace.tracer import Tracer
+from tfswa_lab.memory.trace.tracer import Tracer, has_storage
 
 Step = Callable[[], Any]
-OLDER = (Tensor, nn.Parameter)  # types of real tensors
 aten = torch.ops.aten
+OLDER = (Tensor, nn.Parameter)  # types of real tensors
+COUNTS = (aten._foreach_add_.Scalar, aten._foreach_add_.Tensor)
+LIFTS = (aten.lift_fresh.default, aten.lift.default)
 
 
 @dataclass(frozen=True, repr=False)
@@ -200,10 +205,14 @@ def predict(
 @contextmanager
 def _defaults_restored() -> Iterator[None]:
     """A program may set defaults, and the next one should not find them."""
-    dtype, device = torch.get_default_dtype(), _default_device()
+    dtype, device, grad = torch.get_default_dtype(), _default_device(), torch.is_grad_enabled()
+    kernels = [is_enabled() for is_enabled in ENABLED.values()]
     try:
         yield
     finally:
+        torch.set_grad_enabled(grad)
+        for enable, was_enabled in zip(ENABLE, kernels, strict=True):
+            enable(was_enabled)
         torch.set_default_dtype(dtype)
         if _default_device() != device:
             torch.set_default_device(device)
@@ -231,6 +240,7 @@ class FakeTracer(Tracer):
         super().__init__()
         self.fake, self.values, self.calls = fake, values, None
         self.emptied: list[int] = []  # events after which the program emptied torch's cache
+        self._fakes = WeakIdKeyDictionary()  # of real tensors
         self._gradients = WeakIdKeyDictionary()  # of parameters older than the prediction
         self._states: dict[Optimizer, dict] = {}  # of optimizers, before their first step
 
@@ -280,21 +290,32 @@ class FakeTracer(Tracer):
         if func is DEVICE:
             return seen_by_cpp(args[0])
         with torch._C.DisableTorchFunction():
+            if func in LIFTS and type(args[0]) in OLDER:  # of `torch.tensor`: nothing is copied
+                made = func(*args)
+                self.label(made, "input")
+                self.values.follow(func, args, {}, list(args), made)
+                self.values.forget(args[0].untyped_storage()._cdata)  # which ends here
+                return made
             return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def call(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor]) -> Any:
         """Run an operator; one that needs values is given those that are known."""
         if func is aten._local_scalar_dense.default:
             return self.values.scalar(args[0], self.calls.running)
         if func is aten.equal.default:
             return False  # torch's own checks ask whether something is wrong
-        # A tensor that is older than the prediction stays as it is, and `x += 1` keeps its name.
-        is_written = args and type(args[0]) in OLDER and traits(func)[0] == (0,)
+        if func in COUNTS and all(map(self.values.knows, inputs)):
+            return None  # counters of an optimizer: `Values` adds, and fake tensors do not change
+        older = None
+        if any(type(tensor) in OLDER for tensor in inputs):
+            # Such a tensor stays as it is, and `x += 1` keeps its name.
+            older = args[0] if type(args[0]) in OLDER and traits(func)[0] == (0,) else None
+            args, kwargs = tree_map_only(OLDER, self._fake_of, (args, kwargs))
         try:
-            if is_written:
-                func(self.fake.from_tensor(args[0]), *args[1:], **kwargs)
-                return args[0]
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if func in FULL_LOSSES:
+                result = with_full_storage(func, args, result)
+            return result if older is None else older
         except (DataDependentOutputException, DynamicOutputShapeException):
             return self.values.sized(func, args, kwargs)
         except UnsupportedOperatorException as error:
@@ -303,6 +324,17 @@ class FakeTracer(Tracer):
                 f"{func} at {where}: torch cannot tell the size of its result without running it; "
                 "keep it out of the step"
             ) from error
+
+    def _fake_of(self, tensor: Tensor) -> Tensor:
+        """The fake tensor of a real one; its memory is counted as the same."""
+        if type(tensor) not in OLDER or not has_storage(tensor):
+            return tensor
+        if tensor not in self._fakes:
+            fake = self._fakes[tensor] = self.fake.from_tensor(tensor)
+            birth = self._live.get(tensor.untyped_storage()._cdata)
+            if birth is not None:
+                self._live[fake.untyped_storage()._cdata] = birth
+        return self._fakes[tensor]
 
     def seen(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], result: Any) -> None:
         """Follow the values."""

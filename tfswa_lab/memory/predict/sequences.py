@@ -39,7 +39,7 @@ class CTC(torch.autograd.Function):
         """Losses (b,) of log_probs (t, b, c)."""
         frames, batch, _ = log_probs.shape
         alpha = log_probs.new_empty(batch, frames, 2 * longest_target + 1)
-        losses = log_probs.new_empty(batch)
+        losses = log_probs.new_empty(batch).uniform_()
         ctx.save_for_backward(log_probs, targets, alpha, losses)
         return losses
 
@@ -48,7 +48,7 @@ class CTC(torch.autograd.Function):
         """The gradient, with as many backward variables as there were forward ones."""
         log_probs, _, alpha, _ = ctx.saved_tensors
         beta = torch.empty_like(alpha)
-        grad = torch.empty_like(log_probs)
+        grad = torch.empty_like(log_probs).uniform_()
         del beta
         return grad, None, None
 
@@ -80,7 +80,9 @@ def pack(calls: Any, padded: Tensor, lengths: Tensor, batch_first: bool) -> tupl
         padded = padded.transpose(0, 1)  # (t, b, c)
     frames = longest(calls.values, lengths, most=padded.shape[0])
     rows = padded[:frames].reshape(frames * padded.shape[1], *padded.shape[2:])
-    return rows, torch.full((frames,), padded.shape[1], dtype=torch.int64)
+    batch_sizes = torch.full((frames,), padded.shape[1], dtype=torch.int64)
+    batch_sizes.lengths = lengths
+    return rows, batch_sizes
 
 
 def unpack(
@@ -91,14 +93,13 @@ def unpack(
     padding_value: float,
     total_length: int,
 ) -> tuple[Tensor, Tensor]:
-    """`pad_packed_sequence`: the frames again, and their number for each sequence."""
+    """`pad_packed_sequence`: the frames again, and the lengths."""
     frames = batch_sizes.shape[0]
     padded = rows.reshape(frames, -1, *rows.shape[1:])  # (t, b, c)
     if total_length > frames:
         missing = padded.new_zeros(total_length - frames, *padded.shape[1:])
         padded = torch.cat([padded, missing])
-    lengths = torch.full((padded.shape[1],), frames, dtype=torch.int64)
-    return padded.transpose(0, 1) if batch_first else padded, lengths
+    return padded.transpose(0, 1) if batch_first else padded, batch_sizes.lengths
 
 
 def recurrent(function: Any) -> Any:

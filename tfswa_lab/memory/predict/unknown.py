@@ -12,17 +12,24 @@ import ast
 import dis
 import linecache
 import math
+import operator
 import sys
+from collections.abc import Callable
 from functools import cache
 from numbers import Number
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tfswa_lab.memory.trace.stacks import CallSites, in_short, user_frame
 
 if TYPE_CHECKING:
     from tfswa_lab.memory.predict.values import Values
+
+
+NAN = float("nan")  # what `float()` of an unknown number gives; a program's own NaN is another
 
 
 class Unknown(float):
@@ -31,14 +38,28 @@ class Unknown(float):
     Its value is NaN, so that nothing can be taken for a number that was measured.
     """
 
-    def __new__(cls, values: Values, line: str):
-        """Make one that was read at a line."""
+    def __new__(cls, values: Values, line: str, whole: bool = False, drawn: bool = False):
+        """Make one that was read at a line.
+
+        Args:
+            values: what is known of other numbers.
+            line: where it was read.
+            whole: whether it is a whole number.
+            drawn: whether it was drawn at random between 0 and 1.
+        """
         self = super().__new__(cls, math.nan)
-        self.values, self.line = values, line
+        self.values, self.line, self.whole, self.drawn = values, line, whole, drawn
+        values.handed_out = True
         return self
 
     def _again(self, *others: Any) -> Any:
-        known = all(isinstance(other, Number) for other in others)
+        if not all(isinstance(other, Number | Truth) for other in others):
+            return NotImplemented
+        whole = self.whole and all(getattr(x, "whole", isinstance(x, int)) for x in others)
+        return Unknown(self.values, self.line, whole)
+
+    def _divided(self, other: Any) -> Any:
+        known = isinstance(other, Number | Truth)
         return Unknown(self.values, self.line) if known else NotImplemented
 
     def _refused(self, *_: Any) -> Any:
@@ -57,8 +78,17 @@ class Unknown(float):
         finally:
             self.values.tried, self.values.refusal = self.values.refusal, before
 
-    def _compared(self, other: Any) -> Any:
-        return Truth(self.values, self.line) if isinstance(other, Number) else NotImplemented
+    def _comparison(compare: Callable) -> Callable:
+        def compared(self: Unknown, other: Any) -> Any:
+            if not isinstance(other, Number):
+                return NotImplemented
+            if self.drawn and not isinstance(other, Unknown):
+                likely = self.values.likelier(compare(0.5, other))
+                if likely is not None:
+                    return likely
+            return Truth(self.values, self.line)
+
+        return compared
 
     def __bool__(self) -> bool:
         return self.values.decide(self.line)
@@ -67,7 +97,7 @@ class Unknown(float):
         return self._refused() if digits is None else self
 
     def __float__(self) -> float:
-        return math.nan
+        return NAN
 
     def __format__(self, specification: str) -> str:
         try:
@@ -81,10 +111,12 @@ class Unknown(float):
     __str__ = __repr__
     __hash__ = object.__hash__
     __int__ = __trunc__ = __ceil__ = __floor__ = _refused
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _compared
+    __lt__, __le__ = map(_comparison, (operator.lt, operator.le))
+    __gt__, __ge__ = map(_comparison, (operator.gt, operator.ge))
+    __eq__, __ne__ = map(_comparison, (operator.eq, operator.ne))
     __neg__ = __pos__ = __abs__ = __add__ = __radd__ = __sub__ = __rsub__ = _again
-    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _again
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _again
+    __mul__ = __rmul__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _again
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _divided
 
 
 class Truth:
@@ -99,14 +131,27 @@ class Truth:
     def _again(self, *_: Any) -> Truth:
         return Truth(self.values, self.line)
 
-    def _counted(self, *others: Any) -> Unknown:
-        return Unknown(self.values, self.line)
+    def _arithmetic(calculate: Callable) -> Callable:
+        def counted(self: Truth, other: Any) -> Any:
+            if isinstance(other, torch.Tensor):
+                return self.values.made_with_unknown(calculate(other, True))
+            if not isinstance(other, Number | Truth):
+                return NotImplemented
+            whole = getattr(other, "whole", isinstance(other, int | Truth))
+            return Unknown(self.values, self.line, whole)
+
+        return counted
+
+    def __float__(self) -> float:
+        return NAN
 
     def __repr__(self) -> str:
         return "unknown"
 
     __invert__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _again
-    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __float__ = _counted
+    __add__ = __radd__ = _arithmetic(operator.add)
+    __mul__ = __rmul__ = _arithmetic(operator.mul)
+    __sub__ = __rsub__ = _arithmetic(operator.add)  # of the same shape and type
 
 
 # --- lines --------------------------------------------------------------------------------------
@@ -161,6 +206,14 @@ def answer_that_passes(frame: FrameType) -> bool | None:
     jumped = _danger(steps, _place(steps, branch.argval), check)
     stayed = _danger(steps, at + 1, check)
     return None if jumped == stayed else jumps_if_true == (jumped < stayed)
+
+
+def is_compared(frame: FrameType) -> bool:
+    """Whether the result of the running call is an operand of a comparison in the same line."""
+    steps = _instructions(frame.f_code)
+    at = next(n for n, step in enumerate(steps) if step.offset == frame.f_lasti)
+    rest = (step.opname for step in steps[at:] if step.opname not in BEFORE_BRANCH)
+    return next((name for name in rest if not name.startswith("LOAD_")), "") == "COMPARE_OP"
 
 
 # What may come between a call to `bool` and the branch that it decides.

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -32,7 +31,9 @@ from tfswa_lab.memory.trace.stacks import is_library
 from tfswa_lab.memory.trace.tracer import has_storage, tensors_in
 
 aten = torch.ops.aten
-MOST_NUMBERS = 2**16  # values of larger tensors are not calculated
+MOST_NUMBERS, MOST_FLOATS = 2**16, 2**6  # values of larger tensors are not calculated
+
+FAILED = object()
 
 
 class ValueNeeded(NotImplementedError):
@@ -51,10 +52,13 @@ class Values:
     def __init__(self, given: Mapping[str, Any] | None = None):
         self._given = dict(given or {})
         self._asked: set[str] = set()
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._known: dict[int, Tensor] = {}  # a real tensor for each storage
+        self._changed: set[int] = set()  # older storages that unknown numbers were written to
         self._beliefs: dict[int, bool] = {}  # storages of truth values that are all alike
         self._draws: set[int] = set()  # storages of one random number between 0 and 1
         self._likely: dict[int, bool] = {}  # of comparisons with such a number
+        self._infinite: set[int] = set()  # storages into which the program wrote infinities
+        self.handed_out = False  # whether the program has got an unknown number
         self.notes: dict[str, None] = {}  # sentences for the error budget, in order
         self.refusal: ValueNeeded | None = None  # the last one, which a library may have hidden
         self.tried: ValueNeeded | None = None  # a refusal that may have been no more than a try
@@ -64,19 +68,27 @@ class Values:
 
         Those of a tensor that is older than the prediction are copied, so that it stays as it is.
         """
-        if not has_storage(tensor) or tensor.is_complex():
+        if not has_storage(tensor) or tensor.is_complex() or tensor._is_zerotensor():
             return None
         key = tensor.untyped_storage()._cdata
-        storage = self._storages.get(key)
+        known = self._known.get(key)
+        if known is None:
+            known = self._copied(tensor, key)
+        if known is None or (known.dtype == tensor.dtype and known.dim() == tensor.dim() == 0):
+            return known
         with real_tensors():
-            if storage is None and not isinstance(tensor, FakeTensor):
-                is_small = tensor.untyped_storage().nbytes() <= 8 * MOST_NUMBERS
-                if tensor.device.type == "cpu" and is_small:
-                    storage = self._storages[key] = tensor.untyped_storage().clone()
-            if storage is None:
-                return None
             place = tensor.storage_offset(), tuple(tensor.size()), tensor.stride()
-            return torch.empty(0, dtype=tensor.dtype).set_(storage, *place)
+            return torch.empty(0, dtype=tensor.dtype).set_(known.untyped_storage(), *place)
+
+    def _copied(self, tensor: Tensor, key: int) -> Tensor | None:
+        storage = tensor.untyped_storage()
+        is_older = not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"
+        if not is_older or key in self._changed or storage.nbytes() > 8 * MOST_NUMBERS:
+            return None
+        with real_tensors():
+            copy = torch.empty(0, dtype=torch.uint8).set_(storage.clone())
+        self._known[key] = copy
+        return copy
 
     def belief(self, tensor: Tensor) -> bool | None:
         """The truth value that all of a tensor's elements have; None if they are unknown."""
@@ -104,7 +116,33 @@ class Values:
         """
         writes, random = traits(func)
         free = func in VALUE_FREE
-        if random or not (free or all(map(self._is_known, inputs))):
+        if random or not (free or all(map(self.knows, inputs))):
+            return self._follow_unknown(func, args, kwargs, inputs, result, writes)
+        keys = {tensor.untyped_storage()._cdata for tensor in inputs}
+        new = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in keys]
+        if not new and not writes:
+            return
+        if any(map(_is_large, (*new, *inputs))):
+            self._follow_infinities(func, args, inputs, result)
+            return self._forget_written(args, kwargs, writes)
+        found = self._calculated(func, args, kwargs, inputs, filled=free)
+        if found is FAILED:
+            return self._forget_written(args, kwargs, writes)
+        for fake, real in zip(tensors_in(result), tensors_in(found), strict=False):
+            if fake.untyped_storage()._cdata not in keys or (free and writes):
+                self._record(fake, real)
+
+    def _follow_unknown(
+        self,
+        func: Any,
+        args: tuple,
+        kwargs: dict,
+        inputs: list[Tensor],
+        result: Any,
+        writes: tuple,
+    ) -> None:
+        """Nobody knows the result; sometimes something is known of it."""
+        if func in INTERESTING:
             if func in DRAWS and result.numel() == 1:
                 self._draws.add(result.untyped_storage()._cdata)
             elif func in COMPARISONS and inputs[0].untyped_storage()._cdata in self._draws:
@@ -112,27 +150,22 @@ class Values:
                 self._likely[result.untyped_storage()._cdata] = more_likely
             elif func in BELIEFS:
                 self._believe(func, args, result)
-            elif writes and func not in CHECKS_ONLY:
-                self._forget_written(args, kwargs, writes)
-            return
-        keys = {tensor.untyped_storage()._cdata for tensor in inputs}
-        new = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in keys]
-        if not new and not writes:
-            return
-        if max((t.numel() for t in (*new, *inputs)), default=0) > MOST_NUMBERS:
-            return self._forget_written(args, kwargs, writes)
-        found = self._calculated(func, args, kwargs, filled=free)
-        if found is None:
-            return self._forget_written(args, kwargs, writes)
-        for fake, real in zip(tensors_in(result), tensors_in(found), strict=False):
-            if fake.untyped_storage()._cdata not in keys or (free and writes):
-                self._record(fake, real)
+            self._follow_infinities(func, args, inputs, result)
+        if writes and func not in CHECKS_ONLY:
+            self._forget_written(args, kwargs, writes)
 
     def forget(self, storage: int) -> None:
         """A storage is gone, or its values are."""
-        for kept in (self._storages, self._beliefs, self._likely):
+        for kept in (self._known, self._beliefs, self._likely):
             kept.pop(storage, None)
-        self._draws.discard(storage)
+        for kept in (self._draws, self._changed, self._infinite):
+            kept.discard(storage)
+
+    def made_with_unknown(self, result: Any) -> Any:
+        """Forget the values of tensors that were made with an unknown number."""
+        for tensor in tensors_in(result):
+            self.forget(tensor.untyped_storage()._cdata)
+        return result
 
     def sized(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """The result of an operator whose size depends on values.
@@ -141,8 +174,8 @@ class Values:
             ValueNeeded: they are unknown, and `given` does not have the size.
         """
         inputs = list(tensors_in((args, kwargs)))
-        if inputs and all(map(self._is_known, inputs)):
-            real = self._calculated(func, args, kwargs, filled=False)
+        if inputs and all(map(self.knows, inputs)):
+            real = self._calculated(func, args, kwargs, inputs, filled=False)
             device = inputs[0].device
             fakes = tree_map_only(
                 Tensor,
@@ -156,51 +189,73 @@ class Values:
             raise self.refuse(str(func), line_of(asking_frame()))
         return SIZED[func](self, func, *args, **kwargs)
 
-    def _is_known(self, tensor: Tensor) -> bool:
-        if tensor.untyped_storage()._cdata in self._storages:
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether it knows the values of a tensor."""
+        if tensor.untyped_storage()._cdata in self._known:
             return True
         return not isinstance(tensor, FakeTensor) and self.of(tensor) is not None
 
-    def _calculated(self, func: Any, args: tuple, kwargs: dict, filled: bool) -> Any:
-        """The result of the operator on real tensors; None if the CPU has no kernel for them."""
-        with real_tensors():
-
-            def real(tensor: Tensor) -> Tensor:
-                if filled:
-                    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-                return self.of(tensor)
-
-            args, kwargs = tree_map_only(Tensor, real, (args, kwargs))
-            if "device" in kwargs:
-                kwargs = kwargs | {"device": torch.device("cpu")}
-            kwargs.pop("pin_memory", None)
-            try:
+    def _calculated(
+        self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], filled: bool
+    ) -> Any:
+        """The result of the operator on real tensors; `FAILED` if the CPU has no kernel for it."""
+        if "device" in kwargs:
+            kwargs = kwargs | {"device": CPU}
+        kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+        try:
+            with real_tensors():
+                if filled or inputs:
+                    real = _like if filled else self.of
+                    args, kwargs = tree_map_only(Tensor, real, (args, kwargs))
                 return func(*args, **kwargs)
-            except (RuntimeError, TypeError):
-                return None
+        except (RuntimeError, TypeError):
+            return FAILED
 
     def _record(self, fake: Tensor, real: Tensor) -> None:
         with real_tensors():
-            if real.shape != fake.shape or real.dtype != fake.dtype or real.is_complex():
+            if real.shape != fake.shape or real.dtype != fake.dtype:
                 return
-            if real.is_floating_point() and real.isnan().any():
+            if real.is_complex() or real._is_zerotensor() or fake._is_zerotensor():
                 return
             size = fake.untyped_storage().nbytes()
             if size > 8 * MOST_NUMBERS:
                 return
-            storage = torch.UntypedStorage(size)
-            place = fake.storage_offset(), tuple(fake.size()), fake.stride()
-            torch.empty(0, dtype=fake.dtype).set_(storage, *place).copy_(real)
-        self._storages[fake.untyped_storage()._cdata] = storage
+            if real.untyped_storage().nbytes() != size or real.stride() != fake.stride():
+                storage = torch.UntypedStorage(size)
+                place = fake.storage_offset(), tuple(fake.size()), fake.stride()
+                real = torch.empty(0, dtype=fake.dtype).set_(storage, *place).copy_(real)
+        self._known[fake.untyped_storage()._cdata] = real
 
     def _forget_written(self, args: tuple, kwargs: dict, writes: tuple) -> None:
         for place in writes:
             written = kwargs.get(place) if isinstance(place, str) else args[place : place + 1]
             for tensor in tensors_in(written):
                 self.forget(tensor.untyped_storage()._cdata)
+                if not isinstance(tensor, FakeTensor):
+                    self._changed.add(tensor.untyped_storage()._cdata)
+
+    def _follow_infinities(self, func: Any, args: tuple, inputs: list[Tensor], result: Any) -> None:
+        """Tensors that may have infinities because the program wrote some, as masks do."""
+        found = INFINITIES.intersection(x for x in args if type(x) is float)
+        if self._infinite and not found and func in CARRY:
+            found = self._infinite.intersection(t.untyped_storage()._cdata for t in inputs)
+        if found and func not in BELIEFS:
+            for tensor in tensors_in(result):
+                self._infinite.add(tensor.untyped_storage()._cdata)
+
+    def _may_be_infinite(self, tensor: Any) -> bool:
+        if not isinstance(tensor, Tensor) or tensor.untyped_storage()._cdata in self._infinite:
+            return isinstance(tensor, Tensor)
+        known = self.of(tensor)
+        if known is None:
+            return False
+        with real_tensors():
+            return bool(known.isinf().any())
 
     def _believe(self, func: Any, args: tuple, result: Tensor) -> None:
-        """In a program that works, no number is infinite or NaN."""
+        """In a program that works, no number is infinite or NaN, unless it wrote so itself."""
+        if func in OF_INFINITIES and self._may_be_infinite(args[0]):
+            return
         answer = BELIEFS[func](self, *args)
         if answer is None or not isinstance(result, Tensor) or result.dtype is not torch.bool:
             return
@@ -224,19 +279,29 @@ class Values:
         line, found = self.given_here()
         if found is not None:
             return found
-        likely = self._likely.get(tensor.untyped_storage()._cdata)
-        if likely is not None and is_library(asking_frame().f_code.co_filename):
-            self.note(f"a random choice at {line}: {likely} is the likelier outcome")
+        key = tensor.untyped_storage()._cdata
+        likely = self._likely.get(key)
+        if likely is not None and (likely := self.likelier(likely)) is not None:
             return likely
-        kind = Truth if tensor.dtype is torch.bool else Unknown
-        return kind(self, line)
+        if tensor.dtype is torch.bool:
+            return Truth(self, line)
+        return Unknown(self, line, _is_whole(tensor), drawn=key in self._draws)
+
+    def likelier(self, outcome: bool) -> bool | None:
+        """The likelier outcome of a random choice in a library; None elsewhere."""
+        frame = asking_frame()
+        if not is_library(frame.f_code.co_filename):
+            return None
+        self.note(f"a random choice at {line_of(frame)}: {outcome} is the likelier outcome")
+        return outcome
 
     def numbers(self, tensor: Tensor) -> Any:
         """The same for a tensor of any shape, in nested lists."""
         line, found = self.given_here()
         if found is not None:
             return found
-        found = (Truth if tensor.dtype is torch.bool else Unknown)(self, line)
+        is_bool = tensor.dtype is torch.bool
+        found = Truth(self, line) if is_bool else Unknown(self, line, _is_whole(tensor))
         for length in reversed(tensor.shape):
             found = [found] * length
         return found
@@ -331,11 +396,35 @@ class Values:
         return sorted(set(self._given) - self._asked)
 
 
-@contextmanager
-def real_tensors() -> Iterator[None]:
-    """Calculate with real tensors, whatever modes are on."""
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.no_grad():
-        yield
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+
+
+CPU = torch.device("cpu")
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.numel() > (MOST_FLOATS if tensor.dtype.is_floating_point else MOST_NUMBERS)
+
+
+class real_tensors:
+    """A context in which tensors are real, whatever modes are on."""
+
+    def __enter__(self) -> None:
+        self._guards = torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction()
+        for guard in self._guards:
+            guard.__enter__()
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *_: Any) -> None:
+        torch._C._set_grad_enabled(self._grad)
+        for guard in reversed(self._guards):
+            guard.__exit__(None, None, None)
 
 
 @cache
@@ -349,13 +438,14 @@ def traits(func: Any) -> tuple[tuple, bool]:
         for place, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
-    name = schema.name.removeprefix("aten::")
-    unset = name.startswith(("empty", "new_empty", "_empty", "resize"))
-    return writes, unset or torch.Tag.nondeterministic_seeded in func.tags
+    resizes = schema.name.startswith("aten::resize")
+    return writes, resizes or torch.Tag.nondeterministic_seeded in func.tags
 
 
-# The values of the results do not depend on those of the tensors given.
+# The values of the results do not depend on those of the tensors given. (Memory that was not
+# filled is read by no program that works, so what it has does not matter.)
 VALUE_FREE = {
+    *(aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default),
     *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
     *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
 }
@@ -394,6 +484,22 @@ def _unequal(values: Values, one: Tensor, other: Any) -> bool | None:
     return None if found is None else not found
 
 
+# The results have infinities where the inputs have.
+CARRY = {
+    getattr(getattr(aten, name), overload)
+    for name, overloads in {
+        **dict.fromkeys(("add", "sub", "add_", "sub_"), ("Tensor",)),
+        **dict.fromkeys(("masked_fill", "masked_fill_"), ("Scalar", "Tensor")),
+        **dict.fromkeys(
+            ("clone", "_to_copy", "copy_", "cat", "stack", "repeat", "neg"), ("default",)
+        ),
+        **dict.fromkeys(("triu", "tril", "expand", "view", "transpose", "slice"), ("default",)),
+        "where": ("self", "ScalarSelf", "ScalarOther"),
+    }.items()
+    for overload in overloads
+    if hasattr(getattr(aten, name), overload)
+}
+
 _not = _all_of(lambda found: not found[0])
 _same = _all_of(lambda found: found[0])
 BELIEFS = {
@@ -419,6 +525,13 @@ BELIEFS = {
     },
 }
 
+INTERESTING = DRAWS | COMPARISONS.keys() | BELIEFS.keys() | CARRY | {aten.full.default}
+INFINITIES = {math.inf, -math.inf}
+OF_INFINITIES = {
+    *(aten.isinf.default, aten.isposinf.default, aten.isneginf.default),
+    *(aten.eq.Scalar, aten.ne.Scalar),
+}
+
 
 def _rows(values: Values, mask: Tensor) -> tuple[Tensor, ...]:
     """Places of the elements that are not zero, one tensor for each axis of the mask."""
@@ -428,6 +541,10 @@ def _rows(values: Values, mask: Tensor) -> tuple[Tensor, ...]:
             count = int(known.count_nonzero())
     else:
         count = int(values.need("how many elements of a mask are set"))
+        if not 0 <= count <= mask.numel():
+            raise ValueError(
+                f"values: {count} elements of a mask that has {mask.numel()} cannot be set"
+            )
     return tuple(mask.new_empty(count, dtype=torch.int64) for _ in range(mask.dim()))
 
 

@@ -148,7 +148,7 @@ class Tracer(TorchDispatchMode):
         for tensor in inputs:
             if self._block_of(tensor) is None:  # made outside of the mode, as by from_numpy
                 self.label(tensor, "input")
-        result = self.call(func, args, kwargs)
+        result = self.call(func, args, kwargs, inputs)
         task = torch._C._current_graph_task_id()
         node = self._nodes.new(task)
         new = [tensor for tensor in tensors_in(result) if self._block_of(tensor) is None]
@@ -162,7 +162,7 @@ class Tracer(TorchDispatchMode):
         self.seen(func, args, kwargs, inputs, result)
         return result
 
-    def call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def call(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor]) -> Any:
         """Run an operator; subclasses may explain its errors."""
         return func(*args, **kwargs)
 
