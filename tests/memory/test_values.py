@@ -248,6 +248,18 @@ def test_what_was_compiled_before_is_predicted_as_it_runs_without():
     assert predict(lambda: lambda: compiled(torch.randn(2, 8))).peak > 0
 
 
+def test_batches_of_numpy_are_counted_as_long_as_they_live():
+    batch = np.zeros((1000, 256), np.float32)
+
+    def make_step():
+        net = nn.Linear(256, 1).cuda()
+        return lambda: net(torch.from_numpy(batch.copy()).cuda() * 2).sum().backward()
+
+    found = predict(make_step, steps=4)
+    assert found.host.allocated == batch.nbytes
+    assert found.timeline.peak().allocated < 2.2 * batch.nbytes
+
+
 def test_lazy_modules_are_refused():
     with pytest.raises(NotImplementedError, match=r"a lazy module at test_values\.py"):
         predict(lambda: lambda: nn.LazyLinear(3)(torch.randn(2, 8)))

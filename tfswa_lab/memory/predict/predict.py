@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +172,7 @@ def predict(
                 tracer.step()
                 step()
         except Exception as error:
-            hidden = known.refusal or known.tried
+            hidden = known.refusal or (known.tried if isinstance(error, TypeError) else None)
             if hidden is None or hidden is error:
                 raise
             raise hidden from error
@@ -309,7 +311,8 @@ class FakeTracer(Tracer):
         older = None
         if any(type(tensor) in OLDER for tensor in inputs):
             # Such a tensor stays as it is, and `x += 1` keeps its name.
-            older = args[0] if type(args[0]) in OLDER and traits(func)[0] == (0,) else None
+            writes = args and type(args[0]) in OLDER and traits(func)[0] == (0,)
+            older = args[0] if writes else None
             args, kwargs = tree_map_only(OLDER, self._fake_of, (args, kwargs))
         try:
             result = func(*args, **kwargs)
@@ -333,7 +336,10 @@ class FakeTracer(Tracer):
             fake = self._fakes[tensor] = self.fake.from_tensor(tensor)
             birth = self._live.get(tensor.untyped_storage()._cdata)
             if birth is not None:
-                self._live[fake.untyped_storage()._cdata] = birth
+                storage = fake.untyped_storage()
+                gone = partial(self._live.pop, storage._cdata, None)
+                alias = birth._replace(storage=ref(storage, lambda _: gone()))
+                self._live[storage._cdata] = alias
         return self._fakes[tensor]
 
     def seen(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], result: Any) -> None:
