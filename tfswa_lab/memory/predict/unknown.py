@@ -19,15 +19,11 @@ from functools import cache
 from numbers import Number
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tfswa_lab.memory.trace.stacks import CallSites, in_short, user_frame
-
-if TYPE_CHECKING:
-    from tfswa_lab.memory.predict.values import Values
-
 
 NAN = float("nan")  # what `float()` of an unknown number gives; a program's own NaN is another
 
@@ -38,11 +34,11 @@ class Unknown(float):
     Its value is NaN, so that nothing can be taken for a number that was measured.
     """
 
-    def __new__(cls, values: Values, line: str, whole: bool = False, drawn: bool = False):
+    def __new__(cls, values: Any, line: str, whole: bool = False, drawn: bool = False):
         """Make one that was read at a line.
 
         Args:
-            values: what is known of other numbers.
+            values: the `Values` of the prediction.
             line: where it was read.
             whole: whether it is a whole number.
             drawn: whether it was drawn at random between 0 and 1.
@@ -122,7 +118,7 @@ class Unknown(float):
 class Truth:
     """A truth value that nobody knows."""
 
-    def __init__(self, values: Values, line: str):
+    def __init__(self, values: Any, line: str):
         self.values, self.line = values, line
 
     def __bool__(self) -> bool:

@@ -5,14 +5,11 @@ Notebook: 05_where_memory_goes
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tfswa_lab.memory.predict.unknown import Truth, Unknown, asking_frame, line_of
-
-if TYPE_CHECKING:
-    from tfswa_lab.memory.predict.values import Values
 
 FINITE = {np.isfinite: True, np.isnan: False, np.isinf: False}
 
@@ -23,7 +20,7 @@ class UnknownArray(np.ndarray):
     What chooses by its numbers, as `argmax` does, is refused.
     """
 
-    values: Values | None = None
+    values: Any = None  # a `Values`
 
     def __array_finalize__(self, parent: Any) -> None:
         self.values = getattr(parent, "values", None)
