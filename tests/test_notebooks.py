@@ -24,7 +24,7 @@ NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 lessons = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 # A lesson is one page that also fits a small lesson like 00_start_here.
-CELLS, WORDS, CODE_LINES = range(25, 51), range(800, 2501), 25
+CELLS, WORDS, CODE_LINES = range(25, 81), range(800, 6001), 25
 FORBIDDEN = {
     r"^\s*[!%]+\s*pip\b": "installs packages",
     r"%%capture": "hides output",
