@@ -290,6 +290,18 @@ def test_checks_pass():
     assert run(checks) == "passed"
 
 
+def test_a_check_may_have_a_loop_before_its_error():
+    def step():
+        if (torch.randn(3) > 9).any():
+            n = 3
+            while n:
+                n -= 1
+            raise ValueError(n)
+        return "passed"
+
+    assert run(step) == "passed"
+
+
 def test_lines_of_ordinary_loops_work(tmp_path):
     def make_step():
         net = nn.Linear(64, 64).cuda()

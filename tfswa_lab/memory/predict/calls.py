@@ -150,23 +150,17 @@ def _data_ptr(calls: Calls, tensor: Tensor) -> int:
 
 
 def _item(calls: Calls, tensor: Tensor) -> Any:
-    _check_one_element(tensor)
+    if tensor.numel() != 1:
+        raise RuntimeError(f"a Tensor with {tensor.numel()} elements cannot be converted to Scalar")
     return calls.values.number(tensor)
 
 
-def _check_one_element(tensor: Tensor) -> None:
-    if tensor.numel() != 1:
-        raise RuntimeError(f"a Tensor with {tensor.numel()} elements cannot be converted to Scalar")
-
-
 def _whole(calls: Calls, tensor: Tensor) -> int:
-    _check_one_element(tensor)
-    return int(calls.values.number(tensor))
+    return int(_item(calls, tensor))
 
 
 def _float(calls: Calls, tensor: Tensor) -> float:
-    _check_one_element(tensor)
-    number = calls.values.number(tensor)
+    number = _item(calls, tensor)
     if isinstance(number, Unknown | Truth):
         if is_compared(asking_frame()):
             raise calls.values.refuse("a branch", line_of(asking_frame()))

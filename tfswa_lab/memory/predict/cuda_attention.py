@@ -11,17 +11,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, bias, flex_attention
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, bias, flex_attention
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from tfswa_lab.memory.predict.fake_tensors import FakeTensors
+from tfswa_lab.memory.predict.fake_tensors import FakeTensors, replaced
 from tfswa_lab.memory.predict.unknown import user_line
 from tfswa_lab.memory.predict.values import Values, real_tensors
 from tfswa_lab.memory.sizes import format_bytes
@@ -37,23 +36,11 @@ AUTO = {
 CUDNN_PREFERRED = 9_15_00  # torch prefers the cuDNN kernel above this version
 CUDNN_ROWS = 65_535  # batch times heads, the most that the cuDNN kernel supports
 HALVES = (torch.float16, torch.bfloat16)
-ENABLED = {  # the program's own choice, as by `torch.nn.attention.sdpa_kernel`
-    "flash": torch.backends.cuda.flash_sdp_enabled,
-    "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
-    "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
-    "math": torch.backends.cuda.math_sdp_enabled,
-}
-ENABLE = (  # in the same order
-    torch.backends.cuda.enable_flash_sdp,
-    torch.backends.cuda.enable_mem_efficient_sdp,
-    torch.backends.cuda.enable_cudnn_sdp,
-    torch.backends.cuda.enable_math_sdp,
-)
 KERNELS = {
-    SDPBackend.FLASH_ATTENTION.value: "flash",
-    SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
-    SDPBackend.CUDNN_ATTENTION.value: "cudnn",
-    SDPBackend.MATH.value: "math",
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.EFFICIENT_ATTENTION: "efficient",
+    SDPBackend.CUDNN_ATTENTION: "cudnn",
+    SDPBackend.MATH: "math",
 }
 ORDER = torch._C._get_sdp_priority_order()  # unless the program sets its own priorities
 
@@ -90,10 +77,8 @@ def cuda_attention(fake: FakeTensors, values: Values, attention: str, gpu: str) 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not fake.runs_on_gpu(query):
             return on_cpu(query, *args, **kwargs)
-        order = torch._C._get_sdp_priority_order()
-        own = [KERNELS[number] for number in order if number in KERNELS]
-        auto = [name for name in (AUTO[gpu] if order == ORDER else own) if ENABLED[name]()]
-        return on_gpu(tuple(auto) if attention == "auto" else (attention,), query, *args, **kwargs)
+        kernels = allowed(gpu) if attention == "auto" else (attention,)
+        return on_gpu(kernels, query, *args, **kwargs)
 
     def flex(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         scores = 4 * math.prod(query.shape[:-1]) * key.shape[-2]
@@ -103,15 +88,23 @@ def cuda_attention(fake: FakeTensors, values: Values, attention: str, gpu: str) 
         )
         return (*Flex.apply(query, key, value), None)
 
-    with ExitStack() as stack:
-        for place, name, value in (
-            (F, "scaled_dot_product_attention", attend),
-            (flex_attention, "flex_attention_hop", flex),
-            (bias.CausalBias, "__new__", _new_bias),
-            *((torch.nested, name, _refuse_nested) for name in NESTED),
-        ):
-            stack.enter_context(patch.object(place, name, value))
+    of_torch = (
+        (F, "scaled_dot_product_attention", attend),
+        (flex_attention, "flex_attention_hop", flex),
+        (bias.CausalBias, "__new__", _new_bias),
+        *((torch.nested, name, _refuse_nested) for name in NESTED),
+    )
+    with replaced(of_torch):
         yield
+
+
+def allowed(gpu: str) -> tuple[str, ...]:
+    """The kernels that the program allows, in its own order if it has one, else in the GPU's."""
+    own = _cur_sdpa_kernel_backends(with_priority=True)
+    names = tuple(KERNELS[kernel] for kernel in own if kernel in KERNELS)
+    if torch._C._get_sdp_priority_order() != ORDER:
+        return names
+    return tuple(name for name in AUTO[gpu] if name in names)
 
 
 def on_gpu(

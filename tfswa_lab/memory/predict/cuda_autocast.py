@@ -94,13 +94,8 @@ def _in_low_precision(casts: MutableMapping[Tensor, Tensor], operator: Callable)
         if not x.is_floating_point() or x.dtype in (dtype, torch.float64):
             return x
         is_parameter = x.requires_grad and x.is_leaf and not x._is_view()
-        if (
-            not is_parameter
-            or not torch.is_autocast_cache_enabled()
-            or x.dtype is not torch.float32
-        ):
-            return x.to(dtype)
-        if torch.is_inference_mode_enabled():  # PR 165068 of PyTorch
+        is_kept = torch.is_autocast_cache_enabled() and not torch.is_inference_mode_enabled()
+        if not (is_parameter and is_kept and x.dtype is torch.float32):
             return x.to(dtype)
         if x not in casts:
             casts[x] = x.to(dtype)

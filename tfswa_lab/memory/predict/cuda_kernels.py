@@ -18,10 +18,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ from torch.utils import _foreach_utils
 
 from tfswa_lab.memory.predict.cuda_attention import cuda_attention
 from tfswa_lab.memory.predict.cuda_autocast import cuda_autocast
-from tfswa_lab.memory.predict.fake_tensors import GPU, STAND_IN, FakeTensors
+from tfswa_lab.memory.predict.fake_tensors import GPU, STAND_IN, FakeTensors, replaced
 from tfswa_lab.memory.predict.values import Values
 from tfswa_lab.memory.sizes import KIB
 from tfswa_lab.memory.trace.timeline import Block, Timeline
@@ -176,19 +175,15 @@ def cuda_like(fake: FakeTensors, values: Values, attention: str, gpu: str) -> It
     """A GPU's kernels for its tensors; arguments as for `cuda_attention`."""
     devices = partial(_foreach_devices, fake, _foreach_utils._get_foreach_kernels_supported_devices)
     types = [*_foreach_utils._foreach_supported_types, FakeTensor]
-    with ExitStack() as stack:
-        for place, name, value in (
-            (F, "dropout", _dropout(fake)),
-            (torch._C, "_group_tensors_by_device_and_dtype", _grouped),
-            (optimizers, "_get_foreach_kernels_supported_devices", devices),
-            (swa_utils, "_get_foreach_kernels_supported_devices", devices),
-            (_foreach_utils, "_get_foreach_kernels_supported_devices", devices),
-            (optimizers, "_foreach_supported_types", types),
-            (_foreach_utils, "_foreach_supported_types", types),
-        ):
-            stack.enter_context(patch.object(place, name, value))
-        stack.enter_context(cuda_attention(fake, values, attention, gpu))
-        stack.enter_context(cuda_autocast())
+    places = (optimizers, swa_utils, _foreach_utils)
+    of_torch = (
+        (F, "dropout", _dropout(fake)),
+        (torch._C, "_group_tensors_by_device_and_dtype", _grouped),
+        *((place, "_get_foreach_kernels_supported_devices", devices) for place in places),
+        (optimizers, "_foreach_supported_types", types),
+        (_foreach_utils, "_foreach_supported_types", types),
+    )
+    with replaced(of_torch), cuda_attention(fake, values, attention, gpu), cuda_autocast():
         yield
 
 

@@ -9,22 +9,18 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import (
-    UninitializedBuffer,
-    UninitializedParameter,
-    UninitializedTensorMixin,
-)
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import DataLoader
 from torch.utils.data import dataloader as loaders
 
+from tfswa_lab.memory.predict.fake_tensors import replaced
 from tfswa_lab.memory.predict.unknown import NAN, Unknown, asking_frame, line_of, user_line
 from tfswa_lab.memory.predict.values import Values, real_tensors
 
@@ -81,6 +77,20 @@ def cuda_module(
         allocated: gives the bytes of the GPU's tensors, now and at most.
         empty_cache: notes that the program calls `torch.cuda.empty_cache`.
     """
+    calls = _calls(gpu, values, allocated) | {"empty_cache": empty_cache}
+    modules = (torch.cuda, torch.cuda.memory, torch.accelerator)
+    of_gpu = [(module, name, value) for module in modules for name, value in calls.items()]
+    of_gpu += [
+        (torch.cuda.nvtx, name, Idle) for name in ("range_push", "range_pop", "mark", "range")
+    ]
+    there = [each for each in of_gpu if hasattr(*each[:2])]  # no version of torch has all of them
+    eager = torch.compiler.set_stance("force_eager")  # what is compiled already
+    with replaced(there), replaced(_of_programs(values)), eager:
+        yield
+
+
+def _calls(gpu: str, values: Values, allocated: Callable[[], tuple[int, int]]) -> dict[str, Any]:
+    """What `torch.cuda` and `torch.accelerator` have, by name."""
 
     def no_size(*_: Any) -> None:
         raise NotImplementedError(
@@ -92,8 +102,7 @@ def cuda_module(
         def elapsed_time(self, _: Any) -> Unknown:
             return Unknown(values, line_of(asking_frame()))
 
-    of_gpu = dict.fromkeys(IGNORED, _nothing) | {
-        "empty_cache": empty_cache,
+    return dict.fromkeys(IGNORED, _nothing) | {
         "is_available": lambda: True,
         "is_initialized": lambda: False,
         "is_current_stream_capturing": lambda: False,
@@ -122,42 +131,35 @@ def cuda_module(
         "current_stream": Idle,
         "default_stream": Idle,
     }
-    with ExitStack() as stack:
 
-        def replace(place: Any, name: str, value: Any) -> None:
-            if hasattr(place, name):
-                stack.enter_context(patch.object(place, name, value))
 
-        for name, value in of_gpu.items():
-            for module in (torch.cuda, torch.cuda.memory, torch.accelerator):
-                replace(module, name, value)
-        for name in ("range_push", "range_pop", "mark", "range"):
-            replace(torch.cuda.nvtx, name, Idle)
-        replace(torch.backends.cudnn, "is_acceptable", lambda _: False)
-        replace(torch.backends.mha, "get_fastpath_enabled", lambda: False)  # of nested tensors
-        replace(Tensor, "record_stream", _nothing)
-        replace(Tensor, "share_memory_", lambda tensor: tensor)
-        replace(UninitializedTensorMixin, "__new__", _no_lazy_module)
-        replace(UninitializedParameter, "__new__", _no_lazy_module)
-        replace(UninitializedBuffer, "__new__", _no_lazy_module)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled already
-        replace(torch, "Generator", _Generator)
-        replace(safetensors, "safe_open", SafeOpen)
-        replace(safetensors.torch, "safe_open", SafeOpen)
-        replace(nn.init, "_no_grad_trunc_normal_", _normal)  # torch's draws until all are inside
-        replace(torch, "compile", _compile(values))
-        replace(torch, "save", _save(values))
-        if "torch.utils.tensorboard" in sys.modules:  # a prediction writes no logs
-            writer = sys.modules["torch.utils.tensorboard"].SummaryWriter
-            for name in ("__init__", *(name for name in vars(writer) if name[0] != "_")):
-                replace(writer, name, _nothing)
-        replace(DataLoader, "_get_iterator", _loader_iterator(values))
-        next_index = loaders._BaseDataLoaderIter._next_index
-        replace(loaders._BaseDataLoaderIter, "_next_index", _with_real_tensors(next_index))
-        for name, answer in (("isnan", False), ("isinf", False), ("isfinite", True)):
-            replace(math, name, _of_unknown(getattr(math, name), answer))
-            replace(np, name, _of_unknown(getattr(np, name), answer))
-        yield
+def _of_programs(values: Values) -> list[tuple[Any, str, Any]]:
+    """Places, names and values of what programs call besides."""
+    iterator = loaders._BaseDataLoaderIter
+    found = [
+        (torch.backends.cudnn, "is_acceptable", lambda _: False),
+        (torch.backends.mha, "get_fastpath_enabled", lambda: False),  # of nested tensors
+        (Tensor, "record_stream", _nothing),
+        (Tensor, "share_memory_", lambda tensor: tensor),
+        (UninitializedParameter, "__new__", _no_lazy_module),
+        (UninitializedBuffer, "__new__", _no_lazy_module),
+        (torch, "Generator", _Generator),
+        (safetensors, "safe_open", SafeOpen),
+        (safetensors.torch, "safe_open", SafeOpen),
+        (nn.init, "_no_grad_trunc_normal_", _normal),  # torch's draws until all are inside
+        (torch, "compile", _compile(values)),
+        (torch, "save", _save(values)),
+        (DataLoader, "_get_iterator", _loader_iterator(values)),
+        (iterator, "_next_index", _with_real_tensors(iterator._next_index)),
+    ]
+    for name, answer in (("isnan", False), ("isinf", False), ("isfinite", True)):
+        for module in (math, np):
+            found.append((module, name, _of_unknown(getattr(module, name), answer)))
+    if "torch.utils.tensorboard" in sys.modules:  # a prediction writes no logs
+        writer = sys.modules["torch.utils.tensorboard"].SummaryWriter
+        names = ("__init__", *(name for name in vars(writer) if name[0] != "_"))
+        found += [(writer, name, _nothing) for name in names]
+    return found
 
 
 def _nothing(*_: Any, **__: Any) -> None:

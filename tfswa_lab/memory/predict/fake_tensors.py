@@ -10,9 +10,8 @@ Notebook: 05_where_memory_goes
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -22,9 +21,10 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import Optimizer
 
+from tfswa_lab.memory.trace.tracer import DEVICE
+
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
 STAND_IN = torch.device("cpu", 0)  # the GPU, as C++ sees it
-DEVICE = torch.ops.prim.device.default
 
 
 class FakeTensors(FakeTensorMode):
@@ -95,6 +95,15 @@ def seen_by_cpp(tensor: Tensor) -> torch.device:
 
 
 @contextmanager
+def replaced(replacements: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Replace attributes of torch, each given by its place, its name and its value."""
+    with ExitStack() as stack:
+        for place, name, value in replacements:
+            stack.enter_context(patch.object(place, name, value))
+        yield
+
+
+@contextmanager
 def fake_tensors() -> Iterator[FakeTensors]:
     """Make all tensors fake."""
     mode = FakeTensors()  # imports what must not see the patches
@@ -112,18 +121,16 @@ def fake_tensors() -> Iterator[FakeTensors]:
         return STAND_IN if isinstance(found, torch.device) and found == GPU else found
 
     older = OlderModels()
-    with ExitStack() as stack:
-        for place, name, value in (
-            (torch.Tensor, "_make_subclass", staticmethod(on_cpu)),
-            (fake_tensor, "init_gpu_context", lambda device: None),
-            (FakeTensor, "is_cuda", property(lambda self: self.device.type == "cuda")),
-            (FakeTensor, "is_cpu", property(lambda self: self.device.type == "cpu")),
-            (FakeTensor, "__torch_dispatch__", classmethod(outside_of_modes)),
-            (nn.Module, "_apply", _applied(older)),
-        ):
-            stack.enter_context(patch.object(place, name, value))
-        stack.callback(older.put_back)
-        yield stack.enter_context(mode)
+    of_torch = (
+        (torch.Tensor, "_make_subclass", staticmethod(on_cpu)),
+        (fake_tensor, "init_gpu_context", lambda device: None),
+        (FakeTensor, "is_cuda", property(lambda self: self.device.type == "cuda")),
+        (FakeTensor, "is_cpu", property(lambda self: self.device.type == "cpu")),
+        (FakeTensor, "__torch_dispatch__", classmethod(outside_of_modes)),
+        (nn.Module, "_apply", _applied(older)),
+    )
+    with replaced(of_torch), closing(older), mode:
+        yield mode
 
 
 class OlderModels:
@@ -135,12 +142,12 @@ class OlderModels:
         self._optimizers: list[Optimizer] | None = None
         self._groups: list[tuple[dict, list]] = []
 
-    def replace(self, place: dict, name: str, copy: Callable[[], Tensor]) -> None:
+    def replace(self, place: dict, name: str, copy: Tensor) -> None:
         """Put a copy in place of a parameter or a buffer, and of a parameter of an optimizer."""
         tensor = place[name]
         self._tensors.append((place, name, tensor))
         if id(tensor) not in self._copies:
-            self._copies[id(tensor)] = copy()
+            self._copies[id(tensor)] = copy
             self._tell_optimizers(tensor)
         place[name] = self._copies[id(tensor)]
 
@@ -155,7 +162,7 @@ class OlderModels:
                     copies = [self._copies.get(id(each), each) for each in group["params"]]
                     group["params"] = copies
 
-    def put_back(self) -> None:
+    def close(self) -> None:
         """Everything is as it was."""
         for place, name, tensor in reversed(self._tensors):
             place[name] = tensor
@@ -179,22 +186,18 @@ def _applied(older: OlderModels) -> Callable:
                 if parameter.grad is not None:
                     _set_data(parameter.grad, function(parameter.grad))
             else:
-                new = partial(nn.Parameter, changed.detach(), parameter.requires_grad)
-                older.replace(module._parameters, name, new)
+                copy = nn.Parameter(changed.detach(), parameter.requires_grad)
+                older.replace(module._parameters, name, copy)
         for name, buffer in module._buffers.items():
             if buffer is None or (changed := function(buffer)) is buffer:
                 continue
             if isinstance(buffer, FakeTensor):
                 module._buffers[name] = changed
             else:
-                older.replace(module._buffers, name, partial(_same, changed))
+                older.replace(module._buffers, name, changed)
         return module
 
     return apply
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _set_data(tensor: Tensor, changed: Tensor) -> None:

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     UnsupportedOperatorException,
 )
+from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -33,7 +34,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tfswa_lab.memory.html import page
 from tfswa_lab.memory.predict.allocator import replay
 from tfswa_lab.memory.predict.calls import calls_answered
-from tfswa_lab.memory.predict.cuda_attention import ENABLE, ENABLED, present_gpu
+from tfswa_lab.memory.predict.cuda_attention import present_gpu
 from tfswa_lab.memory.predict.cuda_kernels import (
     FULL_LOSSES,
     WORKSPACES,
@@ -44,11 +45,11 @@ from tfswa_lab.memory.predict.cuda_kernels import (
     workspace,
 )
 from tfswa_lab.memory.predict.cuda_module import cuda_module
-from tfswa_lab.memory.predict.fake_tensors import DEVICE, FakeTensors, fake_tensors, seen_by_cpp
+from tfswa_lab.memory.predict.fake_tensors import FakeTensors, fake_tensors, seen_by_cpp
 from tfswa_lab.memory.predict.values import Values, traits
 from tfswa_lab.memory.sizes import format_bytes, is_whole, rounded
 from tfswa_lab.memory.trace.timeline import Block, Moment, Peak, Timeline
-from tfswa_lab.memory.trace.tracer import Tracer, has_storage
+from tfswa_lab.memory.trace.tracer import DEVICE, Tracer, has_storage
 
 Step = Callable[[], Any]
 aten = torch.ops.aten
@@ -208,13 +209,11 @@ def predict(
 def _defaults_restored() -> Iterator[None]:
     """A program may set defaults, and the next one should not find them."""
     dtype, device, grad = torch.get_default_dtype(), _default_device(), torch.is_grad_enabled()
-    kernels = [is_enabled() for is_enabled in ENABLED.values()]
     try:
-        yield
+        with sdpa_kernel(_cur_sdpa_kernel_backends(with_priority=True), set_priority=True):
+            yield
     finally:
         torch.set_grad_enabled(grad)
-        for enable, was_enabled in zip(ENABLE, kernels, strict=True):
-            enable(was_enabled)
         torch.set_default_dtype(dtype)
         if _default_device() != device:
             torch.set_default_device(device)

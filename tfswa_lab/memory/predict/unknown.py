@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tfswa_lab.memory.trace.stacks import CallSites, in_short, user_frame
+from tfswa_lab.memory.trace.stacks import CallSites, Frame, in_short, user_frame
 
 NAN = float("nan")  # what `float()` of an unknown number gives; a program's own NaN is another
 
@@ -59,12 +59,7 @@ class Unknown(float):
         return Unknown(self.values, self.line) if known else NotImplemented
 
     def _refused(self, *_: Any) -> Any:
-        line, found = self.values.given_here()
-        if found is None:
-            found = self.values.given(self.line)
-        if found is None:
-            raise self.values.refuse("a size, an index or a whole number", line, self.line)
-        return int(found)
+        return int(self.values.need("a size, an index or a whole number", self.line))
 
     def __index__(self) -> int:
         """Torch tries this on any number, so it may ask for no reason."""
@@ -178,8 +173,7 @@ def user_line() -> str:
 
 def line_of(frame: FrameType) -> str:
     """File and line, as a key of `values`; notebook cells are called `cell`."""
-    name = frame.f_code.co_filename
-    return f"{'cell' if 'ipykernel' in name else Path(name).name}:{frame.f_lineno}"
+    return in_short(Frame(frame.f_code.co_filename, frame.f_lineno, ""))
 
 
 # --- checks -------------------------------------------------------------------------------------
@@ -232,7 +226,9 @@ def _danger(steps: list[dis.Instruction], at: int, check: ast.stmt) -> int:
         if step.opname == "RAISE_VARARGS":
             return 2
         if step.opname.startswith("POP_JUMP"):
-            ways = {_danger(steps, n, check) for n in (at + 1, _place(steps, step.argval))}
+            ways = {_danger(steps, at + 1, check)}
+            if step.argval > step.offset:  # a jump back repeats a loop
+                ways.add(_danger(steps, _place(steps, step.argval), check))
             return ways.pop() if len(ways) == 1 else 1
         at = _place(steps, step.argval) if step.opname == "JUMP_FORWARD" else at + 1
     return 0

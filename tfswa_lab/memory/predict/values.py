@@ -174,8 +174,9 @@ class Values:
             ValueNeeded: they are unknown, and `given` does not have the size.
         """
         inputs = list(tensors_in((args, kwargs)))
-        if inputs and all(map(self.knows, inputs)):
-            real = self._calculated(func, args, kwargs, inputs, filled=False)
+        is_known = bool(inputs) and all(map(self.knows, inputs))
+        real = self._calculated(func, args, kwargs, inputs, filled=False) if is_known else FAILED
+        if real is not FAILED:
             device = inputs[0].device
             fakes = tree_map_only(
                 Tensor,
@@ -279,13 +280,17 @@ class Values:
         line, found = self.given_here()
         if found is not None:
             return found
-        key = tensor.untyped_storage()._cdata
-        likely = self._likely.get(key)
+        likely = self._likely.get(tensor.untyped_storage()._cdata)
         if likely is not None and (likely := self.likelier(likely)) is not None:
             return likely
+        return self._unknown(tensor, line)
+
+    def _unknown(self, tensor: Tensor, line: str) -> Unknown | Truth:
         if tensor.dtype is torch.bool:
             return Truth(self, line)
-        return Unknown(self, line, _is_whole(tensor), drawn=key in self._draws)
+        whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+        drawn = tensor.untyped_storage()._cdata in self._draws
+        return Unknown(self, line, whole, drawn)
 
     def likelier(self, outcome: bool) -> bool | None:
         """The likelier outcome of a random choice in a library; None elsewhere."""
@@ -300,8 +305,7 @@ class Values:
         line, found = self.given_here()
         if found is not None:
             return found
-        is_bool = tensor.dtype is torch.bool
-        found = Truth(self, line) if is_bool else Unknown(self, line, _is_whole(tensor))
+        found = self._unknown(tensor, line)
         for length in reversed(tensor.shape):
             found = [found] * length
         return found
@@ -328,18 +332,24 @@ class Values:
         """Add a sentence to the error budget, once."""
         self.notes[sentence] = None
 
-    def need(self, what: str) -> Any:
+    def need(self, what: str, read_at: str = "") -> Any:
         """A number that nobody knows would become a size, an index or a branch.
 
+        Args:
+            what: what it would become.
+            read_at: the line that got the number from a tensor, if it is another one.
+
         Returns:
-            The one that `values` gives for this line.
+            The one that `values` gives for either line.
 
         Raises:
             ValueNeeded: it gives none.
         """
         line, found = self.given_here()
         if found is None:
-            raise self.refuse(what, line)
+            found = self._given_for(read_at)
+        if found is None:
+            raise self.refuse(what, line, read_at)
         return found
 
     def refuse(self, what: str, line: str, read_at: str = "") -> ValueNeeded:
@@ -369,19 +379,10 @@ class Values:
         Raises:
             ValueNeeded: the branch is no check, and `values` gives no answer.
         """
-        frame = asking_frame()
-        answer = answer_that_passes(frame)
-        if answer is not None:
-            return answer
-        line, found = self.given_here()
-        if found is None:
-            found = self.given(asked_at)
-        if found is None:
-            raise self.refuse("a branch", line, asked_at)
-        return bool(found)
+        answer = answer_that_passes(asking_frame())
+        return bool(self.need("a branch", asked_at)) if answer is None else answer
 
-    def given(self, line: str) -> Any:
-        """The number that the caller of `predict` gives for a line; None without."""
+    def _given_for(self, line: str) -> Any:
         if line in self._given:
             self._asked.add(line)
         return self._given.get(line)
@@ -389,15 +390,11 @@ class Values:
     def given_here(self) -> tuple[str, Any]:
         """The line that asks, and the number that is given for it."""
         line = line_of(asking_frame())
-        return line, self.given(line)
+        return line, self._given_for(line)
 
     def unused(self) -> list[str]:
         """Lines in `given` that never asked for a number."""
         return sorted(set(self._given) - self._asked)
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
 
 
 CPU = torch.device("cpu")

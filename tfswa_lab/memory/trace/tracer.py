@@ -31,6 +31,8 @@ from tfswa_lab.memory.trace.module_paths import ModulePaths, NodeId, NodeNumbers
 from tfswa_lab.memory.trace.stacks import CallSites, Frame
 from tfswa_lab.memory.trace.timeline import Block, Timeline
 
+DEVICE = torch.ops.prim.device.default
+
 
 class Birth(NamedTuple):
     """The circumstances in which a block was made; they decide later what it is."""
@@ -142,7 +144,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # of fake tensors
+        if func is DEVICE:  # autograd asks fake tensors thousands of times
             return args[0].fake_device
         inputs = list(tensors_in((args, kwargs)))
         for tensor in inputs:
