@@ -2,19 +2,27 @@
 
 import contextlib
 import copyreg
+import gzip
+import io
+import itertools
+import json
 import os
 import pickle
 import random
 import struct
 import time
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from tfswa_lab.memory.snapshot import read
+from tfswa_lab.memory.snapshot import read, schema, shapes
 from tfswa_lab.memory.snapshot.emit import as_snapshot
-from tfswa_lab.memory.snapshot.pickles import SnapshotError, read_plain
+from tfswa_lab.memory.snapshot.files import opened
+from tfswa_lab.memory.snapshot.pickles import Reader, SnapshotError
+from tfswa_lab.memory.snapshot.schema import ACTIONS, FORWARD
 from tfswa_lab.memory.trace.stacks import Frame
 from tfswa_lab.memory.trace.timeline import Block, Timeline
 
@@ -35,6 +43,12 @@ def written(folder: Path, program: bytes) -> Path:
     path = folder / "hostile.pickle"
     path.write_bytes(program)
     return path
+
+
+def read_plain(path):
+    """All that a pickle contains, opcode by opcode."""
+    with opened(path) as program:
+        return Reader(program).load()
 
 
 def small_snapshot():
@@ -182,6 +196,16 @@ def test_a_small_file_that_repeats_itself_a_million_times_is_refused(tmp_path):
         read(written(tmp_path, program))
 
 
+def test_a_small_file_that_joins_all_stacks_with_all_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "MOST_JOINED", 100_000)
+    line = {"filename": "a.py", "line": 1, "name": "f"}
+    stacks = [[line] * (500 + n) for n in range(15)]
+    pairs = itertools.product(stacks, stacks)
+    entries = [{"action": "alloc", "frames": a, "forward_frames": b} for a, b in pairs]
+    with pytest.raises(SnapshotError, match="more than 100,000 lines"):
+        read(written(tmp_path, pickle.dumps({"device_traces": [entries]})))
+
+
 def test_files_that_are_absent_empty_or_too_large_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pickle"):
         read(tmp_path / "none.pickle")
@@ -234,9 +258,10 @@ def use(snapshot):
 
 
 @pytest.mark.parametrize("start", range(0, 240, 40))
-def test_mutated_snapshots_execute_nothing_and_hang_nowhere(tmp_path, start):
+def test_mutated_snapshots_execute_nothing_and_hang_nowhere(tmp_path, monkeypatch, start):
     snapshot, witness = small_snapshot(), tmp_path / "witness"
     for seed in range(start, start + 40):
+        monkeypatch.setattr(shapes, "OFTEN", 2 if seed % 2 else 10_000)
         chance = random.Random(seed)
         program = pickle.dumps(snapshot, protocol=chance.choice([2, 3, 4, 5]))
         began = time.perf_counter()
@@ -244,3 +269,237 @@ def test_mutated_snapshots_execute_nothing_and_hang_nowhere(tmp_path, start):
             use(read(written(tmp_path, mutated(chance, program, witness))))
         assert time.perf_counter() - began < 2, f"seed {seed}"
         assert not witness.exists(), f"seed {seed}"
+
+
+def one_bit_flipped(chance, program):
+    """A wound that most often leaves a pickle, with other values."""
+    wounded = bytearray(program)
+    wounded[chance.randrange(len(wounded))] ^= 1 << chance.randrange(8)
+    return bytes(wounded)
+
+
+def test_a_damaged_file_says_the_same_in_one_match_and_opcode_by_opcode(tmp_path, monkeypatch):
+    chance, raw = random.Random(3), random_snapshot(random.Random(4), count=40)
+    program, understood = pickle.dumps(raw, protocol=4), 0
+    monkeypatch.setattr(shapes, "OFTEN", 1)
+    for _ in range(60):
+        path = written(tmp_path, one_bit_flipped(chance, program))
+        try:
+            expected = read(read_plain(path)).contents
+        except SnapshotError:
+            with pytest.raises(SnapshotError):
+                read(path)
+            continue
+        assert list(told_by_read(read(path).contents)) == list(told_by_read(expected))
+        understood += 1
+    assert understood > 10
+
+
+LINES = [{"name": f"f{n}", "filename": f"x{n % 7}.py", "line": n} for n in range(300)]
+TEXTS = ["", "N/A", "a", "step 17", "é" * 20, "long " * 40]
+
+
+def random_entry(chance, lists):
+    """As several versions of torch wrote it, in the order of keys that each has."""
+    action = chance.choice(["alloc", "free_requested", "free_completed", "segment_map", "oom", "?"])
+    address = "device_free" if action == "oom" else "addr"
+    entry = {"action": action, address: chance.choice([0, 77, 2**47 - 512, 2**40, 300])}
+    entry |= {"size": chance.choice([0, 255, 256, 65_536, 2**31, 2**40]), "stream": 0}
+    if chance.random() < 0.9:
+        entry["time_us"] = chance.choice([1_700_000_000_000_000, -5, 2**62]) + chance.randrange(9)
+    if chance.random() < 0.7:
+        entry["compile_context"] = "".join(chance.choice(TEXTS))
+        entry["pool_id"] = (0, chance.randrange(300))
+    if chance.random() < 0.6:
+        text = str(chance.randrange(50))
+        entry |= {"user_metadata": text, "category": chance.choice([text, "activation"])}
+    elif chance.random() < 0.3:
+        entry |= {"category": "gradient", "user_metadata": None}
+    if chance.random() < 0.7:
+        lists.append(chance.choices(LINES, k=chance.choice([0, 1, 2, 30])))
+    entry["frames"] = chance.choice(lists[-3:])
+    if chance.random() < 0.05:
+        entry["forward_frames"] = chance.choice(lists)
+    if chance.random() < 0.1:
+        entry = dict(chance.sample(sorted(entry.items()), len(entry)))
+    return entry
+
+
+def random_snapshot(chance, count=400):
+    lists = [[]]
+    entries = [random_entry(chance, lists) for _ in range(count)]
+    entries += chance.choices(entries, k=3)  # one entry in several places
+    states = ["active_allocated", "inactive"]
+    blocks = [
+        {"address": 512 * n, "size": 512, "state": chance.choice(states), "frames": lists[n]}
+        for n in range(len(lists) // 2)
+    ]
+    return {
+        "segments": [{"device": 1, "address": 0, "total_size": 2**20, "blocks": blocks}],
+        "device_traces": [entries, [], [random_entry(chance, lists) for _ in range(90)]],
+        "external_annotations": [{"name": "step", "stage": "START", "device": 1, "time_us": 5}],
+    }
+
+
+def pickled(chance, data, monkeypatch):
+    """By Python's own writer, with frames that begin after some hundred bytes."""
+    size = int(2 ** chance.uniform(7, 14))
+    monkeypatch.setattr(pickle._Framer, "_FRAME_SIZE_TARGET", size)
+    file = io.BytesIO()
+    pickle._Pickler(file, chance.choice([2, 3, 4, 5])).dump(data)
+    return file.getvalue()
+
+
+def as_frames(lines):
+    return tuple(Frame(line["filename"], line["line"], line["name"]) for line in lines)
+
+
+def told_by(raw):
+    """Each entry's meaning, straight from its dictionary."""
+    for device, entries in enumerate(raw["device_traces"]):
+        for e in entries:
+            action = e["action"] if e["action"] in ACTIONS else "other"
+            free = e.get("device_free", 0) if action == "oom" else 0
+            stack, forward = (as_frames(e.get(key, [])) for key in ("frames", "forward_frames"))
+            stack += (FORWARD, *forward) if forward else ()
+            text = e.get("user_metadata") or e.get("category") or ""
+            numbers = (e.get("addr", 0), e["size"], free, e.get("time_us", 0))
+            yield device, action, *numbers, stack, text, e.get("compile_context") or ""
+
+
+def told_by_read(contents):
+    stacks, texts = contents.stacks, contents.texts
+    for device, history in contents.histories.items():
+        columns = (column.tolist() for column in vars(history).values())
+        for code, *numbers, stack, text, context in zip(*columns, strict=True):
+            yield device, ACTIONS[code], *numbers, stacks[stack], texts[text], texts[context]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_entries_in_one_match_are_those_opcode_by_opcode(tmp_path, monkeypatch, seed):
+    chance = random.Random(seed)
+    monkeypatch.setattr(shapes, "OFTEN", chance.choice([1, 2, 10]))
+    raw = random_snapshot(chance)
+    program = pickled(chance, raw, monkeypatch)
+    assert read_plain(written(tmp_path, program)) == raw
+    expected, found = read(raw).contents, read(written(tmp_path, program)).contents
+    assert list(told_by_read(found)) == list(told_by(raw)) == list(told_by_read(expected))
+    for name in ("segments", "stacks", "texts", "notes", "annotations", "settings"):
+        assert getattr(found, name) == getattr(expected, name)
+
+
+def entries_with_own_lists(count):
+    """As torch makes them: a list and a text for each entry, lines that are shared."""
+    chance = random.Random(1)
+    stacks = [chance.choices(LINES, k=30) for _ in range(100)]
+    return [
+        {
+            "action": "alloc",
+            "addr": 512 * chance.randrange(1_000),
+            "size": 512,
+            "time_us": 2**50 + event,
+            "user_metadata": "".join(["N/", "A"]),
+            "frames": list(chance.choice(stacks)),
+        }
+        for event in range(count)
+    ]
+
+
+def most_memory(path):
+    tracemalloc.start()
+    try:
+        snapshot = read(path)
+        return tracemalloc.get_traced_memory()[1], snapshot
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_is_a_few_times_that_of_the_columns(tmp_path):
+    """Dictionaries and lists would take 25 times as much as the columns."""
+    counts, peaks = (2_000, 22_000), []
+    for count in counts:
+        program = pickle.dumps({"device_traces": [entries_with_own_lists(count)]})
+        peak, snapshot = most_memory(written(tmp_path, program))
+        assert len(snapshot.history()) == count
+        peaks.append(peak)
+    columns = len(vars(snapshot.history())) * 8
+    assert peaks[1] - peaks[0] < 6 * columns * (counts[1] - counts[0])
+
+
+def test_a_list_that_several_entries_share_cannot_be_changed_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "OFTEN", 1)
+    keys = b"\x8c\x06action\x94\x8c\x06frames\x94\x8c\x05alloc\x94]\x94"
+    one = b"}\x94(h\x00h\x02h\x01]\x94h\x03au"
+    changed = PROTO + b"(" + keys + one * 3 + b"h\x07h\x03a."
+    with pytest.raises(SnapshotError, match="a list is expected"):
+        read(written(tmp_path, changed))
+
+
+def snapshot_program():
+    return pickle.dumps(small_snapshot())
+
+
+def zipped(folder, files):
+    path = folder / "snapshot.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, program in files.items():
+            archive.writestr(name, program)
+    return path
+
+
+def test_compressed_files_are_read(tmp_path):
+    program = snapshot_program()
+    expected = list(told_by_read(read(written(tmp_path, program)).contents))
+    packed = written(tmp_path, gzip.compress(program))
+    assert list(told_by_read(read(packed).contents)) == expected
+    packed = zipped(tmp_path, {"run/snapshot.pickle": program})
+    assert list(told_by_read(read(packed).contents)) == expected
+
+
+def test_a_bomb_is_not_unpacked(tmp_path):
+    bomb = bytes(50 * 2**20)
+    for path in (zipped(tmp_path, {"a": bomb}), written(tmp_path, gzip.compress(bomb))):
+        with pytest.raises(SnapshotError, match=r"not 1 to 3,000,000; .*raise `largest`"):
+            read(path, largest=3_000_000)
+
+
+def test_compressed_files_that_are_damaged_are_refused(tmp_path):
+    program = gzip.compress(snapshot_program())
+    for damaged in (program[:-20], program[:100] + bytes(30) + program[130:], program[:3]):
+        with pytest.raises(SnapshotError, match="cannot be unpacked"):
+            read(written(tmp_path, damaged))
+    path = zipped(tmp_path, {"a": snapshot_program()})
+    with pytest.raises(SnapshotError, match="cannot be unpacked"):
+        read(written(tmp_path, path.read_bytes()[:-40]))
+
+
+def checkpoint():
+    file = io.BytesIO()
+    torch.save({"weight": torch.zeros(3)}, file)
+    return file.getvalue()
+
+
+STRANGE = {
+    "torch.save": (checkpoint(), "a checkpoint that torch.save wrote"),
+    "profiler": (json.dumps({"schemaVersion": 1, "traceEvents": []}).encode(), "torch.profiler"),
+    "packed profiler": (gzip.compress(b'{"traceEvents": []}'), "torch.profiler"),
+    "list": (b"[1, 2]", "seems to be JSON"),
+    "page": (b"<!DOCTYPE html><html></html>", "for a browser"),
+    "nothing": (b"", "0 bytes"),
+    "packed nothing": (gzip.compress(b""), "0 bytes"),
+    "text": (b"hello", "no pickle of protocol 2 to 5"),
+    "old": (pickle.dumps({"segments": []}, protocol=0), "no pickle of protocol 2 to 5"),
+    "packed twice": (gzip.compress(gzip.compress(b"x")), "compressed"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_other_files_are_recognised(tmp_path, name):
+    program, message = STRANGE[name]
+    with pytest.raises(SnapshotError, match=message):
+        read(written(tmp_path, program))
+
+
+def test_a_zip_of_several_files_is_refused(tmp_path):
+    with pytest.raises(SnapshotError, match="a zip of 2 files"):
+        read(zipped(tmp_path, {"a": snapshot_program(), "b": b""}))

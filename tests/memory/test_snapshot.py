@@ -12,7 +12,7 @@ from tfswa_lab.memory.predict.allocator import OutOfMemory, replay
 from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.snapshot import SnapshotError, diff, read
 from tfswa_lab.memory.snapshot.emit import as_snapshot, write_snapshot
-from tfswa_lab.memory.snapshot.snapshot import NOBODY, NOWHERE, site_of
+from tfswa_lab.memory.snapshot.groups import NOBODY, NOWHERE, site_of
 from tfswa_lab.memory.trace.stacks import Frame
 from tfswa_lab.memory.trace.timeline import Block, Timeline
 
@@ -336,6 +336,77 @@ def test_expandable_segments_grow_and_shrink():
     assert (curves.allocated // MIB).tolist() == [0, 0, 18, 18, 48, 48, 18, 18, 18]
     report = snapshot.oom_report()
     assert (report.reserved, report.largest_free) == (60 * MIB, 12 * MIB)
+
+
+def matched_by_searching(entries, end):
+    """Address, birth and death of each allocation, by looking at all other entries."""
+    requested = any(action == "free_requested" for action, _ in entries)
+    release = "free_requested" if requested else "free_completed"
+    events = [(n, *e) for n, e in enumerate(entries, 1) if e[0] in ("alloc", release)]
+    for n, action, address in events:
+        if action == "alloc":
+            later = [m for m, _, other in events if other == address and m > n]
+            yield address, n, min(later, default=end + 1)
+        elif [a for m, a, other in events if other == address and m < n][-1:] != ["alloc"]:
+            yield address, 0, n
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_order_of_allocations_and_releases_is_matched(seed):
+    """Rings lose entries, and versions of torch omit kinds of them."""
+    chance = random.Random(seed)
+    kinds = ["alloc", "free_requested", "free_completed", "snapshot"]
+    kinds = chance.sample(kinds, chance.randrange(1, 5))
+    entries = [(chance.choice(kinds), chance.randrange(1, 6)) for _ in range(chance.randrange(60))]
+    trace = [{"action": action, "addr": address, "size": 1} for action, address in entries]
+    found = read({"device_traces": [trace]}).allocations(0)
+    columns = (found.address, found.born, found.died)
+    told = list(zip(*(column.tolist() for column in columns), strict=True))
+    assert sorted(told) == sorted(matched_by_searching(entries, len(entries)))
+    assert found.born.tolist() == sorted(found.born)
+
+
+def test_the_segments_are_right_about_the_end():
+    trace = [{"action": "alloc", "addr": n, "size": 1, "frames": []} for n in (512, 1024)]
+    state, frames = "active_allocated", [STACKS[1][0]._asdict()]
+    blocks = [{"address": n, "size": 2_000, "state": state, "frames": frames} for n in (1024, 0)]
+    segment = {"device": 0, "address": 0, "total_size": MIB, "blocks": blocks}
+    snapshot = read({"segments": [segment], "device_traces": [trace]})
+    found = snapshot.allocations()
+    assert found.address.tolist() == [0, 512, 1024]
+    assert found.born.tolist() == [0, 1, 2]
+    assert found.died.tolist() == [3, 2, 3]
+    assert found.size.tolist() == [2_000, 512, 2_000]
+    assert snapshot.allocation_sites()[0].blocks == 2
+    assert snapshot.notes == ["device 0: 1 releases were not recorded"]
+
+
+def test_contexts_and_categories_are_texts():
+    entry = {"action": "alloc", "addr": 1, "size": 1}
+    about = [
+        {"compile_context": "0/1", "user_metadata": "step", "category": "gradient"},
+        {"compile_context": "step", "category": "gradient"},
+        {"user_metadata": "", "compile_context": 5},
+    ]
+    contents = read({"device_traces": [[entry | one for one in about]]}).contents
+    history, texts = contents.histories[0], contents.texts
+    assert [texts[number] for number in history.text] == ["step", "gradient", ""]
+    assert [texts[number] for number in history.context] == ["0/1", "step", ""]
+    assert len(set(texts)) == len(texts)
+
+
+def test_annotations_and_settings_are_kept():
+    raw = as_snapshot(small_blocks())
+    raw["external_annotations"] = [
+        {"name": "step", "stage": "START", "device": 1, "time_us": 2**50},
+        {"name": "step", "stage": "END"},
+        "nonsense",
+    ]
+    contents = read(raw).contents
+    assert contents.annotations == [("step", "START", 1, 2**50), ("step", "END", 0, 0)]
+    assert contents.settings == raw["allocator_settings"]
+    odd = raw | {"external_annotations": 7, "allocator_settings": [1]}
+    assert (read(odd).contents.annotations, read(odd).contents.settings) == ([], {})
 
 
 def test_several_devices_are_kept_apart():

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tfswa_lab.memory.display import Shown
 from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.snapshot.schema import ACTIONS, CODES, History, RecordedPart, Segment
 
 GROWTH = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 
 
-@dataclass(frozen=True, eq=False)
-class Allocations:
+@dataclass(frozen=True, eq=False, repr=False)
+class Allocations(Shown):
     """Allocations as columns of the same length, in the order of their births.
 
     Args:
@@ -43,13 +44,18 @@ class Allocations:
     stack: np.ndarray
     text: np.ndarray
 
+    @property
+    def brief(self) -> str:
+        """The number of allocations."""
+        return f"{len(self.born):,} allocations"
+
     def alive(self, event: int) -> np.ndarray:
         """A mask of the allocations that are alive right after an event."""
         return (self.born <= event) & (event < self.died)
 
 
-@dataclass(frozen=True, eq=False)
-class OverTime:
+@dataclass(frozen=True, eq=False, repr=False)
+class OverTime(Shown):
     """Bytes right after each event, from event 0 on.
 
     Args:
@@ -64,60 +70,77 @@ class OverTime:
     reserved: np.ndarray
     time_us: np.ndarray
 
-
-@dataclass(slots=True)
-class _Allocation:
-    """A row of `Allocations`."""
-
-    address: int
-    size: int
-    requested: int
-    born: int
-    died: int
-    stack: int
-    text: int
+    @property
+    def brief(self) -> str:
+        """The number of events."""
+        return f"{len(self.allocated):,} events"
 
 
 def allocations_of(history: History, segments: Sequence[Segment]) -> tuple[Allocations, int]:
     """Match allocations and releases of one device, and count releases without a record."""
-    never = len(history) + 1
-    rows, there, unrecorded = _matched(history, never)
-    if segments:
-        at_end = {part.address: part for part in parts_in_state(segments, "active")}
-        for address, row in there.items():
-            if address in at_end:
-                row.size = at_end[address].size
-                row.stack = row.stack or at_end[address].stack
-            else:
-                row.died = len(history)
-                unrecorded += 1
-        older = [part for address, part in at_end.items() if address not in there]
-        rows += [_Allocation(p.address, p.size, p.requested, 0, never, p.stack, 0) for p in older]
-    rows.sort(key=lambda row: row.born)
-    columns = ([getattr(row, name) for row in rows] for name in _Allocation.__slots__)
-    return Allocations(*(np.array(column, np.int64) for column in columns)), unrecorded
+    births, died, releases, unrecorded = _matched(history)
+    recorded = Allocations(
+        history.address[births],
+        rounded(history.size[births]),
+        history.size[births],
+        births + 1,
+        died,
+        history.stack[births],
+        history.text[births],
+    )
+    older, missing = _compared(recorded, segments, len(history)) if segments else ([], 0)
+    zeros = np.zeros(len(releases), np.int64)
+    sizes = history.size[releases]
+    released = (history.address[releases], rounded(sizes), sizes, zeros, releases + 1, zeros, zeros)
+    alive = _alive_throughout(older, len(history))
+    columns = zip(released, alive, vars(recorded).values(), strict=True)
+    return Allocations(*map(np.concatenate, columns)), unrecorded + missing
 
 
-def _matched(history: History, never: int) -> tuple[list[_Allocation], dict[int, _Allocation], int]:
-    """All allocations, those not released by address, and how many releases have no record."""
-    rows, there, unrecorded = [], {}, 0
-    release = release_of(history)
-    columns = (history.action, history.address, history.size, history.stack, history.text)
-    plain = zip(*(column.tolist() for column in columns), strict=True)
-    for event, (action, address, size, stack, text) in enumerate(plain, start=1):
-        if action == CODES["alloc"]:
-            if address in there:  # its release was not recorded
-                there[address].died = event
-                unrecorded += 1
-            there[address] = _Allocation(address, rounded(size), size, event, never, stack, text)
-            rows.append(there[address])
-        elif action == release:
-            row = there.pop(address, None)
-            if row is None:  # its allocation is older than the history
-                row = _Allocation(address, rounded(size), size, 0, event, 0, 0)
-                rows.append(row)
-            row.died = event
-    return rows, there, unrecorded
+def _matched(history: History) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Entries that allocate, when each of these dies, releases without one, and unrecorded ones.
+
+    Sorted by address and time, an allocation ends with its neighbour, whatever that is.
+    """
+    born = history.where("alloc")
+    entries = np.flatnonzero(born | (history.action == release_of(history)))
+    entries = entries[np.argsort(history.address[entries], kind="stable")]
+    address, is_birth = history.address[entries], born[entries]
+    same = address[1:] == address[:-1]
+    died = np.full(len(history), len(history) + 1)
+    died[entries[:-1][same]] = entries[1:][same] + 1
+    unrecorded = np.count_nonzero(same & is_birth[:-1] & is_birth[1:])
+    older = ~is_birth
+    older[1:] &= ~(same & is_birth[:-1])
+    births = np.flatnonzero(born)
+    return births, died[births], np.sort(entries[older]), unrecorded
+
+
+def _compared(
+    recorded: Allocations, segments: Sequence[Segment], end: int
+) -> tuple[list[RecordedPart], int]:
+    """Correct what is alive at the end by the segments.
+
+    Returns:
+        Parts in use that are older than the history, and how many releases are not recorded.
+    """
+    at_end = {part.address: part for part in parts_in_state(segments, "active")}
+    alive = np.flatnonzero(recorded.died > end)
+    missing = 0
+    for row, address in zip(alive.tolist(), recorded.address[alive].tolist(), strict=True):
+        if part := at_end.pop(address, None):
+            recorded.size[row] = part.size
+            recorded.stack[row] = recorded.stack[row] or part.stack
+        else:
+            recorded.died[row] = end
+            missing += 1
+    return list(at_end.values()), missing
+
+
+def _alive_throughout(parts: list[RecordedPart], end: int) -> list[np.ndarray]:
+    """Columns of allocations that are older than the history and still alive."""
+    rows = [(p.address, p.size, p.requested, 0, end + 1, p.stack, 0) for p in parts]
+    return list(np.array(rows, np.int64).reshape(-1, 7).T)
 
 
 def release_of(history: History) -> int:
@@ -163,13 +186,14 @@ def _back_from(end: int, change: np.ndarray) -> np.ndarray:
 def reserved_at(event: int, history: History, segments: Sequence[Segment]) -> list[tuple[int, int]]:
     """The ranges of addresses, from and to, that were reserved right after an event."""
     ranges = [(segment.address, segment.address + segment.size) for segment in segments]
-    for entry in range(len(history) - 1, event - 1, -1):
-        grown = GROWTH.get(ACTIONS[history.action[entry]])
+    grows = np.flatnonzero(history.where(*GROWTH))
+    for entry in grows[grows >= event][::-1].tolist():
+        grown = GROWTH[ACTIONS[history.action[entry]]]
         start = int(history.address[entry])
         stop = start + int(history.size[entry])
         if grown == 1:
             ranges = subtract(ranges, [(start, stop)])
-        elif grown == -1:
+        else:
             ranges.append((start, stop))
     return ranges
 

@@ -1,10 +1,8 @@
 """Pickles of plain data: written in one piece, and read safely even from a stranger.
 
-A pickle is a program. Refusing to look up names (`find_class`) keeps it from executing code, but
-five bytes can still make Python's reader take all memory, or hash a tuple for years. So the program
-is checked first: it may contain only the few opcodes that write numbers, strings, lists and
-dictionaries, and no length or index that is too large for the file. Such a program takes time and
-memory in proportion to the file.
+A pickle is a program. This machine knows only the opcodes that build numbers, strings, lists,
+dictionaries and pairs of integers, so no program can make it execute anything, and it makes no room
+for bytes that are only announced. Time and memory are in proportion to the file.
 
 Notebook: 06_leak_diagnosis
 """
@@ -15,17 +13,17 @@ import gc
 import mmap
 import pickle
 import pickletools
-import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 from tfswa_lab.durable import parts_of
-from tfswa_lab.memory.sizes import GIB
+from tfswa_lab.memory.sizes import MIB
+from tfswa_lab.memory.snapshot.shapes import LONGEST, Make, Shapes, integer_of
 
-LARGEST = 2 * GIB  # bytes of a file
-SHORT = 64  # the regular expression itself skips shorter strings
+PROTOCOLS = range(2, 6)
+PIECE = 64 * MIB  # of a file, that is mapped into memory at a time
 
 
 class SnapshotError(ValueError):
@@ -45,38 +43,6 @@ def write_plain(path: str | Path, data: object) -> Path:
     return path
 
 
-def read_plain(path: str | Path, largest: int = LARGEST) -> object:
-    """Read a pickle that contains only numbers, strings, lists, dictionaries and pairs of integers.
-
-    Args:
-        path: the file.
-        largest: the most bytes that the file may have.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        SnapshotError: it is too large, not a pickle, damaged, or contains anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such memory snapshot; check the path")
-    size = path.stat().st_size
-    if not 0 < size <= largest:
-        raise SnapshotError(
-            f"{path} has {size:,} bytes, not 1 to {largest:,}; record with fewer max_entries, "
-            "or raise `largest`"
-        )
-    with path.open("rb") as file:
-        try:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
-                check(program)
-            with no_garbage_collection():
-                return _Reader(file).load()
-        except SnapshotError as error:
-            raise SnapshotError(f"{path}: {error}") from None
-        except Exception as error:  # a damaged program can raise anything
-            raise SnapshotError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-
-
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Reading makes millions of containers and no garbage; collections would double the time."""
@@ -89,79 +55,238 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Reader(pickle.Unpickler):
-    """Refuses to look up names, even if the check missed one."""
+class Reader:
+    """Executes the program of a pickle.
 
-    def find_class(self, module: str, name: str) -> object:
-        raise SnapshotError(f"it asks for {module}.{name}, and plain data need no code")
-
-
-def check(program: bytes | mmap.mmap) -> None:
-    """Raise SnapshotError unless this is a pickle of plain data; nothing is executed.
-
-    >>> check(pickle.dumps({"size": 512}))
-    >>> check(pickle.dumps(print))  # doctest: +ELLIPSIS
+    >>> Reader(pickle.dumps({"size": 512})).load()
+    {'size': 512}
+    >>> Reader(pickle.dumps(print)).load()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     tfswa_lab.memory.snapshot.pickles.SnapshotError: opcode STACK_GLOBAL at byte 30 has no ...
-    """
-    harmless = _harmless((len(program) // 4).bit_length())
-    at = 0
-    while True:
-        at = harmless.match(program, at).end()
-        opcode = program[at : at + 1]
-        if opcode == b".":
-            return
-        if opcode not in _LENGTHS:
-            raise SnapshotError(_refusal(opcode, at))
-        start = at + 1 + _LENGTHS[opcode]
-        length = int.from_bytes(program[at + 1 : start], "little")
-        if start + length > len(program):
-            raise SnapshotError(f"{length:,} bytes announced at byte {at} are not there")
-        at = start + length
-
-
-_LENGTHS = {b"\x8c": 1, b"X": 4, b"\x8d": 8}  # strings, and the width of their lengths
-
-
-def _refusal(opcode: bytes, at: int) -> str:
-    if not opcode:
-        return "it ends in the middle"
-    known = pickletools.code2op.get(opcode.decode("latin-1"))
-    name = known.name if known else repr(opcode)
-    return f"opcode {name} at byte {at} has no place in plain data"
-
-
-@lru_cache(maxsize=8)
-def _harmless(bits: int) -> re.Pattern[bytes]:
-    """Matches runs of opcodes that build plain data; `check` skips strings from `SHORT` bytes on.
 
     Args:
-        bits: of the largest length of a frame and of the largest index into the reader's memory,
-            which allocates twice that index. A frame has at most 64 KiB and one object, and every
-            index takes 6 bytes of the file, so the bits of a quarter of its size are enough.
+        program: the pickle.
+        maker: chooses, for a series of keys that is met often, what to make of the values; the list
+            of such a dictionary is `Recalled`. Without it, all is built as pickle would.
     """
-    frame = rb"\x95...%b\x00{4}" % _below(2 ** max(bits - 24, 0))
-    remembered = rb"\x94|q.|r..%b%b" % (
-        _below(2 ** min(max(bits - 16, 0), 8)),
-        _below(2 ** max(bits - 24, 0)),
-    )
-    integer = rb"(?:K.|M..|J....|\x8a(?:%b))(?:%b)?+" % (_counted(10), frame)
-    # Tuples may only hold two integers: hashing nested tuples can take for ever.
-    pair = rb"%b(?:%b\x86?+)?+" % (integer, integer)
-    string = rb"\x8c(?:%b)|X(?:%b)" % (_counted(SHORT), _counted(SHORT, rb"\x00\x00\x00"))
-    recalled = rb"h.|j...."
-    others = rb"[(\]}aeusN\x88\x89]|G.{8}|\x80[\x02-\x05]"
-    tokens = [recalled, pair, remembered, string, others, frame]
-    return re.compile(rb"(?:%b)*+" % b"|".join(tokens), re.DOTALL)
+
+    def __init__(self, program: bytes | mmap.mmap, maker: Callable[[tuple], Make] | None = None):
+        self.program, self.memory = program, []
+        self.stack: list = []
+        self.below: list[list] = []  # what was on the stack at each mark
+        self.shapes = Shapes(maker, self.memory) if maker else None
+
+    def load(self) -> object:
+        """What the program builds.
+
+        Raises:
+            SnapshotError: the program is damaged, or builds anything but plain data.
+        """
+        at = read = 0
+        try:
+            while (opcode := self.program[at]) != _STOP:
+                at = _OPERATIONS[opcode](self, at + 1)
+                if at - read > PIECE:
+                    read = self._let_go(at)
+            return self.stack.pop()
+        except (IndexError, TypeError, ValueError, OverflowError, struct.error) as error:
+            if isinstance(error, SnapshotError):
+                raise
+            if at >= len(self.program):
+                raise SnapshotError("it ends in the middle") from None
+            raise SnapshotError(f"it is damaged at byte {at:,} ({error})") from error
+
+    def _let_go(self, at: int) -> int:
+        """Release the pages that were read, which would count as memory of the process."""
+        read = at // PIECE * PIECE
+        if isinstance(self.program, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self.program.madvise(mmap.MADV_DONTNEED, 0, read)
+        return read
+
+    def take(self, at: int, length: int) -> bytes:
+        """Bytes of the program that must be there."""
+        if at + length > len(self.program):
+            raise SnapshotError(f"{length:,} bytes announced at byte {at:,} are not there")
+        return self.program[at : at + length]
+
+    def since_mark(self) -> list:
+        """What was put on the stack since the last mark."""
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def top(self, kind: type) -> list | dict:
+        """The list or dictionary to be filled."""
+        if type(self.stack[-1]) is not kind:
+            raise TypeError(f"a {kind.__name__} is expected")
+        return self.stack[-1]
 
 
-def _below(count: int) -> bytes:
-    """One byte below a count."""
-    return rb"[\x00-%b]" % re.escape(bytes([min(count, 256) - 1]))
+# The operations get the position after their opcode, and return that of the next opcode.
 
 
-def _counted(count: int, then: bytes = b"") -> bytes:
-    """A length below `count`, and as many bytes."""
-    return b"|".join(
-        re.escape(bytes([length])) + then + rb".{%d}" % length for length in range(count)
-    )
+def _refuse(reader: Reader, at: int) -> int:
+    opcode = reader.program[at - 1]
+    known = pickletools.code2op.get(chr(opcode))
+    name = known.name if known else hex(opcode)
+    raise SnapshotError(f"opcode {name} at byte {at - 1} has no place in plain data")
+
+
+def _protocol(reader: Reader, at: int) -> int:
+    if reader.program[at] not in PROTOCOLS:
+        raise SnapshotError(f"protocol {reader.program[at]} is not one of 2 to 5")
+    return at + 1
+
+
+def _frame(reader: Reader, at: int) -> int:
+    length = int.from_bytes(reader.take(at, 8), "little")
+    if at + 8 + length > len(reader.program):
+        raise SnapshotError(f"{length:,} bytes announced at byte {at:,} are not there")
+    return at + 8
+
+
+def _integer(width: int) -> Callable[[Reader, int], int]:
+    def operation(reader: Reader, at: int) -> int:
+        reader.stack.append(integer_of(reader.take(at - 1, width + 1)))
+        return at + width
+
+    return operation
+
+
+def _long(reader: Reader, at: int) -> int:
+    length = reader.program[at]
+    if length > LONGEST:
+        raise SnapshotError(f"an integer of {length} bytes at byte {at:,}")
+    reader.stack.append(integer_of(reader.take(at - 1, length + 2)))
+    return at + 1 + length
+
+
+def _float(reader: Reader, at: int) -> int:
+    reader.stack.append(struct.unpack(">d", reader.take(at, 8))[0])
+    return at + 8
+
+
+def _string(width: int) -> Callable[[Reader, int], int]:
+    def operation(reader: Reader, at: int) -> int:
+        length = int.from_bytes(reader.take(at, width), "little")
+        reader.stack.append(reader.take(at + width, length).decode("utf-8", "surrogatepass"))
+        return at + width + length
+
+    return operation
+
+
+def _constant(value: bool | None) -> Callable[[Reader, int], int]:
+    def operation(reader: Reader, at: int) -> int:
+        reader.stack.append(value)
+        return at
+
+    return operation
+
+
+def _pair(reader: Reader, at: int) -> int:
+    """Tuples may only hold two integers: hashing nested tuples can take for ever."""
+    second, first = reader.stack.pop(), reader.stack.pop()
+    if type(first) is not int or type(second) is not int:
+        raise TypeError("a pair may only hold integers")
+    reader.stack.append((first, second))
+    return at
+
+
+def _list(reader: Reader, at: int) -> int:
+    reader.stack.append([])
+    return at
+
+
+def _mark(reader: Reader, at: int) -> int:
+    reader.below.append(reader.stack)
+    reader.stack = []
+    return at
+
+
+def _append(reader: Reader, at: int) -> int:
+    item = reader.stack.pop()
+    reader.top(list).append(item)
+    return at
+
+
+def _extend(reader: Reader, at: int) -> int:
+    items = reader.since_mark()
+    reader.top(list).extend(items)
+    return at
+
+
+def _dictionary(reader: Reader, at: int) -> int:
+    known = reader.shapes.match(reader.program, at - 1) if reader.shapes else None
+    made, end = known or ({}, at)
+    reader.stack.append(made)
+    return end
+
+
+def _set_item(reader: Reader, at: int) -> int:
+    value, key = reader.stack.pop(), reader.stack.pop()
+    reader.top(dict)[key] = value
+    return at
+
+
+def _set_items(reader: Reader, at: int) -> int:
+    items = reader.since_mark()
+    reader.top(dict).update(zip(items[::2], items[1::2], strict=True))
+    return at
+
+
+def _remember(reader: Reader, at: int) -> int:
+    reader.memory.append(reader.stack[-1])
+    return at
+
+
+def _remember_at(width: int) -> Callable[[Reader, int], int]:
+    """Pickle numbers what it remembers 0, 1, 2, …, in protocols that write the number, too."""
+
+    def operation(reader: Reader, at: int) -> int:
+        place = int.from_bytes(reader.take(at, width), "little")
+        if place != len(reader.memory):
+            raise SnapshotError(f"place {place:,} is remembered out of order at byte {at:,}")
+        reader.memory.append(reader.stack[-1])
+        return at + width
+
+    return operation
+
+
+def _recall(width: int) -> Callable[[Reader, int], int]:
+    def operation(reader: Reader, at: int) -> int:
+        place = int.from_bytes(reader.take(at, width), "little")
+        reader.stack.append(reader.memory[place])
+        return at + width
+
+    return operation
+
+
+_STOP = b"."[0]
+_KNOWN = {
+    b"\x80": _protocol,
+    b"\x95": _frame,
+    b"K": _integer(1),
+    b"M": _integer(2),
+    b"J": _integer(4),
+    b"\x8a": _long,
+    b"G": _float,
+    b"\x8c": _string(1),
+    b"X": _string(4),
+    b"\x8d": _string(8),
+    b"N": _constant(None),
+    b"\x88": _constant(True),
+    b"\x89": _constant(False),
+    b"\x86": _pair,
+    b"]": _list,
+    b"(": _mark,
+    b"a": _append,
+    b"e": _extend,
+    b"}": _dictionary,
+    b"s": _set_item,
+    b"u": _set_items,
+    b"\x94": _remember,
+    b"q": _remember_at(1),
+    b"r": _remember_at(4),
+    b"h": _recall(1),
+    b"j": _recall(4),
+}
+_OPERATIONS = [_KNOWN.get(bytes([opcode]), _refuse) for opcode in range(256)]

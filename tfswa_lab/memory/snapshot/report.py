@@ -5,12 +5,12 @@ Notebook: 06_leak_diagnosis
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tfswa_lab.memory.display import Shown
 from tfswa_lab.memory.sizes import (
     OWN_SEGMENT,
     SEGMENT_QUANTUM,
@@ -19,16 +19,17 @@ from tfswa_lab.memory.sizes import (
     rounded,
     segment_size,
 )
+from tfswa_lab.memory.snapshot.groups import Groups
 from tfswa_lab.memory.snapshot.history import Allocations, parts_in_state
 from tfswa_lab.memory.snapshot.schema import Segment
 
 
 @dataclass(frozen=True)
 class AllocationSite:
-    """A line and the memory that it allocated.
+    """A line, or another group, and the memory that it allocated.
 
     Args:
-        line: innermost line of the user's code.
+        line: innermost line of the user's code; of another grouping, the group's name.
         size: bytes.
         blocks: number of blocks.
     """
@@ -41,25 +42,15 @@ class AllocationSite:
         return f"{format_bytes(self.size):>12}  {self.blocks:>6} blocks  {self.line}"
 
 
-def allocation_sites(
-    allocations: Allocations, event: int, lines: Sequence[str]
-) -> list[AllocationSite]:
-    """The lines that allocated the memory alive right after an event, largest first.
-
-    Args:
-        allocations: of one device.
-        event: when.
-        lines: the user's line of each stack, by the stack's number.
-    """
+def sites_of(groups: Groups, allocations: Allocations, event: int) -> list[AllocationSite]:
+    """The groups that held memory right after an event, largest first."""
     alive = allocations.alive(event)
-    by_stack = np.zeros(len(lines), np.int64)
-    np.add.at(by_stack, allocations.stack[alive], allocations.size[alive])
-    counts = np.bincount(allocations.stack[alive], minlength=len(lines))
-    size, blocks = Counter(), Counter()
-    for stack in np.flatnonzero(counts):
-        size[lines[stack]] += int(by_stack[stack])
-        blocks[lines[stack]] += int(counts[stack])
-    return [AllocationSite(line, held, blocks[line]) for line, held in size.most_common()]
+    size = np.zeros(len(groups.names), np.int64)
+    np.add.at(size, groups.of[alive], allocations.size[alive])
+    blocks = np.bincount(groups.of[alive], minlength=len(groups.names))
+    order = np.argsort(-size, kind="stable")
+    found = (at for at in order.tolist() if blocks[at])
+    return [AllocationSite(groups.names[at], int(size[at]), int(blocks[at])) for at in found]
 
 
 @dataclass(frozen=True)
@@ -150,8 +141,8 @@ def fragmentation(segments: Sequence[Segment]) -> Fragmentation:
     )
 
 
-@dataclass(frozen=True)
-class OutOfMemoryReport:
+@dataclass(frozen=True, repr=False)
+class OutOfMemoryReport(Shown):
     """A request that failed, and the memory at that time; all in bytes.
 
     Args:
@@ -198,7 +189,15 @@ class OutOfMemoryReport:
         """
         return (self.allocated + self.free) / (self.allocated + self.requested)
 
-    def __str__(self) -> str:
+    @property
+    def brief(self) -> str:
+        """The request, and what would have fitted."""
+        asked, fits = map(format_bytes, (self.requested, self.fits))
+        return f"{asked} requested, {fits} would have fitted"
+
+    @property
+    def sentences(self) -> list[str]:
+        """The request, the memory at that time, and why it failed."""
         cause = (
             "The free memory was large enough, but not in one part: fragmentation. Segments of one "
             "length, or PYTORCH_ALLOC_CONF=expandable_segments:True, help."
@@ -207,16 +206,16 @@ class OutOfMemoryReport:
             f"{self.largest_batch:.0%} of this batch fits: less if parameters are a large part of "
             "the memory in use, or if the step had not reached its peak."
         )
-        return "\n".join(
-            [
-                f"{format_bytes(self.requested)} requested, which needs a segment of "
-                f"{format_bytes(segment_size(rounded(self.requested)))} if the cache has no room.",
-                f"{format_bytes(self.allocated)} were allocated, "
-                f"{format_bytes(self.reserved)} reserved; "
-                f"{format_bytes(self.device_free)} were left on the device, and the largest free "
-                f"range of the cache was {format_bytes(self.largest_free)}.",
-                f"A request of {format_bytes(self.fits)} would have fitted. {cause}",
-                "In use then, by line:",
-                *(str(site) for site in self.allocation_sites[:10]),
-            ]
-        )
+        return [
+            f"{format_bytes(self.requested)} requested, which needs a segment of "
+            f"{format_bytes(segment_size(rounded(self.requested)))} if the cache has no room.",
+            f"{format_bytes(self.allocated)} were allocated, "
+            f"{format_bytes(self.reserved)} reserved; "
+            f"{format_bytes(self.device_free)} were left on the device, and the largest free "
+            f"range of the cache was {format_bytes(self.largest_free)}.",
+            f"A request of {format_bytes(self.fits)} would have fitted. {cause}",
+        ]
+
+    def __str__(self) -> str:
+        sites = map(str, self.allocation_sites[:10])
+        return "\n".join([*self.sentences, "In use then, by line:", *sites])

@@ -1,0 +1,203 @@
+"""Under which names a session keeps things, and the line of code that drops each.
+
+Names are variables, IPython's outputs, the last error, open figures, attributes of modules and
+classes, and the variables of running functions.
+
+Notebook: 06_leak_diagnosis
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from types import CoroutineType, GeneratorType, ModuleType
+from typing import Any, NamedTuple
+
+from tfswa_lab.memory.leaks.referrers import OUR_MODULES, running_locals
+from tfswa_lab.memory.leaks.spelling import LRU_CACHE
+
+OUTPUT = re.compile(r"_\d+|_{1,3}")  # IPython's variables for outputs
+OF_IPYTHON = re.compile(r"_i+|_i\d+|_[iod]h|In|Out|get_ipython|exit|quit|open")
+LAST_ERROR = ("last_exc", "last_value", "last_traceback", "last_type")  # of `sys`
+PYPLOT = "matplotlib._pylab_helpers"
+# They keep a session going. What they hold for it is named as outputs and as the last error.
+MACHINERY = ("IPython", "ipykernel", "zmq", "tornado", "jupyter_client", "comm", OUR_MODULES)
+
+
+class Name(NamedTuple):
+    """A name under which a session keeps a thing.
+
+    Args:
+        text: such as `net`, `Out[21]` or `figure 3`.
+        thing: what has the name.
+        drop: a line of Python that removes the name, or empties the thing; empty if no line can.
+        variable: the user's variable, if the name is one.
+        empties: whether the line empties the thing, so that other names of it do not matter.
+    """
+
+    text: str
+    thing: Any
+    drop: str = ""
+    variable: str = ""
+    empties: bool = False
+
+
+class Kept(NamedTuple):
+    """A thing of the session, and all its names."""
+
+    names: list[Name]
+    starts: list[int]  # numbers of the thing on the ways; an error has several
+
+    @property
+    def text(self) -> str:
+        """The first name, and others."""
+        first, *others = dict.fromkeys(name.text for name in self.names)
+        return f"{first} (also {', '.join(others)})" if others else first
+
+
+class Session:
+    """The names of a session.
+
+    Args:
+        shell: IPython's, or None.
+    """
+
+    def __init__(self, shell: Any = None):
+        self._shell = shell
+        self._variables = shell.user_ns if shell else vars(sys.modules["__main__"])
+
+    def names(self) -> Iterator[Name]:
+        """All names but those of classes."""
+        yield from self._of_variables()
+        yield from self._outputs()
+        yield from _last_error()
+        yield from _figures()
+        for module in _modules():
+            if vars(module) is not self._variables:
+                yield from _of_module(module)
+        yield from _of_running()
+
+    def of_classes(self, objects: Iterable[Any]) -> Iterator[Name]:
+        """The attributes of all classes among some objects."""
+        for kind in objects:
+            if issubclass(type(kind), type):
+                yield from self._of_class(kind)
+
+    def ends(self, objects: Iterable[Any]) -> Iterator[Any]:
+        """Objects at which names begin: namespaces, classes, and the machinery of IPython."""
+        yield from (self._variables, self._variables.get("_oh"))
+        yield from map(vars, _modules())
+        for thing in objects:
+            if issubclass(type(thing), type):
+                yield thing
+            elif _is_machinery(type(thing)):
+                yield thing
+                yield getattr(thing, "__dict__", None)
+                yield getattr(thing, "_trait_values", None)
+
+    def _of_variables(self) -> Iterator[Name]:
+        for name, thing in list(self._variables.items()):
+            hidden = OUTPUT.fullmatch(name) or OF_IPYTHON.fullmatch(name) if self._shell else None
+            if not hidden and not name.startswith("__"):
+                if issubclass(type(thing), LRU_CACHE):
+                    yield Name(name, thing, f"{name}.cache_clear()", empties=True)
+                else:
+                    yield Name(name, thing, f"del {name}", name)
+
+    def _outputs(self) -> Iterator[Name]:
+        """IPython keeps an output in `Out`, in variables, and in what displays it."""
+        if not self._shell:
+            return
+        for number, thing in list(self._variables.get("_oh", {}).items()):
+            yield Name(f"Out[{number}]", thing, f"%xdel _{number}", f"_{number}")
+        for name, thing in list(self._variables.items()):
+            if OUTPUT.fullmatch(name):
+                yield Name(name, thing, f"%xdel {name}", name)
+
+    def _of_class(self, kind: type) -> Iterator[Name]:
+        module, name = kind.__module__, kind.__qualname__
+        if module == PYPLOT:  # it keeps the open figures, which have names of their own
+            return
+        mine = self._variables.get(name) is kind
+        for attribute, thing in list(vars(kind).items()):
+            path = f"{'' if mine else f'{module}.'}{name}.{attribute}"
+            if "<locals>" in name:  # no code leads to it
+                yield Name(path, thing)
+            else:
+                yield _of_attribute("" if mine else module, path, thing)
+
+
+def _last_error() -> Iterator[Name]:
+    """The last error keeps the variables of all functions that it passed through."""
+    import_line = "import sys, traceback; "
+    error = getattr(sys, "last_value", None)
+    tracebacks = {"sys.last_traceback": getattr(sys, "last_traceback", None)}
+    path, seen = "sys.last_value", []
+    while error is not None and error not in seen:
+        seen.append(error)
+        link = "__context__" if error.__cause__ is None else "__cause__"
+        path, error = f"{path}.{link}", getattr(error, link)
+        tracebacks[f"{path}.__traceback__"] = getattr(error, "__traceback__", None)
+    clear = [f"traceback.clear_frames({way})" for way, kept in tracebacks.items() if kept]
+    for thing in (*seen, *filter(None, tracebacks.values())):
+        text = f"the last error ({type(seen[0]).__name__ if seen else 'sys.last_traceback'})"
+        yield Name(text, thing, import_line + "; ".join(clear), empties=True)
+
+
+def _figures() -> Iterator[Name]:
+    """Open figures of pyplot; an array that was plotted is kept in its figure."""
+    pyplot = sys.modules.get(PYPLOT)
+    for number, manager in list(pyplot.Gcf.figs.items() if pyplot else ()):
+        line = f"import matplotlib.pyplot as plt; plt.close({number})"
+        yield Name(f"figure {number}", manager, line)
+
+
+def _modules() -> list[ModuleType]:
+    return [each for each in list(sys.modules.values()) if isinstance(each, ModuleType)]
+
+
+def _of_module(module: ModuleType) -> Iterator[Name]:
+    name = vars(module).get("__name__", "")
+    for attribute, thing in list(vars(module).items()):
+        if module is sys and attribute in LAST_ERROR:
+            continue
+        yield _of_attribute(name, f"{name}.{attribute}", thing)
+
+
+def _of_running() -> Iterator[Name]:
+    """Variables of functions that have not returned."""
+    for frame, name, thing in running_locals():
+        code = frame.f_code
+        where = f"{Path(code.co_filename).name}:{frame.f_lineno}"
+        yield Name(f"{name} in {code.co_qualname} (running, {where})", thing)
+
+
+def _of_attribute(module: str, path: str, thing: Any) -> Name:
+    """An attribute of a module or class; a container is emptied, since others may refer to it."""
+    line = emptying(path, thing)
+    start = f"import {module}; " if module else ""
+    return Name(path, thing, start + (line or f"{path} = None"), empties=bool(line))
+
+
+def emptying(path: str, thing: Any) -> str:
+    """The line that takes out what a thing holds; empty if it cannot be emptied.
+
+    >>> emptying("model.cache", {})
+    'model.cache.clear()'
+    """
+    kind = type(thing)  # asking for `__class__` may run the code of strangers
+    if issubclass(kind, LRU_CACHE):
+        return f"{path}.cache_clear()"
+    if issubclass(kind, GeneratorType | CoroutineType):
+        return f"{path}.close()"
+    return f"{path}.clear()" if issubclass(kind, dict | list | set | deque) else ""
+
+
+@cache
+def _is_machinery(kind: type) -> bool:
+    module = str(getattr(kind, "__module__", ""))
+    return module.split(".")[0] in MACHINERY or f"{module}.".startswith(f"{OUR_MODULES}.")

@@ -1,0 +1,250 @@
+"""What holds the memory of tensors now, and which line of code would free it.
+
+It needs no step that can be repeated, so it answers after an out-of-memory error, too.
+
+Notebook: 06_leak_diagnosis
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, UntypedStorage
+
+from tfswa_lab.memory.display import Shown, bars
+from tfswa_lab.memory.gauges import Status, status
+from tfswa_lab.memory.sizes import format_bytes
+from tfswa_lab.memory.who.describe import first_holders, parts_of_thing, what_it_is
+from tfswa_lab.memory.who.heap import Heap, Ways
+from tfswa_lab.memory.who.names import Kept, Name, Session
+
+SHOWN = 12  # holders in a text
+PLAIN = (Tensor, UntypedStorage, dict, list, tuple)  # of a cycle, these say little
+COLLECT = "; import gc; gc.collect()"
+
+
+@dataclass(frozen=True, repr=False)
+class Holder(Shown):
+    """Something that keeps tensors alive.
+
+    Args:
+        names: under which the session keeps it. Several things are listed with " and " between
+            them where these tensors are only free once all of them are gone.
+        what: what it is.
+        size: bytes that would be freed.
+        free: the line of Python that frees them; empty if no line can.
+        parts: containers, hooks and caches in it that can be emptied alone.
+    """
+
+    names: str
+    what: str
+    size: int
+    free: str = ""
+    parts: tuple[Holder, ...] = ()
+
+    @property
+    def brief(self) -> str:
+        """Name and bytes."""
+        return f"{self.names}: {format_bytes(self.size)}"
+
+    def __str__(self) -> str:
+        what = f": {self.what}" if self.what else ""
+        free = f"  →  {self.free}" if self.free else ""
+        lines = [f"{format_bytes(self.size):>12}  {self.names}{what}{free}"]
+        lines += [f"{'of it':>14}{part}" for part in self.parts]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, repr=False)
+class Held(Shown):
+    """What holds the memory of tensors.
+
+    Args:
+        sizes: bytes of all tensors by device, shared ones counted once.
+        holders: the largest first. Their sizes add up to those of `sizes`.
+        gauges: what the process, the allocator and the GPU report.
+    """
+
+    sizes: Mapping[str, int]
+    holders: tuple[Holder, ...]
+    gauges: Status
+
+    @property
+    def head(self) -> str:
+        """A sentence."""
+        sizes = ", ".join(f"{format_bytes(n)} on {name}" for name, n in self.sizes.items())
+        return f"tensors hold {sizes or 'no memory'}; {self.gauges}"
+
+    @property
+    def brief(self) -> str:
+        """How much, by how many."""
+        return f"{format_bytes(sum(self.sizes.values()))}, {len(self.holders)} holders"
+
+    def __str__(self) -> str:
+        shown, rest = self.holders[:SHOWN], self.holders[SHOWN:]
+        lines = [self.head, *map(str, shown)]
+        if rest:
+            size = format_bytes(sum(holder.size for holder in rest))
+            lines.append(f"{size:>12}  {len(rest)} others")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for holder in self.holders[:SHOWN]:
+            rows += [holder, *(replace(part, names=f"⤷ {part.names}") for part in holder.parts)]
+        cells = [(row.size, row.names, row.what, row.free) for row in rows]
+        return bars(self.head, ("held by", "", "this line frees it"), cells)
+
+
+def who(shell: Any = None) -> Held:
+    """What holds the memory of tensors now, and which line would free it.
+
+    All names of the session are looked at: variables, IPython's outputs, the last error, open
+    figures, attributes of modules and classes, running functions; and reference cycles that wait
+    for the garbage collector. It takes about a second, host memory for the objects of the process,
+    and none of the GPU.
+
+    Args:
+        shell: IPython's shell, None for that of this session, if there is one.
+
+    >>> import torch
+    >>> cache = {"window": torch.zeros(2**20)}
+    >>> held = who()
+    >>> held.sizes["cpu"] >= 4 * 2**20
+    True
+    """
+    with _no_collection(), closing(Heap()) as heap:
+        session = Session(shell or _running_shell())
+        holders = sorted(_holders(heap, session), key=lambda holder: -holder.size)
+        sizes = Counter()
+        for memory in heap.storages.values():
+            sizes[memory.device] += memory.size
+    return Held(dict(sizes.most_common()), tuple(each for each in holders if each.size), status())
+
+
+def _running_shell() -> Any:
+    """IPython's shell, if this session has one."""
+    known = sys.modules.get("IPython")
+    return known.get_ipython() if known else None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _holders(heap: Heap, session: Session) -> Iterator[Holder]:
+    ways = heap.ways(session.ends(heap.objects))
+    garbage = heap.garbage()[ways.numbers]
+    kept = _kept(ways, [*session.names(), *session.of_classes(heap.objects)])
+    reached = np.zeros((len(kept), ways.links.count), bool)
+    for at, each in enumerate(kept):
+        reached[at] = ways.links.reached(each.starts)
+    lost = garbage & ~reached.any(0)
+    yield from _garbage(ways, lost)
+    groups: dict[bytes, list[int]] = {}
+    for storage in np.flatnonzero((ways.sizes > 0) & ~lost).tolist():
+        groups.setdefault(reached[:, storage].tobytes(), []).append(storage)
+    for owners, storages in groups.items():
+        mine = np.frombuffer(owners, bool)
+        yield _holder(ways, [kept[at] for at in np.flatnonzero(mine)], storages, reached, mine)
+
+
+def _kept(ways: Ways, names: Iterable[Name]) -> list[Kept]:
+    """The things with names, those with several names once."""
+    kept: list[Kept] = []
+    same: dict[int | str, Kept] = {}
+    for name in names:
+        at = ways.number(name.thing)
+        if at is None:
+            continue
+        each = same.get(at) or same.get(name.text)
+        if each is None:
+            each = Kept([], [])
+            kept.append(each)
+        same[at] = same[name.text] = each
+        each.names.append(name)
+        if at not in each.starts:
+            each.starts.append(at)
+    return kept
+
+
+def _garbage(ways: Ways, lost: np.ndarray) -> Iterator[Holder]:
+    """What waits for the garbage collector."""
+    size = int(ways.sizes[lost].sum())
+    if size:
+        kinds = {type(ways.things[at]) for at in np.flatnonzero(lost & (ways.sizes == 0))}
+        telling = sorted(kind.__name__ for kind in kinds if not issubclass(kind, PLAIN))
+        yield Holder("reference cycles", ", ".join(telling[:6]), size, "import gc; gc.collect()")
+
+
+def _holder(
+    ways: Ways, kept: list[Kept], storages: list[int], reached: np.ndarray, mine: np.ndarray
+) -> Holder:
+    """Who keeps some storages that the same things lead to."""
+    size = int(ways.sizes[storages].sum())
+    if not kept:
+        return Holder("(no name in Python leads to it)", first_holders(ways, storages), size)
+    line = dropping(kept)
+    if line and not _goes_at_once(ways, kept, storages, reached.any(0)):
+        line += COLLECT
+    names = " and ".join(each.text for each in kept)
+    if len(kept) > 1:
+        return Holder(names, "", size, line)
+    alone = reached[mine][0] & ~reached[~mine].any(0)
+    parts = [Holder(*part) for part in parts_of_thing(ways, kept[0], alone)]
+    return Holder(names, what_it_is(ways, kept[0], storages), size, line, tuple(parts))
+
+
+def dropping(kept: Sequence[Kept]) -> str:
+    """A line that removes all names of some things; empty if a name cannot be removed.
+
+    >>> x, y = Name("x", 1, "del x", "x"), Name("y", 2, "del y", "y")
+    >>> dropping([Kept([x], [0]), Kept([y, Name("Out[3]", 2, "%xdel _3", "_3")], [1])])
+    'del x; get_ipython().del_var("y")'
+    """
+    gone, copies, others = [], [], []
+    for names, _ in kept:
+        emptied = [name.drop for name in names if name.empties]
+        if emptied:
+            others.append(emptied[0])
+            continue
+        if not all(name.drop for name in names):
+            return ""
+        variables = [name.variable for name in names if name.variable]
+        if any(name.drop.startswith("%") for name in names):  # IPython keeps copies
+            copies.append(variables[0])
+        else:
+            gone += variables
+        others += [name.drop for name in names if not name.variable]
+    if len(copies) == 1 and not gone and not others:
+        return f"%xdel {copies[0]}"
+    lines = [f"del {', '.join(gone)}"] if gone else []
+    lines += [f'get_ipython().del_var("{name}")' for name in copies]
+    return "; ".join([*lines, *dict.fromkeys(others)])
+
+
+def _goes_at_once(ways: Ways, kept: list[Kept], storages: list[int], live: np.ndarray) -> bool:
+    """Whether storages are free as soon as some names are gone, without the garbage collector.
+
+    Args:
+        live: a mask of what any name leads to.
+    """
+    links = ways.links.without(np.flatnonzero(~live))
+    held = np.bincount(links.target, minlength=links.count)
+    emptied = {at for each in kept if any(n.empties for n in each.names) for at in each.starts}
+    starts = [at for each in kept for at in each.starts if at in emptied or not held[at]]
+    return bool(links.freed(starts)[storages].all())
