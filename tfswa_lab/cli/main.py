@@ -1,4 +1,4 @@
-"""The command line: `tfswa-lab separate SONG --model FOLDER --out FOLDER`, `train` and `evaluate`.
+"""The command line, `tfswa-lab`: `separate`, `train`, `evaluate` and `memory`.
 
 Notebook: 03_tfswa_unet
 """
@@ -12,6 +12,7 @@ import typer
 
 from tfswa_lab.cli.errors import one_line_errors
 from tfswa_lab.cli.evaluate import evaluate
+from tfswa_lab.cli.memory import memory
 from tfswa_lab.cli.train import train
 
 LESS_MEMORY = "lower --segment-seconds, or close other programs that use memory"
@@ -65,6 +66,7 @@ def separate(
 
 app.command()(train)
 app.command()(evaluate)
+app.add_typer(memory, name="memory")
 
 if __name__ == "__main__":
     app()
