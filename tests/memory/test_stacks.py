@@ -11,9 +11,9 @@ import torch
 from tfswa_lab.memory.leaks.census import Boundary, Census
 from tfswa_lab.memory.snapshot import read
 from tfswa_lab.memory.snapshot.emit import as_snapshot
-from tfswa_lab.memory.snapshot.snapshot import NOBODY
+from tfswa_lab.memory.snapshot.groups import NOBODY
 from tfswa_lab.memory.trace import trace
-from tfswa_lab.memory.trace.stacks import Frame, in_short, user_frame
+from tfswa_lab.memory.trace.stacks import Frame, in_short, user_frame, via
 from tfswa_lab.memory.trace.timeline import Block, Timeline, by_line
 
 SITE = "/home/she/.venv/lib/python3.12/site-packages"
@@ -69,7 +69,7 @@ def test_traces_leaks_and_snapshots_agree(stack, line):
     assert by_line(block) == str(line or "(unknown)")
     assert Census([timeline], 0, [Boundary(2, 3)]).at_peak() == [(in_short(line), 512)]
     (site,) = read(as_snapshot(timeline)).allocation_sites()
-    assert site.line == str(line or NOBODY)
+    assert site.line.split(" via ")[0] == str(line or NOBODY)
 
 
 def test_a_folder_of_the_user_that_is_called_torch_is_not_torch(tmp_path):
@@ -82,3 +82,29 @@ def test_a_folder_of_the_user_that_is_called_torch_is_not_torch(tmp_path):
         kept = namespace["load"]()
     assert [by_line(block) for block in seen.timeline().blocks] == [f"{path}:4 (load)"]
     del kept
+
+
+def test_libraries_between_torch_and_the_user_are_named_from_the_outside_in():
+    torch_line, einops_line = STRANGERS["torch"], Frame(f"{SITE}/einops/einops.py", 907, "einsum")
+    assert via([torch_line, einops_line, MINE]) == "via einops"
+    assert via([torch_line, einops_line, STRANGERS["a library"], MINE]) == "via lightning, einops"
+    assert via([torch_line, MINE, einops_line]) == ""
+    assert via([torch_line, STRANGERS["C++"], MINE]) == ""
+    assert via([]) == via([torch_line]) == ""
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("thread48.o", "libc.so.6", "/usr/lib/libcuda.so.535.1", "/usr/include/c++/11/functional"),
+        *("std_thread.h", "Module.cpp", "crtstuff.c", "python3.12", "/usr/bin/python3", "[vdso]"),
+    ],
+)
+def test_no_file_of_another_language_is_a_users_line(file):
+    assert user_frame([Frame(file, 0, "execute_native_thread_routine"), MINE]) == MINE
+    assert user_frame([Frame(file, 0, "execute_native_thread_routine")]) is None
+
+
+@pytest.mark.parametrize("file", ["/home/me/c++/train.py", "train", "main.o.py", "<stdin>"])
+def test_names_that_look_like_those_are_the_users(file):
+    assert user_frame([Frame(file, 1, "step")]) == Frame(file, 1, "step")

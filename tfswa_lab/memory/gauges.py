@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
+from tfswa_lab.memory.display import Shown, table
 from tfswa_lab.memory.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -56,6 +58,49 @@ def process_peak(process: psutil.Process | None = None) -> int:
 def host_available() -> int:
     """Bytes of RAM that a program can take without swapping."""
     return psutil.virtual_memory().available
+
+
+def host_total() -> int:
+    """Bytes of RAM of this machine."""
+    return psutil.virtual_memory().total
+
+
+def children_memory() -> dict[int, int]:
+    """Bytes in RAM that child processes, and theirs, do not share, by process id.
+
+    They are what goes when a child ends. Where the system tells it, pages that the child has only
+    read from a file do not count. A child that has ended has no memory.
+
+    Notebook: 06_leak_diagnosis
+
+    >>> children_memory()
+    {}
+    """
+    found = {}
+    for child in [] if _has_no_child() else psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, OSError):  # it has ended, or belongs to another user
+            found[child.pid] = _unshared(child)
+    return {pid: size for pid, size in found.items() if size}
+
+
+def _has_no_child() -> bool:
+    """Whether Linux knows of no child; psutil would look at all processes of the machine."""
+    try:
+        lists = list(Path("/proc/self/task").glob("*/children"))
+        return bool(lists) and not any(each.read_text() for each in lists)
+    except OSError:  # a thread has ended
+        return False
+
+
+def _unshared(process: psutil.Process) -> int:
+    pages = Path(f"/proc/{process.pid}/smaps_rollup")
+    if pages.exists() and (found := re.search(r"Private_Dirty:\s+(\d+) kB", pages.read_text())):
+        return int(found[1]) * 1024
+    try:
+        known = process.memory_full_info()
+    except psutil.AccessDenied:
+        return process.memory_info().rss
+    return getattr(known, "uss", known.rss)
 
 
 FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
@@ -170,8 +215,8 @@ def device_signals() -> DeviceSignals | None:
 # Everything at once ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Status:
+@dataclass(frozen=True, repr=False)
+class Status(Shown):
     """Bytes in use. Without CUDA all fields but `host_rss` are None, not 0.
 
     Args:
@@ -190,6 +235,11 @@ class Status:
     device_used: int | None = None
     device_total: int | None = None
 
+    @property
+    def brief(self) -> str:
+        """All in one line."""
+        return str(self)
+
     def __str__(self) -> str:
         host = f"host RSS {format_bytes(self.host_rss)}"
         if self.device is None:
@@ -199,6 +249,11 @@ class Status:
             f"reserved {format_bytes(self.reserved)} · "
             f"device {format_bytes(self.device_used)} of {format_bytes(self.device_total)} · {host}"
         )
+
+    def _repr_html_(self) -> str:
+        sizes = {name.replace("_", " "): size for name, size in vars(self).items()}
+        known = {name: size for name, size in sizes.items() if isinstance(size, int)}
+        return table(self.device or NO_CUDA, known)
 
 
 def status(device: Device = None) -> Status:
@@ -226,11 +281,12 @@ def _index(device: Device) -> int:
 
     if device is None:
         return _cuda().current_device()
-    named = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    count = _cuda().device_count()
-    if named.type != "cuda" or (named.index or 0) >= count:
+    count, named = _cuda().device_count(), None
+    with suppress(RuntimeError, TypeError):  # no device has such a name
+        named = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if named is None or named.type != "cuda" or (named.index or 0) >= count:
         raise ValueError(
-            f"device={str(named)!r} is not one of the {count} CUDA GPUs of this machine; leave it "
+            f"device={str(device)!r} is not one of the {count} CUDA GPUs of this machine; leave it "
             "out for the current GPU, or for the host alone"
         )
     return _cuda().current_device() if named.index is None else named.index

@@ -5,10 +5,12 @@ Notebook: 06_leak_diagnosis
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +22,16 @@ from tfswa_lab.memory.display import Shown, page
 from tfswa_lab.memory.gauges import process_rss, status
 from tfswa_lab.memory.leaks.referrers import of_types
 from tfswa_lab.memory.sizes import format_bytes
-from tfswa_lab.memory.trace.timeline import Peak, Timeline, by_line, top
+from tfswa_lab.memory.trace.timeline import Block, Peak, Timeline, by_line, top
 from tfswa_lab.memory.trace.trace import trace
 from tfswa_lab.memory.trace.tracer import has_storage
+from tfswa_lab.memory.who.names import forget_error
 from tfswa_lab.memory.who.who import who
 
 LINES = 6  # of each table
 PROBES = 200  # operators that are timed with and without a trace
-OLDER = "there before"  # a category
+OLDER = "there before"  # a category, and a line
+CELL = re.compile(r"\S*ipykernel_\d+/\d+\.py|<ipython-input-[^>]*>")  # files of cells
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -43,14 +47,16 @@ class MemoryMagics(Magics):
     def memory(self, line: str, cell: str | None = None) -> Any:
         """Memory now, what holds it, or what a cell does with it.
 
-        `%memory` reads all gauges, `%memory who` names what holds the memory of tensors and the
-        line that frees it, and a cell that begins with `%%memory` shows its peak and what stays.
+        `%memory` reads all gauges. `%memory who` names what holds the memory of tensors, and the
+        line that frees it; `%memory forget` frees the variables that the last error keeps. A cell
+        that begins with `%%memory` shows its peak and what stays.
         """
         if cell is not None:
             return display(cell_memory(lambda: self.shell.run_cell(cell)))
-        commands = {"": status, "who": lambda: who(self.shell)}
+        commands = {"": status, "who": partial(who, self.shell), "forget": forget_error}
         if line.strip() not in commands:
-            raise UsageError(f"%memory {line.strip()}: use %memory, %memory who or %%memory")
+            known = "%memory, %memory who, %memory forget or %%memory"
+            raise UsageError(f"%memory {line.strip()}: use {known}")
         return commands[line.strip()]()
 
 
@@ -61,6 +67,7 @@ class CellMemory(Shown):
     Args:
         peak: when tensors held the most, and who did.
         before: bytes of the tensors that were there before.
+        lines: bytes at the peak, by line.
         stays: bytes of what the cell made and left, by line.
         host: bytes by which the process grew in the host's memory.
         seconds: that the cell took, with the trace.
@@ -69,6 +76,7 @@ class CellMemory(Shown):
 
     peak: Peak
     before: int
+    lines: dict[str, int]
     stays: dict[str, int]
     host: int
     seconds: float
@@ -86,7 +94,7 @@ class CellMemory(Shown):
         """Bytes by name, by title."""
         return {
             "at the peak, by category": self.peak.by_category(),
-            "at the peak, by line": self.peak.by_line(LINES),
+            "at the peak, by line": dict(top(Counter(self.lines), LINES)),
             "stays, by line": dict(top(Counter(self.stays), LINES)),
         }
 
@@ -132,12 +140,16 @@ def _measured(timeline: Timeline, host: int, seconds: float, overhead: float) ->
     for block in timeline.blocks:
         if block.born <= began and block.category == "input":
             block.category = OLDER
-    stays = Counter()
-    for block in timeline.alive(timeline.events):
-        if block.born > began:
-            stays[by_line(block)] += block.rounded
+
+    def line(block: Block) -> str:
+        return OLDER if block.born <= began else CELL.sub("cell", by_line(block))
+
+    peak = timeline.peak(began)
+    stays = timeline.held_by(timeline.events, line)
+    del stays[OLDER]
     before = sum(block.rounded for block in timeline.alive(began))
-    return CellMemory(timeline.peak(began), before, dict(stays), host, seconds, overhead)
+    lines = timeline.held_by(peak.event, line)
+    return CellMemory(peak, before, lines, stays, host, seconds, overhead)
 
 
 def _overhead() -> float:

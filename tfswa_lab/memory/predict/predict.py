@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tfswa_lab.memory.html import page
+from tfswa_lab.memory.display import Shown, page
 from tfswa_lab.memory.predict.allocator import replay
 from tfswa_lab.memory.predict.calls import calls_answered
 from tfswa_lab.memory.predict.cuda_attention import present_gpu
@@ -59,7 +59,7 @@ LIFTS = (aten.lift_fresh.default, aten.lift.default)
 
 
 @dataclass(frozen=True, repr=False)
-class Prediction(Moment):
+class Prediction(Moment, Shown):
     """The memory that a step will take, and who will hold it at the peak.
 
     Args:
@@ -94,10 +94,11 @@ class Prediction(Moment):
         cublas = f" and {format_bytes(self.workspaces)} by cuBLAS" if self.workspaces else ""
         return f"GPU: {peak} allocated at the peak{cublas}, about {reserved} reserved; {host}"
 
-    def __repr__(self) -> str:
+    @property
+    def brief(self) -> str:
+        """The peaks."""
         sizes = {"peak": self.peak, "reserved": self.reserved, "host": self.host.allocated}
-        shown = ", ".join(f"{name}={format_bytes(size)}" for name, size in sizes.items())
-        return f"Prediction({shown})"
+        return ", ".join(f"{name}={format_bytes(size)}" for name, size in sizes.items())
 
     def __str__(self) -> str:
         modules = (f"  {format_bytes(n):>12}  {name}" for name, n in self.by_module(2, 5).items())

@@ -52,6 +52,23 @@ def user_frame(frames: Sequence[Frame]) -> Frame | None:
     return next(own, known[0] if known else None)
 
 
+def via(frames: Sequence[Frame]) -> str:
+    """The installed libraries between torch and the user's line, such as `via einops`; or empty.
+
+    Args:
+        frames: innermost first.
+
+    >>> lib = "/venv/lib/python3.12/site-packages"
+    >>> via([Frame(f"{lib}/einops/einops.py", 9, "einsum"), Frame("model.py", 39, "forward")])
+    'via einops'
+    """
+    own = user_frame(frames)
+    inner = frames[: frames.index(own)] if own else ()
+    names = (found[1] for frame in inner if (found := _INSTALLED.search(frame.filename)))
+    others = dict.fromkeys(name for name in names if name not in _OF_TORCH)
+    return f"via {', '.join(reversed(others))}" if others else ""
+
+
 def in_short(frame: Frame | None) -> str:
     """File, line and function. Notebook cells have generated file names: these become `cell`.
 
@@ -70,9 +87,13 @@ _TORCH_HERE = tuple(str(Path(library.__file__).parent) + os.sep for library in (
 # Their paths on other machines, C++, generated code, and this package's memory tools.
 _TORCH = re.compile(
     r"[/\\](site|dist)-packages[/\\](torch|torchaudio|functorch|einops)[/\\]"
-    r"|[/\\]tfswa_lab[/\\]memory[/\\](trace|predict|leaks)[/\\]"
-    r"|\.(c|cc|cpp|cxx|cu|cuh|h|hpp|pyx|S)$"
-    r"|^(\?*|<frozen .*)$"
+    r"|[/\\]tfswa_lab[/\\]memory[/\\]"
+    r"|\.(c|cc|cpp|cxx|cu|cuh|h|hh|hpp|hxx|inc|inl|tcc|i|pyx|pxd|rs|s|asm)$"
+    r"|\.(o|obj|a|so|dll|pyd|dylib)(\.\d+)*$"  # object files and libraries
+    r"|[/\\]c\+\+[/\\](?!.*\.py$)"  # headers of C++ have names without an ending
+    r"|(^|[/\\])python[\d.]*$"
+    r"|^(\?*|<frozen .*|<forward>|\[?<?(unknown|vdso)>?\]?)$",
+    re.IGNORECASE,
 )
 # Paths of torch's source tree. If such a file exists on this machine, it is the user's.
 _TORCH_SOURCES = re.compile(
@@ -84,6 +105,8 @@ _LIBRARIES_HERE = tuple(
 _LIBRARIES = re.compile(
     r"[/\\](site|dist)-packages[/\\]|[/\\]lib[/\\]python3[.\d]*[/\\]|^<string>$", re.IGNORECASE
 )
+_INSTALLED = re.compile(r"[/\\](?:site|dist)-packages[/\\]([^/\\]+?)(?:\.py)?(?:[/\\]|$)")
+_OF_TORCH = ("torch", "torchaudio", "functorch", "triton")
 _OWN_NETWORKS = re.compile(r"[/\\](site|dist)-packages[/\\]tfswa_lab[/\\]")
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from tfswa_lab.memory.display import Shown, page
 from tfswa_lab.memory.sizes import format_bytes
-from tfswa_lab.memory.trace.stacks import Frame, user_frame
+from tfswa_lab.memory.trace.stacks import Frame, in_short, user_frame
 
 CATEGORIES = (
     "parameter",
@@ -26,8 +27,8 @@ CATEGORIES = (
 )
 
 
-@dataclass(eq=False)
-class Block:
+@dataclass(eq=False, repr=False)
+class Block(Shown):
     """One storage, from its allocation to its release.
 
     Args:
@@ -61,13 +62,20 @@ class Block:
     shape: tuple[int, ...] = ()
     dtype: str = ""
 
+    @property
+    def brief(self) -> str:
+        """Bytes, category, operator and line."""
+        operator = f" by {self.op}" if self.op else ""
+        where = f" at {in_short(user_frame(self.frames))}"
+        return f"{format_bytes(self.size)} {self.category}{operator}{where}"
+
     def alive_at(self, event: int) -> bool:
         """Whether it is allocated right after an event."""
         return self.born <= event and (self.died is None or event < self.died)
 
 
-@dataclass
-class Timeline:
+@dataclass(repr=False)
+class Timeline(Shown):
     """All blocks of a trace on one device.
 
     Args:
@@ -81,6 +89,12 @@ class Timeline:
     events: int
     steps: list[int] = field(default_factory=list)
     device: str = "cpu"
+
+    @property
+    def brief(self) -> str:
+        """How much there is of it, and the peak."""
+        peak = format_bytes(max(self.allocated()))
+        return f"{len(self.blocks)} blocks, {self.events} events, peak {peak} on {self.device}"
 
     def allocated(self) -> list[int]:
         """Bytes allocated right after each event, from event 0 on."""
@@ -145,8 +159,8 @@ def top(held: Counter[str], count: int) -> Sequence[tuple[str, int]]:
     return [*largest, ("others", rest)] if rest else largest
 
 
-@dataclass(frozen=True)
-class Moment:
+@dataclass(frozen=True, repr=False)
+class Moment(Shown):
     """Who holds the memory right after an event.
 
     Args:
@@ -156,6 +170,15 @@ class Moment:
 
     timeline: Timeline
     event: int
+
+    @property
+    def brief(self) -> str:
+        """Bytes, and when."""
+        held = sum(self.by_category().values())
+        return f"{format_bytes(held)} on {self.timeline.device} after event {self.event}"
+
+    def __str__(self) -> str:
+        return f"{self.brief}\n{self.table()}"
 
     def by_category(self) -> dict[str, int]:
         """Bytes by category: activations, parameters, …"""
@@ -179,8 +202,20 @@ class Moment:
         rows = self.by_category().items()
         return "\n".join(f"  {format_bytes(size):>12}  {name}" for name, size in rows)
 
+    def _repr_html_(self) -> str:
+        return page(self.brief, self.tables, {})
 
-@dataclass(frozen=True)
+    @property
+    def tables(self) -> dict[str, dict[str, int]]:
+        """Bytes by name, by title."""
+        return {
+            "by category": self.by_category(),
+            "by module": self.by_module(2, 8),
+            "by line": self.by_line(8),
+        }
+
+
+@dataclass(frozen=True, repr=False)
 class Peak(Moment):
     """The moment at which the most memory is allocated.
 

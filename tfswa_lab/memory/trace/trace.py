@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tfswa_lab.memory.display import Shown, page
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.memory.trace.timeline import Peak, Timeline
 from tfswa_lab.memory.trace.tracer import Tracer
@@ -19,7 +20,7 @@ from tfswa_lab.memory.trace.tracer import Tracer
 ENTRIES = 100_000  # of the allocator's history, of several hundred bytes each
 
 
-class Trace:
+class Trace(Shown):
     """What `trace` has recorded; complete once its `with` block has ended.
 
     Attributes:
@@ -36,6 +37,11 @@ class Trace:
         """A step begins here."""
         self._tracer.step()
 
+    @property
+    def devices(self) -> list[str]:
+        """Where tensors have been seen, the one with the highest peak first."""
+        return self._tracer.devices
+
     def timeline(self, device: str | None = None) -> Timeline:
         """All blocks on a device.
 
@@ -45,7 +51,7 @@ class Trace:
         Raises:
             ValueError: nothing was allocated there.
         """
-        there = self._tracer.devices
+        there = self.devices
         if not there or device not in (None, *there):
             names = ", ".join(there) or "none"
             raise ValueError(f"nothing was allocated on {device or 'a device'}; seen: {names}")
@@ -55,9 +61,19 @@ class Trace:
         """When a device held the most memory, and who held it; arguments as for `timeline`."""
         return self.timeline(device).peak()
 
-    def __str__(self) -> str:
+    @property
+    def brief(self) -> str:
+        """The peak."""
+        if not self.devices:
+            return "no tensor was made"
         peak = self.peak()
-        return f"peak {format_bytes(peak.allocated)} on {peak.timeline.device}\n{peak.table()}"
+        return f"peak {format_bytes(peak.allocated)} on {peak.timeline.device}"
+
+    def __str__(self) -> str:
+        return f"{self.brief}\n{self.peak().table()}" if self.devices else self.brief
+
+    def _repr_html_(self) -> str:
+        return page(self.brief, self.peak().tables if self.devices else {}, {})
 
 
 @contextmanager
@@ -78,6 +94,9 @@ def trace(
         inputs: other tensors.
         stacks: whether to record the lines of Python that allocate memory.
 
+    Raises:
+        TypeError: `model` is no module, or `optimizer` no optimizer.
+
     >>> import torch
     >>> layer, x = nn.Linear(8, 8), torch.zeros(4, 8)
     >>> with trace(layer, inputs=[x]) as seen:
@@ -85,6 +104,7 @@ def trace(
     >>> seen.peak().by_category()["parameter"]  # 8 · 8 weights and 8 biases of 4 bytes
     288
     """
+    check_types(model=(model, nn.Module), optimizer=(optimizer, Optimizer))
     tracer = Tracer(stacks=stacks)
     if model is not None:
         tracer.modules.name(model)
@@ -95,6 +115,18 @@ def trace(
     seen = Trace(tracer)
     with tracer, _history_of_allocator(seen):
         yield seen
+
+
+def check_types(**things: tuple[object, type]) -> None:
+    """Refuse an argument that is neither None nor of its type, and name it.
+
+    >>> check_types(model=(5, nn.Module))
+    Traceback (most recent call last):
+    TypeError: model=5; expected a torch Module, or None
+    """
+    for name, (thing, kind) in things.items():
+        if thing is not None and not isinstance(thing, kind):
+            raise TypeError(f"{name}={thing!r}; expected a torch {kind.__name__}, or None")
 
 
 @contextmanager

@@ -7,9 +7,10 @@ import sys
 from inspect import signature
 from types import ModuleType
 
+from tfswa_lab.memory.who.names import forget_error
 from tfswa_lab.memory.who.who import Held, Holder, who
 
-__all__ = ["Held", "Holder", "who"]
+__all__ = ["Held", "Holder", "forget_error", "who"]
 
 
 class _CallablePackage(ModuleType):

@@ -14,11 +14,13 @@ import numpy as np
 from torch import Tensor
 
 from tfswa_lab.memory.leaks.spelling import spell
+from tfswa_lab.memory.trace.tracer import has_storage
 from tfswa_lab.memory.who.heap import Memory, Ways
 from tfswa_lab.memory.who.names import Kept, emptying
 
 SHARE = 0.05  # of a holder's bytes: smaller parts are not named
 CANDIDATES = 40  # containers in a holder that are looked at
+PINNED = 2  # times its own size that a view keeps alive
 GRAPH = " through its graph"
 OWN = ("_parameters", "_buffers", "_modules")  # of a network, these must not be emptied
 
@@ -30,7 +32,10 @@ def what_it_is(ways: Ways, kept: Kept, storages: Sequence[int]) -> str:
     largest = f", most in {path}" if path else ""
     if isinstance(thing, Tensor):
         shape = " × ".join(map(str, thing.shape)) or "one number"
-        return f"a tensor of {shape}" + (" and its graph" if GRAPH in path else "")
+        graph = " and its graph" if GRAPH in path else ""
+        times = thing.untyped_storage().nbytes() / thing.nbytes if _has_bytes(thing) else 1
+        pins = f", a view that pins {times:.0f} times its size" if times >= PINNED else ""
+        return f"a tensor of {shape}{graph}{pins}"
     if len(kept.starts) > 1:
         return f"the variables of the functions it passed through{largest}"
     size = f" of {len(thing)}" if type(thing) in (dict, list, set, tuple, deque) else ""
@@ -92,6 +97,10 @@ def spelled(ways: Ways, kept: Kept, end: int) -> str:
     path = re.sub(r".*<local of (.+?)>\.(.*)", r"\2 in \1", path)
     path = re.sub(r"\.(\d+)(?=[.[]|$)", r"[\1]", path)  # of a Sequential or ModuleList
     return f"{path}{GRAPH}" if graph else path * (path != name)
+
+
+def _has_bytes(tensor: Tensor) -> bool:
+    return has_storage(tensor) and tensor.nbytes > 0
 
 
 def _article(name: str) -> str:

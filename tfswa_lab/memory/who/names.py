@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from types import CoroutineType, GeneratorType, ModuleType
+from traceback import clear_frames, walk_tb
+from types import CoroutineType, GeneratorType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 
-from tfswa_lab.memory.leaks.referrers import OUR_MODULES, running_locals
+from tfswa_lab.memory.leaks.referrers import OUR_MODULES, locals_of, running_locals
 from tfswa_lab.memory.leaks.spelling import LRU_CACHE
 
 OUTPUT = re.compile(r"_\d+|_{1,3}")  # IPython's variables for outputs
@@ -74,7 +75,7 @@ class Session:
         """All names but those of classes."""
         yield from self._of_variables()
         yield from self._outputs()
-        yield from _last_error()
+        yield from _last_error(self._shell)
         yield from _figures()
         for module in _modules():
             if vars(module) is not self._variables:
@@ -131,21 +132,40 @@ class Session:
                 yield _of_attribute("" if mine else module, path, thing)
 
 
-def _last_error() -> Iterator[Name]:
+def _last_error(shell: Any) -> Iterator[Name]:
     """The last error keeps the variables of all functions that it passed through."""
-    import_line = "import sys, traceback; "
-    error = getattr(sys, "last_value", None)
-    tracebacks = {"sys.last_traceback": getattr(sys, "last_traceback", None)}
-    path, seen = "sys.last_value", []
-    while error is not None and error not in seen:
-        seen.append(error)
-        link = "__context__" if error.__cause__ is None else "__cause__"
-        path, error = f"{path}.{link}", getattr(error, link)
-        tracebacks[f"{path}.__traceback__"] = getattr(error, "__traceback__", None)
-    clear = [f"traceback.clear_frames({way})" for way, kept in tracebacks.items() if kept]
-    for thing in (*seen, *filter(None, tracebacks.values())):
-        text = f"the last error ({type(seen[0]).__name__ if seen else 'sys.last_traceback'})"
-        yield Name(text, thing, import_line + "; ".join(clear), empties=True)
+    errors, tracebacks = last_errors()
+    known = type(errors[0]).__name__ if errors else "sys.last_traceback"
+    forget = "from tfswa_lab.memory.who import forget_error; forget_error()"
+    for thing in (*errors, *tracebacks):
+        line = "%memory forget" if shell else forget
+        yield Name(f"the last error ({known})", thing, line, empties=True)
+
+
+def last_errors() -> tuple[list[BaseException], list[TracebackType]]:
+    """The last error that reached the prompt, those that led to it, and their tracebacks."""
+    errors, waiting = [], [getattr(sys, "last_value", None)]
+    while waiting:
+        error = waiting.pop()
+        if error is not None and all(error is not known for known in errors):
+            errors.append(error)
+            waiting += [error.__cause__, error.__context__]
+    tracebacks = [getattr(sys, "last_traceback", None), *(e.__traceback__ for e in errors)]
+    return errors, [each for each in tracebacks if each is not None]
+
+
+def forget_error() -> None:
+    """Free the variables of the functions that the last error passed through; its text stays.
+
+    `traceback.clear_frames` does the same, but for what a debugger has looked at: before Python
+    3.13, a frame keeps a copy of variables that were read, and does not clear it.
+
+    >>> forget_error()
+    """
+    for traceback in last_errors()[1]:
+        clear_frames(traceback)
+        for frame, _ in walk_tb(traceback):
+            locals_of(frame)
 
 
 def _figures() -> Iterator[Name]:

@@ -214,7 +214,7 @@ def dropping(kept: Sequence[Kept]) -> str:
 
     >>> x, y = Name("x", 1, "del x", "x"), Name("y", 2, "del y", "y")
     >>> dropping([Kept([x], [0]), Kept([y, Name("Out[3]", 2, "%xdel _3", "_3")], [1])])
-    'del x; get_ipython().del_var("y")'
+    'del x; get_ipython().run_line_magic("xdel", "y")'
     """
     gone, copies, others = [], [], []
     for names, _ in kept:
@@ -230,11 +230,19 @@ def dropping(kept: Sequence[Kept]) -> str:
         else:
             gone += variables
         others += [name.drop for name in names if not name.variable]
-    if len(copies) == 1 and not gone and not others:
-        return f"%xdel {copies[0]}"
+    magics = [f"%xdel {name}" for name in copies]
+    magics += [line for line in others if line.startswith("%")]
     lines = [f"del {', '.join(gone)}"] if gone else []
-    lines += [f'get_ipython().del_var("{name}")' for name in copies]
-    return "; ".join([*lines, *dict.fromkeys(others)])
+    lines += [line for line in dict.fromkeys(others) if not line.startswith("%")]
+    if len(magics) == 1 and not lines:
+        return magics[0]
+    return "; ".join([*lines, *map(_as_python, magics)])
+
+
+def _as_python(magic: str) -> str:
+    """A command of IPython, to stand beside others in one line."""
+    name, rest = magic.removeprefix("%").split(maxsplit=1)
+    return f'get_ipython().run_line_magic("{name}", "{rest}")'
 
 
 def _goes_at_once(ways: Ways, kept: list[Kept], storages: list[int], live: np.ndarray) -> bool:
