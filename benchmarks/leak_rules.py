@@ -35,6 +35,7 @@ from torch import Tensor, UntypedStorage
 
 from tfswa_lab.memory.leaks import (
     census,
+    containers,
     holders,
     hooks,
     host_steps,
@@ -217,12 +218,14 @@ RULES = [
         lambda real, suspect: "optimizer" in suspect.through,
     ),
     Rule("a view that pins a large storage", suspects, "_pinned", always(1.0)),
-    Rule("limit of a deque or lru_cache", suspects, "container_of", container_without(limit=None)),
-    Rule("lru_cache by its own name", suspects, "container_of", during(suspects, LRU_CACHE=())),
-    Rule("the dictionary of an lru_cache", suspects, "_owning_cache", always(None)),
-    Rule("keys by content", suspects, "container_of", container_without(by_content=False)),
-    Rule("keys that count up", suspects, "_has_running_number", always(False)),
-    Rule("numbers in the names of keys", suspects, "_number", only_numbers),
+    Rule(
+        "limit of a deque or lru_cache", containers, "container_of", container_without(limit=None)
+    ),
+    Rule("lru_cache by its own name", containers, "container_of", during(containers, LRU_CACHE=())),
+    Rule("the dictionary of an lru_cache", containers, "_owning_cache", always(None)),
+    Rule("keys by content", containers, "container_of", container_without(by_content=False)),
+    Rule("keys that count up", containers, "_has_running_number", always(False)),
+    Rule("numbers in the names of keys", containers, "_number", only_numbers),
     Rule("fills up: new keys become rare", census, "fills_up", always(True)),
     Rule("closed-over variables", suspects, "_joint", during(suspects, CellType=NEVER)),
     Rule(

@@ -41,6 +41,7 @@ SETS = {
     "written last": ("planted_unseen", "UNSEEN"),
     "once got wrong": ("planted_judged", "JUDGED"),
     "by rule": ("planted_rules", "RULES"),
+    "beyond one process": ("planted_beyond", "BEYOND"),
 }
 
 # On a GPU: first the scripts that need one, then those whose verdict must be the CPU's.

@@ -6,6 +6,7 @@ others.
 
 import pytest
 import torch
+from planted_beyond import BEYOND
 from planted_gpu import ON_GPU
 from planted_healthy import SOUND
 from planted_holders import HELD_LEAKS
@@ -17,7 +18,8 @@ from planted_unseen import UNSEEN
 
 from tfswa_lab.memory.leaks import diagnose
 
-SOME = [*SOUND, *TENSOR_LEAKS[::2], *HELD_LEAKS[::2], *SECOND[::4], *UNSEEN[::4], *JUDGED, *RULES]
+SOME = [*SOUND, *TENSOR_LEAKS[::2], *HELD_LEAKS[::2], *SECOND[::4], *UNSEEN[::4]]
+SOME += [*JUDGED, *RULES, *BEYOND]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -180,6 +180,22 @@ def test_a_limit_that_is_only_named_is_told_as_a_condition(kind):
     assert "grows so far; bounded only if the program enforces `capacity = 10000`" in str(found)
 
 
+@pytest.mark.parametrize("name", ["limit", "size", "window", "history_size", "max_length"])
+def test_other_names_of_limits_are_told_as_conditions_too(name):
+    history = History(FAR)
+    setattr(history, name, FAR)
+    del history.capacity
+    found = diagnose(history)
+    assert found.verdict == "leak of tensors"
+    assert f"the program enforces `{name} = {FAR}`" in str(found)
+
+
+@pytest.mark.parametrize("value", [True, 1e4, "10000"])
+def test_what_is_no_count_is_no_limit(value):
+    history = History(value)
+    assert "bounded only if" not in str(diagnose(history))
+
+
 def test_a_cache_by_size_is_bounded_once_sizes_come_again():
     found = diagnose(sizes_that_never_come_again())
     assert "grows so far; bounded only if its keys come again" in str(found)

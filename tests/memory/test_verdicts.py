@@ -3,6 +3,7 @@
 import pytest
 
 from tfswa_lab.memory.gauges import DeviceSignals
+from tfswa_lab.memory.leaks.children import Children
 from tfswa_lab.memory.leaks.host_steps import HostGrowth
 from tfswa_lab.memory.leaks.verdicts import Findings, judge
 
@@ -59,3 +60,21 @@ def test_what_grows_on_the_host_has_a_name(kind, verdict):
     assert found.verdict == verdict
     assert found.leaks
     assert "held by `rows`" in found.cause
+
+
+@pytest.mark.parametrize(
+    ("kind", "started", "advice"),
+    [
+        ("DataLoader worker, `Process-1`", False, "persistent_workers=False"),
+        ("multiprocessing worker of a Pool", False, "maxtasksperchild"),
+        ("program that subprocess started", True, "join()"),
+    ],
+)
+def test_children_that_grow_are_named_with_advice(kind, started, advice):
+    children = Children(alive=3, grown=2, started=started, pid=4242, kind=kind)
+    host = HostGrowth("children", 4.0 * MIB, 4.0 * MIB, children=children)
+    found = judge(Findings(STEPS, [0] * STEPS, [0] * STEPS, host=host))
+    assert found.verdict == "host memory"
+    assert found.growth_per_step == 4 * MIB
+    assert f"pid 4242, a {kind}" in found.cause
+    assert advice in found.suggestion

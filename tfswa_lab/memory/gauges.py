@@ -100,7 +100,7 @@ def _unshared(process: psutil.Process) -> int:
         known = process.memory_full_info()
     except psutil.AccessDenied:
         return process.memory_info().rss
-    return getattr(known, "uss", known.rss)
+    return known.uss if hasattr(known, "uss") else known.rss
 
 
 FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")

@@ -7,6 +7,7 @@ Notebook: 06_leak_diagnosis
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -19,23 +20,41 @@ from tfswa_lab.memory.trace.tracer import has_storage
 MOST = 100_000  # nodes that a search looks at
 
 
-def graph_of(tensors: Iterable[Tensor]) -> dict[Node, Tensor]:
+def graph_of(ends: Iterable[Tensor | Node]) -> dict[Node, Tensor | Node]:
     """All nodes of the graphs that made some tensors, and the first tensor that leads to each.
+
+    A node, such as a `grad_fn` that is kept, may stand in the place of a tensor.
 
     >>> import torch
     >>> x = torch.ones(2, requires_grad=True)
     >>> [type(node).__name__ for node in graph_of([x.exp().sum()])]
     ['SumBackward0', 'ExpBackward0', 'AccumulateGrad']
     """
-    nodes: dict[Node, Tensor] = {}
-    for tensor in tensors:
-        waiting = [tensor.grad_fn]
+    nodes: dict[Node, Tensor | Node] = {}
+    for end in ends:
+        waiting = [end.grad_fn if isinstance(end, Tensor) else end]
         while waiting and len(nodes) < MOST:
             node = waiting.pop()
             if node is not None and node not in nodes:
-                nodes[node] = tensor
+                nodes[node] = end
                 waiting.extend(before for before, _ in node.next_functions)
     return nodes
+
+
+def kept_nodes() -> list[Node]:
+    """All nodes that objects of Python may refer to, such as a `grad_fn` in a list."""
+    return nodes_among(gc.get_objects())
+
+
+def nodes_in(holder: Any) -> list[Node]:
+    """The nodes that an object refers to."""
+    return nodes_among(gc.get_referents(holder))
+
+
+def nodes_among(things: list[Any]) -> list[Node]:
+    """Those objects that are nodes of graphs."""
+    kinds = {kind for kind in set(map(type, things)) if hasattr(kind, "next_functions")}
+    return [thing for thing in things if type(thing) in kinds]
 
 
 def last_of(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -54,38 +73,38 @@ def last_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 class SavedTensors:
-    """Tensors that the graphs of other tensors have saved, and which tensor keeps each alive.
+    """Tensors that graphs have saved, and which end of a graph keeps each alive.
 
     Args:
-        tensors: of two that lead to the same node, the first is named.
+        ends: tensors or nodes; of two that lead to the same node, the first is named.
 
     Attributes:
-        nodes: of the graphs, and the tensors that lead to them.
-        storages: addresses of storages that the nodes saved, and the tensors that lead there.
-        packed: identities of objects that saved-tensor hooks keep instead, and the tensors.
+        nodes: of the graphs, and the ends that lead to them.
+        storages: addresses of storages that the nodes saved, and the ends that lead there.
+        packed: identities of objects that saved-tensor hooks keep instead, and the ends.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]):
-        self.nodes = graph_of(tensors)
-        self.storages: dict[int, Tensor] = {}
-        self.packed: dict[int, Tensor] = {}
-        for node, tensor in self.nodes.items():
-            for saved in _saved_by(node):
-                self._note(saved, tensor)
+    def __init__(self, ends: Iterable[Tensor | Node]):
+        self.nodes = graph_of(ends)
+        self.storages: dict[int, Tensor | Node] = {}
+        self.packed: dict[int, Tensor | Node] = {}
+        for node, end in self.nodes.items():
+            for saved in saved_by(node):
+                self._note(saved, end)
 
-    def holder_of(self, thing: Any) -> Tensor | None:
-        """The tensor whose graph holds an object; None if there is none."""
-        if isinstance(thing, Tensor | UntypedStorage):
+    def holder_of(self, thing: Any) -> Tensor | Node | None:
+        """The end of the graph that holds an object; None if there is none."""
+        if isinstance(thing, UntypedStorage) or has_storage(thing):
             return self.storages.get(address_of(thing))
         return self.packed.get(id(thing))
 
-    def _note(self, saved: Any, tensor: Tensor) -> None:
+    def _note(self, saved: Any, end: Tensor | Node) -> None:
         """Record a saved tensor, still packed: unpacking might run a forward pass again."""
         data, hook = getattr(saved, "data", None), getattr(saved, "unpack_hook", None)
         if has_storage(data):
-            self.storages.setdefault(address_of(data), tensor)
+            self.storages.setdefault(address_of(data), end)
         if hook is not None:  # C++ keeps both, so their identities stay
-            self.packed |= {id(hook): tensor, id(data): tensor}
+            self.packed |= {id(hook): end, id(data): end}
 
 
 def address_of(thing: Tensor | UntypedStorage) -> int:
@@ -93,7 +112,8 @@ def address_of(thing: Tensor | UntypedStorage) -> int:
     return (thing.untyped_storage() if isinstance(thing, Tensor) else thing)._cdata
 
 
-def _saved_by(node: Node) -> Iterator[Any]:
+def saved_by(node: Node) -> Iterator[Any]:
+    """What a node has saved for the backward pass, still packed; nothing once it is freed."""
     for name in _names_of_saved(type(node)):
         try:
             saved = getattr(node, name)

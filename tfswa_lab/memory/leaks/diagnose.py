@@ -20,13 +20,16 @@ from types import ModuleType
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import UntypedStorage, nn
 from torch.optim import Optimizer
 
+from tfswa_lab.memory.leaks.advice import known_classes
 from tfswa_lab.memory.leaks.census import Census, Site, is_open, replaces, sites, slope
+from tfswa_lab.memory.leaks.children import children_of
 from tfswa_lab.memory.leaks.holders import Holders, cycle_of_step
 from tfswa_lab.memory.leaks.hooks import Hooks, growing_hooks
-from tfswa_lab.memory.leaks.host_steps import HostGrowth, HostSteps
+from tfswa_lab.memory.leaks.host_steps import LEAST, HostGrowth, HostSteps
 from tfswa_lab.memory.leaks.referrers import of_types
 from tfswa_lab.memory.leaks.suspects import Suspect, suspects_of
 from tfswa_lab.memory.leaks.traced_steps import OWNERS, StepCaller, TracedSteps
@@ -88,10 +91,11 @@ def diagnose(
         _run(traced, steps, longest)
         census, storages = traced.census(), traced.references()
         failed, owners = traced.has_tracebacks(), traced.owners()
-    with closing(Examination(census, storages, _named(step, model, optimizer))) as examined:
+    cast = _kept_by_autocast(storages)
+    with closing(Examination(census, storages, cast, _named(step, model, optimizer))) as examined:
         findings = replace(examined.findings(failed), limit=limit, outcome=traced.outcome)
         # While a cache of tensors still fills, the process grows: its level does not count then.
-        kinds = ("nodes", "python") if findings.rising else ("nodes", "python", "process")
+        kinds = [kind for kind in LEAST if not (findings.rising and kind == "process")]
         host = HostSteps(call, owners, kinds)
         return judge(_completed(findings, host, examined, traced, steps, longest))
 
@@ -121,6 +125,13 @@ def _run(traced: TracedSteps, steps: int, longest: int) -> None:
     census = traced.census()
     if not traced.outcome.error and is_open(census):
         traced.run(_enough(census, longest), may_fail=True)
+
+
+def _kept_by_autocast(storages: dict[Block, ref[UntypedStorage]]) -> set[Block]:
+    """Blocks that go when the cache of autocast is cleared: it was never left."""
+    alive = [block for block, storage in storages.items() if storage() is not None]
+    torch.clear_autocast_cache()
+    return {block for block in alive if storages[block]() is None}
 
 
 def _enough(census: Census, longest: int) -> int:
@@ -155,19 +166,23 @@ def _completed(
 
 
 def _host_growth(host: HostSteps, examined: Examination, traced: TracedSteps) -> HostGrowth | None:
-    kind, line = host.growing, host.line
+    kind = host.growing
     if not kind:
         return None
-    per_step = size = slope(host.levels[kind])
+    per_step = slope(host.levels[kind])
+    if kind == "children":
+        return HostGrowth(
+            kind, per_step, per_step, children=children_of(*host.children, host.children_are_added)
+        )
     if kind == "nodes":
-        holder = host.deepest_tensor()
+        holder = host.deepest_tensor() or host.grown_container()
         line = traced.line_of_graph(holder)
         # Median: the process also holds memory of other libraries.
         size = max(0.0, median(b - a for a, b in pairwise(host.levels["process"])))
     else:
-        holder = host.grown_container()
-    spelled = examined.spell(holder) if holder is not None else ("", "")
-    return HostGrowth(kind, per_step, size, line, *spelled)
+        holder, line, size = host.grown_container(), host.line, per_step
+    held = (*examined.spell(holder), examined.known(holder)) if holder is not None else ()
+    return HostGrowth(kind, per_step, size, line, *held)
 
 
 LINES = 6  # of each kind: the search for holders takes time
@@ -179,13 +194,18 @@ class Examination:
     Args:
         census: of the steps.
         storages: of all blocks that were alive at its end.
+        cast: those of them that autocast kept.
         named: objects with names of their own, such as the step and the model.
     """
 
     def __init__(
-        self, census: Census, storages: dict[Block, ref[UntypedStorage]], named: dict[str, Any]
+        self,
+        census: Census,
+        storages: dict[Block, ref[UntypedStorage]],
+        cast: set[Block],
+        named: dict[str, Any],
     ):
-        self.census, self._storages, self._named = census, storages, named
+        self.census, self._storages, self._cast, self._named = census, storages, cast, named
 
     def findings(self, failed: bool) -> Findings:
         """All facts that the census has.
@@ -213,8 +233,13 @@ class Examination:
         )
 
     def spell(self, thing: Any) -> tuple[str, str]:
-        """An object as code, and where its first name is defined."""
+        """An object as code, and where it is defined."""
         return self._holders.name(thing)
+
+    def known(self, thing: Any) -> tuple[str, ...]:
+        """Classes on the way to an object that are known to hold memory."""
+        chain = self._holders.way_to(thing)
+        return known_classes(chain, len(chain) - 1)
 
     def close(self) -> None:
         """Drop all objects that were looked at."""
@@ -223,7 +248,9 @@ class Examination:
 
     def _suspects(self, chosen: Iterable[Site]) -> list[Suspect]:
         few = list(chosen)[:LINES]
-        return suspects_of(few, self.census, self._holders, self._storages) if few else []
+        if not few:
+            return []
+        return suspects_of(few, self.census, self._holders, self._storages, self._cast)
 
     def _hooks(self) -> list[Hooks]:
         counts = [end.hooks for end in self.census.boundaries if end.hooks is not None]

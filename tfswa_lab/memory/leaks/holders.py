@@ -9,7 +9,7 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from types import CellType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, UntypedStorage
 
-from tfswa_lab.memory.leaks.autograd_graph import SavedTensors, last_of
+from tfswa_lab.memory.leaks.autograd_graph import SavedTensors, kept_nodes, last_of
 from tfswa_lab.memory.leaks.referrers import HeapPaths, of_types, referents, untracked_containers
-from tfswa_lab.memory.leaks.spelling import Spelled, spell
+from tfswa_lab.memory.leaks.spelling import Spelled, by_outputs, spell
 from tfswa_lab.memory.leaks.traced_steps import resting_gc
 from tfswa_lab.memory.trace.tracer import has_storage, parts_of
 
@@ -61,7 +61,18 @@ class Holders:
 
     def of(self, storage: UntypedStorage) -> Holding:
         """The chain that ends with a storage."""
-        return self._climb(storage, frozenset(), False)
+        found = self._climb(storage, frozenset(), False)
+        chain = by_outputs(found.chain)
+        self.paths.ignore(found.chain, chain)
+        return found._replace(chain=chain)
+
+    def besides(self, holder: Any, storages: Sequence[UntypedStorage]) -> list[Holding]:
+        """Chains with names that end with storages and do not lead through a holder.
+
+        Of arrays, only those are looked at that a search before has found: to find them takes long.
+        """
+        with self.paths.avoiding(holder):
+            return [found for each in storages if (found := self.of(each)).rooted]
 
     def look_up(self, storages: Iterable[UntypedStorage]) -> None:
         """Find the first referrers of many storages at once."""
@@ -74,7 +85,11 @@ class Holders:
 
     def name(self, thing: Any) -> Spelled:
         """Any object, as code."""
-        return self.spell(self.paths.to(thing)[0])
+        return self.spell(self.way_to(thing))
+
+    def way_to(self, thing: Any) -> list[Any]:
+        """The chain that ends with any object."""
+        return self.paths.to(thing)[0]
 
     def _climb(self, thing: Any, below: frozenset[int], graph: bool) -> Holding:
         below |= {id(thing)}
@@ -128,6 +143,8 @@ class Holders:
 
     def _arrays_of(self, tensors: list[Tensor]) -> list[np.ndarray]:
         """Arrays that view some tensors."""
+        if self.paths.avoided and "_arrays" not in vars(self):
+            return []
         viewed = set(map(id, tensors))
         viewing = [array for array in self._arrays.values() if id(_viewed(array)) in viewed]
         self.paths.ignore(viewing)
@@ -135,12 +152,13 @@ class Holders:
 
     @cached_property
     def _saved(self) -> SavedTensors:
-        last = last_of([*self._gradients, *self._tensors])
+        nodes, last = kept_nodes(), last_of([*self._gradients, *self._tensors])
+        self.paths.ignore(nodes, last)
         gradients = set(map(id, self._gradients))
-        self.paths.look_up(last)
-        held = [t for t in last if id(t) in gradients or self.paths.is_held(t)]
-        saved = SavedTensors(held)
-        self.paths.ignore(last, held, saved.nodes, saved.storages, saved.packed)
+        self.paths.look_up([*last, *nodes])
+        ends = [end for end in (*last, *nodes) if id(end) in gradients or self.paths.is_held(end)]
+        saved = SavedTensors(ends)
+        self.paths.ignore(ends, saved.nodes, saved.storages, saved.packed)
         return saved
 
     @cached_property

@@ -19,18 +19,21 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from tfswa_lab.memory.gauges import heap_in_use
-from tfswa_lab.memory.leaks.autograd_graph import graph_of, last_of
+from tfswa_lab.memory.gauges import children_memory, heap_in_use
+from tfswa_lab.memory.leaks.autograd_graph import graph_of, kept_nodes, last_of
 from tfswa_lab.memory.leaks.census import grows, slope, slows
+from tfswa_lab.memory.leaks.children import Children
 from tfswa_lab.memory.leaks.referrers import of_types, untracked_containers
 from tfswa_lab.memory.leaks.traced_steps import COMPLETED, StepCaller, outcome_of, resting_gc
 from tfswa_lab.memory.trace.stacks import Frame, user_frame
+from tfswa_lab.memory.trace.threads import undone_in_children
 
 FRAMES = 12  # Python frames that are kept for each allocation
 SETTLING = 2  # steps that run before the first measurement
 # The least growth per step that counts: in nodes; in bytes of Python, where a list of numbers may
-# grow; and in bytes of the process, which also holds memory of other libraries.
-LEAST = {"nodes": 1, "python": 1024, "process": 32 * 1024}
+# grow; in bytes of the process, which also holds memory of other libraries; and in bytes of its
+# children: sound ones copy up to 200 KiB of pages per step that they shared with a large parent.
+LEAST = {"nodes": 1, "python": 1024, "process": 32 * 1024, "children": 512 * 1024}
 BLOCK = 64  # bytes of a small object, roughly
 CONTAINERS = (list, dict, set, deque)
 
@@ -40,12 +43,14 @@ class HostGrowth:
     """Growth of host memory.
 
     Args:
-        kind: `nodes` of graphs, `python`, or `process`.
+        kind: `nodes` of graphs, `python`, `process`, or `children`.
         per_step: nodes or bytes.
         size: bytes per step; for nodes, growth of the process.
         line: the line that allocates, if it is known.
         holder: the object that keeps it alive, as code, if it is known.
-        where: where the first name in `holder` is defined.
+        where: where the holder is defined.
+        known: classes that are known to hold memory, from `known_classes`.
+        children: the child processes that grow.
     """
 
     kind: str
@@ -54,6 +59,8 @@ class HostGrowth:
     line: Frame | None = None
     holder: str = ""
     where: str = ""
+    known: tuple[str, ...] = ()
+    children: Children | None = None
 
 
 class HostSteps:
@@ -66,7 +73,8 @@ class HostSteps:
 
     Attributes:
         levels: after each step, `nodes` of the graphs of all tensors, bytes that `python` (and
-            NumPy) has allocated, and bytes of the `process`.
+            NumPy) has allocated, bytes of the `process`, and bytes of its `children`.
+        children: bytes of each child process, after the first step and after the last.
         kernels: bytes per step that oneDNN keeps for sizes that are new to it.
         line: the line that allocates most of Python's growth, if it is known.
         outcome: how the run ended.
@@ -77,6 +85,8 @@ class HostSteps:
         self.outcome, self.kernels, self.line = COMPLETED, 0.0, None
         self.call = call
         self._old, self.kinds = old, kinds
+        self.children: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        self._alive: list[int] = []  # number of child processes
         self._blocks: list[int] = []  # of Python's allocator for objects up to 512 bytes
 
     def run(self, steps: int, longest: int) -> None:
@@ -95,13 +105,24 @@ class HostSteps:
     @property
     def growing(self) -> str:
         """The name of the level that grows, empty if none does."""
-        for name in self.kinds:
-            levels = self.levels[name]
-            going_on = bool(levels) and grows(levels) and not slows(levels)
-            enough = going_on and slope(levels) >= LEAST[name]
-            if enough and (name != "python" or self._python_holds_more):
-                return name
-        return ""
+        found = [name for name in self.kinds if self._rises(name)]
+        most = max(found, key=lambda name: slope(self.levels[name]), default="")
+        first = next(iter(found), "")  # a node is not a byte, and `process` contains `python`
+        return most if most == "children" and first != "nodes" else first
+
+    def _rises(self, name: str) -> bool:
+        levels = self.levels[name]
+        if not levels:
+            return False
+        enough = grows(levels) and not slows(levels) and slope(levels) >= LEAST[name]
+        if name == "children":
+            return enough or self.children_are_added
+        return enough and (name != "python" or self._python_holds_more)
+
+    @property
+    def children_are_added(self) -> bool:
+        """Whether there are more and more child processes."""
+        return grows(self._alive) and not slows(self._alive)
 
     @property
     def _python_holds_more(self) -> bool:
@@ -138,12 +159,14 @@ class HostSteps:
         most, container = max(grown, key=lambda pair: pair[0], default=(0, None))
         return container if most >= steps else None
 
-    def deepest_tensor(self, steps: int = 6) -> Tensor:
-        """The tensor whose graph gets most new nodes in some more steps."""
+    def deepest_tensor(self, steps: int = 6) -> Tensor | None:
+        """The tensor whose graph gets most new nodes in some more steps, None if none does."""
         before = {id(tensor): _depth(tensor) for tensor in last_of(of_types((Tensor,)))}
         self._run(steps)
         last = last_of(of_types((Tensor,)))
-        return max(last, key=lambda tensor: _depth(tensor) - before.get(id(tensor), 0))
+        added = {id(each): _depth(each) - before.get(id(each), 0) for each in last}
+        deepest = max(last, key=lambda tensor: added[id(tensor)], default=None)
+        return deepest if deepest is not None and added[id(deepest)] >= steps else None
 
     def _run(self, steps: int, then: Callable[[], None] = lambda: None) -> None:
         for _ in range(steps):
@@ -170,20 +193,26 @@ class HostSteps:
         self.levels["process"].append(heap_in_use())
         self.levels["python"].append(tracemalloc.get_traced_memory()[0])
         self._blocks.append(sys.getallocatedblocks())
+        children = children_memory()  # only two of all are kept: they are memory of Python, too
+        self.children = (self.children[0] if self._alive else children, children)
+        self._alive.append(len(children))
+        self.levels["children"].append(sum(children.values()))
         old = [thing for each in self._old if isinstance(thing := each(), Tensor)]
-        self.levels["nodes"].append(len(graph_of([*old, *of_types((Tensor,))])))
+        self.levels["nodes"].append(len(graph_of([*old, *of_types((Tensor,)), *kept_nodes()])))
 
 
 @contextmanager
 def _tracemalloc() -> Iterator[None]:
     running = tracemalloc.is_tracing()
-    if not running:
-        tracemalloc.start(FRAMES)
-    try:
+    if running:
         yield
+        return
+    tracemalloc.start(FRAMES)
+    try:
+        with undone_in_children(tracemalloc.stop):
+            yield
     finally:
-        if not running:
-            tracemalloc.stop()
+        tracemalloc.stop()
 
 
 def _depth(tensor: Tensor) -> int:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import sys
+from asyncio import Task
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import FrameType, GeneratorType, ModuleType
@@ -51,12 +53,17 @@ class HeapPaths:
 
     Args:
         roots: objects at which a search ends, such as the step that is diagnosed.
+
+    Attributes:
+        avoided: the identity of a holder that no chain may have, 0 for none.
     """
 
     def __init__(self, roots: Iterable[Any] = ()):
         self._ours: dict[int, Any] = {}  # our own containers, excluded from the search
         self._referrers: dict[int, list[Any]] = {}
-        self.ignore(self._ours, self._referrers)
+        self._tasks = of_types((Task,))  # `gc.get_referrers` does not find them by their results
+        self.avoided = 0
+        self.ignore(self._ours, self._referrers, self._tasks)
         self._roots = {id(root) for root in roots}
         modules = [each for each in list(sys.modules.values()) if isinstance(each, ModuleType)]
         self._globals = {id(vars(module)) for module in modules}
@@ -67,7 +74,7 @@ class HeapPaths:
 
     def close(self) -> None:
         """Drop all objects that were looked at, and the reference cycle of our own containers."""
-        for each in (self._referrers, self._ours):
+        for each in (self._referrers, self._tasks, self._ours):
             each.clear()
 
     def to(self, target: Any) -> list[list[Any]]:
@@ -89,10 +96,19 @@ class HeapPaths:
                     return [_chain(holder, below, met)]
             ends.extend(each for each in level if not self._referrers[id(each)])
             level, last = above, level
-        for frame, held in running_locals():
+        for frame, _, held in running_locals():
             if id(held) in met:
                 return [[frame, *_chain(held, below, met)]]
         return [_chain(end, below, met) for end in (*ends, *last)[:ENDS]]
+
+    @contextmanager
+    def avoiding(self, holder: Any) -> Iterator[None]:
+        """Inside of the block, find chains without a holder."""
+        self.avoided = id(holder)
+        try:
+            yield
+        finally:
+            self.avoided = 0
 
     def is_root(self, thing: Any) -> bool:
         """Whether an object has a name: globals, classes, and the roots that were given."""
@@ -109,7 +125,7 @@ class HeapPaths:
         found = {id(thing): [] for thing in new}
         self._referrers.update(found)
         asked = tuple(new)  # Python 3.13 counts this tuple of arguments among the referrers
-        referrers = gc.get_referrers(*asked)
+        referrers = [*gc.get_referrers(*asked), *self._tasks]
         self.ignore(found, asked, referrers, *found.values())
         for holder in referrers:
             if id(holder) in self._ours or _is_ours(holder):
@@ -131,7 +147,7 @@ class HeapPaths:
         self.ignore(above)
         for held in level:
             for holder in self._referrers[id(held)]:
-                if id(holder) not in below:
+                if id(holder) not in below and id(holder) != self.avoided:
                     below[id(holder)] = id(held)
                     above.append(holder)
         return above
@@ -146,16 +162,26 @@ def is_globals(thing: Any) -> bool:
     return type(thing) is dict and "__builtins__" in thing
 
 
-def running_locals() -> Iterator[tuple[FrameType, Any]]:
-    """Local variables of all running functions but ours, with their frames."""
+def running_locals() -> Iterator[tuple[FrameType, str, Any]]:
+    """Local variables of all running functions but ours: frame, name and value."""
     for frame in list(sys._current_frames().values()):
         while frame is not None:
-            if frame.f_code.co_flags & CO_OPTIMIZED and not _is_ours(frame):
-                values = frame.f_locals
-                yield from [(frame, value) for value in values.values()]
-                if type(values) is dict:  # a copy that the frame would keep, before Python 3.13
-                    values.clear()
+            if not _is_ours(frame):
+                yield from ((frame, *variable) for variable in locals_of(frame))
             frame = frame.f_back
+
+
+def locals_of(frame: FrameType) -> list[tuple[str, Any]]:
+    """The local variables of a function's frame; none of a module's or a class's, which are globals
+    or attributes.
+    """
+    if not frame.f_code.co_flags & CO_OPTIMIZED:
+        return []
+    values = frame.f_locals
+    variables = list(values.items())
+    if type(values) is dict:  # a copy that the frame would keep, before Python 3.13
+        values.clear()
+    return variables
 
 
 def _chain(top: Any, below: dict[int, int], met: dict[int, Any]) -> list[Any]:

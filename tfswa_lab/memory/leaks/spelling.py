@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tfswa_lab.memory.leaks.referrers import is_globals
+from tfswa_lab.memory.leaks.referrers import is_globals, locals_of
 
 LRU_CACHE = type(lru_cache(len))
 # Attributes that are not in the dictionary of an instance.
@@ -36,7 +36,7 @@ OF_FRAMES = ("gi_frame", "cr_frame", "ag_frame")
 
 
 class Spelled(NamedTuple):
-    """A holder as code, and where its first name is defined."""
+    """A holder as code, and where it, or the first name on the way to it, is defined."""
 
     expression: str
     where: str
@@ -52,11 +52,54 @@ def spell(chain: Sequence[Any], roots: dict[int, str]) -> Spelled:
     >>> history = [[], ["tensor"]]
     >>> names = {"__builtins__": {}, "__name__": "train", "history": history}
     >>> spell([names, history, history[1]], {})
-    Spelled(expression='history[1]', where='global of train')
+    Spelled(expression='history[1]', where='reached from `history`, global of train')
     """
     first, where = _beginning(chain[0], roots)
     parts = [first, *(_access(chain, at) for at in range(1, len(chain)))]
-    return Spelled(_readable("".join(parts)), where)
+    expression = _readable("".join(parts))
+    outputs = outputs_of(chain[0])
+    if outputs is not None and outputs is next(iter(chain[1:]), None):
+        where = f"IPython's outputs, also `_oh` and variables such as `_{max(outputs, default=1)}`"
+    else:
+        where = _reached(expression, first, where)
+    return Spelled(expression, where)
+
+
+_FIRST = re.compile(r"(<local of [^>]*>\.)?[^.\[]*")
+
+
+def _reached(expression: str, first: str, where: str) -> str:
+    """Where a holder is defined, or the name that leads to it."""
+    if not first or not expression.startswith(first):
+        first = _FIRST.match(expression)[0]
+    rest = expression.removeprefix(first)
+    if not rest or where.endswith("given") or (where == OF_CLASS and _FIRST.fullmatch(rest[1:])):
+        return where
+    return f"reached from `{first}`, {where.removeprefix('attribute of ')}"
+
+
+def outputs_of(namespace: Any) -> dict | None:
+    """IPython's outputs by number, if these are the variables of its user."""
+    if type(namespace) is dict and "get_ipython" in namespace:
+        return namespace.get("_oh")
+    return None
+
+
+_OUTPUT = re.compile(r"_\d+|_{1,3}")  # variables that IPython makes of outputs
+
+
+def by_outputs(chain: list[Any]) -> list[Any]:
+    """A chain that leads through IPython's outputs, if it did through a variable of IPython's."""
+    outputs = outputs_of(chain[0]) if len(chain) > 1 else None
+    if not outputs or not any(value is chain[1] for value in outputs.values()):
+        return chain
+    names = [name for name, value in list(chain[0].items()) if value is chain[1]]
+    if not all(_OUTPUT.fullmatch(name) for name in names):  # the user gave it a name, too
+        return chain
+    return [chain[0], outputs, *chain[1:]]
+
+
+OF_CLASS = "attribute of a class"
 
 
 def _beginning(top: Any, roots: dict[int, str]) -> tuple[str, str]:
@@ -71,7 +114,7 @@ def _beginning(top: Any, roots: dict[int, str]) -> tuple[str, str]:
     if id(top) in roots:
         return roots[id(top)], f"in the {type(top).__name__} that was given"
     if isinstance(top, type):
-        return top.__qualname__, "attribute of a class"
+        return top.__qualname__, OF_CLASS
     return type(top).__name__, "held by C++ or the interpreter itself"
 
 
@@ -100,10 +143,11 @@ def _access(chain: Sequence[Any], at: int) -> str:
 
 
 def _item(holder: dict, held: Any, named: bool) -> str:
-    for key, value in list(holder.items()):
-        if value is held or key is held:
-            return f".{key}" if named and isinstance(key, str) else f"[{_key(key)}]"
-    return "[…]"
+    keys = [key for key, value in list(holder.items()) if value is held or key is held]
+    if not keys:
+        return "[…]"
+    key = next((key for key in keys if not str(key).startswith("_")), keys[0])
+    return f".{key}" if named and isinstance(key, str) else f"[{_key(key)}]"
 
 
 def _key(key: Any) -> str:
@@ -139,8 +183,7 @@ def _variable(context: Context, below: Sequence[Any]) -> str:
 
 def _local(holder: Any, held: Any) -> str:
     frame = next((getattr(holder, name) for name in OF_FRAMES if hasattr(holder, name)), holder)
-    values = frame.f_locals.items()
-    name = next((name for name, value in values if value is held), "…")
+    name = next((name for name, value in locals_of(frame) if value is held), "…")
     return f".<local of {frame.f_code.co_name}>.{name}"
 
 

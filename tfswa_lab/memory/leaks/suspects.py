@@ -5,21 +5,22 @@ Notebook: 06_leak_diagnosis
 
 from __future__ import annotations
 
-import re
-from collections import deque
-from collections.abc import Sequence, Sized
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CellType, CoroutineType, FrameType, GeneratorType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ref
 
 import numpy as np
 from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
 
+from tfswa_lab.memory.gauges import device_memory, host_total
+from tfswa_lab.memory.leaks.advice import AUTOCAST, known_classes
 from tfswa_lab.memory.leaks.census import Census, Site, fills_up
+from tfswa_lab.memory.leaks.containers import CONTAINERS, Container, container_of
 from tfswa_lab.memory.leaks.holders import Holders, Holding
-from tfswa_lab.memory.leaks.spelling import LRU_CACHE
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.memory.trace.stacks import Frame, in_short
 from tfswa_lab.memory.trace.timeline import Block
@@ -46,12 +47,15 @@ class Suspect:
         held: bytes of those that are alive.
         births: the steps that allocated them.
         holder: the object that holds them all, as code, such as `trainer.history`.
-        where: where the first name in `holder` is defined.
+        where: where it is defined, or the name that leads to it.
         container: that object, as a container.
         path: one of the blocks, as code, such as `trainer.history[3]`.
         through: links between the holder and a block: names of `KINDS`, `graph`, `hook`.
         pinned: how many times larger the storage is than the tensor that keeps it.
         rooted: whether a name leads to the holder.
+        known: classes that are known to hold memory, from `known_classes`.
+        others: another holder of the same blocks, as code, empty if there is none.
+        room: bytes of all memory where the blocks are.
     """
 
     line: Frame | None
@@ -67,10 +71,13 @@ class Suspect:
     through: frozenset[str]
     pinned: float
     rooted: bool
+    known: tuple[str, ...] = ()
+    others: str = ""
+    room: float = math.inf
 
     @property
     def of_optimizer(self) -> bool:
-        """Whether an optimizer made or holds the blocks."""
+        """Whether an optimizer made the blocks, or optimizers hold them."""
         return self.phase == "optimizer" or "optimizer" in self.through
 
     def is_bounded(self, steps: int) -> bool:
@@ -82,18 +89,33 @@ class Suspect:
             steps: the number of steps that were run.
         """
         container = self.container
-        keys_again = container.by_content and fills_up(self.births, steps)
-        return container.limit is not None or keys_again
+        if container.limit is not None and self.at_limit <= self.room:
+            return True
+        return container.by_content and fills_up(self.births, steps)
+
+    @property
+    def at_limit(self) -> float:
+        """Bytes of the blocks when the container has as many elements as its limit allows."""
+        container = self.container
+        return self.held / max(1, container.length) * (container.limit or 0)
+
+    @property
+    def limit(self) -> str:
+        """The limit that Python or torch enforces, and the bytes at that limit; empty without."""
+        if self.container.limit is None:
+            return ""
+        limit, name = self.container.limit, self.container.limited_by
+        return f"{limit} elements, {format_bytes(round(self.at_limit))} ({name} = {limit})"
 
     @property
     def condition(self) -> str:
         """A condition that would bound it but that no step has shown; empty if there is none."""
-        if self.container.claim:
+        if self.container.limit is None and self.container.claim:
             return f"the program enforces `{self.container.claim}`"
         return "its keys come again" if self.container.by_content else ""
 
     def __str__(self) -> str:
-        unseen = "made at an unknown line: in another thread, from an array, or sparse"
+        unseen = "made at an unknown line: in an older thread, from an array, or sparse"
         where = f"made at {in_short(self.line)}" if self.line else unseen
         op = self.op.removeprefix("aten.").split(".")[0]
         return f"{format_bytes(self.held)} {where}" + (f" by {op}" if op else "")
@@ -105,7 +127,8 @@ class Suspect:
         what = f"a {container.kind}" + (f" of {container.length}" if container.length else "")
         graph = ", through the graph that made it" if "graph" in self.through else ""
         path = f"; one of them is `{self.path}`" if self.path != self.holder else ""
-        return f"held by `{self.holder}` ({what}, {self.where}){graph}{path}"
+        others = f"; also held by `{self.others}`" if self.others else ""
+        return f"held by `{self.holder}` ({what}, {self.where}){graph}{path}{others}"
 
 
 def suspects_of(
@@ -113,6 +136,7 @@ def suspects_of(
     census: Census,
     holders: Holders,
     storages: dict[Block, ref[UntypedStorage]],
+    cast: set[Block],
 ) -> list[Suspect]:
     """The holders of the blocks of some lines; lines whose blocks are gone by now are left out.
 
@@ -121,28 +145,56 @@ def suspects_of(
         census: of the steps.
         holders: finds them.
         storages: of all blocks that were alive at the end.
+        cast: those of them that were gone when autocast's cache was cleared.
     """
     samples = [_samples(site.alive, census, storages) for site in sites]
     every = [storage for each in samples for storage in each]
     holders.paths.ignore(samples, every, *samples)
     holders.look_up(every)
-    pairs = zip(sites, samples, strict=True)
-    return [
-        _suspect(site, [holders.of(s) for s in found], holders) for site, found in pairs if found
-    ]
+    suspects = []
+    for site, found in zip(sites, samples, strict=True):
+        if found:
+            suspects.append(_suspect(site, [holders.of(each) for each in found], holders))
+        elif not cast.isdisjoint(site.alive):
+            suspects.append(_of_autocast(site))
+    return suspects
+
+
+def _of_autocast(site: Site) -> Suspect:
+    """Weights in a lower precision that autocast keeps until the outermost one ends."""
+    cache = "autocast's cache of cast weights"
+    return Suspect(
+        **_of_site(site),
+        holder=cache,
+        where="kept until the outermost autocast ends",
+        container=Container("cache", len(site.alive)),
+        path=cache,
+        through=frozenset(),
+        pinned=1.0,
+        rooted=True,
+        known=(AUTOCAST,),
+    )
+
+
+def _of_site(site: Site) -> dict[str, Any]:
+    block = site.blocks[0]
+    held = sum(each.size for each in site.alive)
+    return {"line": site.line, "op": block.op, "phase": block.phase} | {
+        "per_step": site.per_step,
+        "held": held,
+        "births": tuple(site.births),
+    }
 
 
 def _suspect(site: Site, holdings: list[Holding], holders: Holders) -> Suspect:
+    other = _beside(holdings, holders)
+    if other and _container(holdings).limit is not None and _container(other).limit is None:
+        holdings, other = other, holdings  # the bounded one says nothing about the other one
     chain, at = holdings[0].chain, _joint([each.chain for each in holdings])
     top = at if len(holdings) > 1 else 0
     holder, path = holders.spell(chain[: at + 1]), holders.spell(chain[:-1]).expression
     return Suspect(
-        line=site.line,
-        op=site.blocks[0].op,
-        phase=site.blocks[0].phase,
-        per_step=site.per_step,
-        held=sum(block.size for block in site.alive),
-        births=tuple(site.births),
+        **_of_site(site),
         holder=holder.expression,
         where=holder.where,
         container=container_of(chain, at),
@@ -150,7 +202,40 @@ def _suspect(site: Site, holdings: list[Holding], holders: Holders) -> Suspect:
         through=_through(holdings[0], top, path),
         pinned=_pinned(chain),
         rooted=holdings[0].rooted,
+        known=known_classes(chain, at),
+        others=_name(other, holders),
+        room=_room(chain[-1]),
     )
+
+
+def _beside(holdings: list[Holding], holders: Holders) -> list[Holding]:
+    """How another container holds the same blocks, so that emptying the first one frees nothing."""
+    chain, at = holdings[0].chain, _joint([each.chain for each in holdings])
+    if len(holdings) < 2 or not isinstance(chain[at], CONTAINERS):
+        return []
+    found = holders.besides(chain[at], [holding.chain[-1] for holding in holdings])
+    if len(found) < len(holdings):
+        return []
+    other, place = found[0].chain, _joint([each.chain for each in found])
+    below = any(each is other[place] for each in chain[:at])  # it holds the first container, too
+    return [] if below or not isinstance(other[place], CONTAINERS) else found
+
+
+def _container(holdings: list[Holding]) -> Container:
+    return container_of(holdings[0].chain, _joint([each.chain for each in holdings]))
+
+
+def _name(holdings: list[Holding], holders: Holders) -> str:
+    if not holdings:
+        return ""
+    at = _joint([each.chain for each in holdings])
+    return holders.spell(holdings[0].chain[: at + 1]).expression
+
+
+def _room(storage: UntypedStorage) -> float:
+    if storage.device.type == "cuda":
+        return device_memory(storage.device).total
+    return host_total() if storage.device.type == "cpu" else math.inf
 
 
 def _samples(
@@ -181,6 +266,7 @@ def _joint(chains: Sequence[list[Any]]) -> int:
 
 def _through(holding: Holding, at: int, path: str) -> frozenset[str]:
     below = holding.chain[at + 1 :]
+    below = [each for each in below if not isinstance(each, Warning)]  # with data, but no frames
     found = {name for name, kinds in KINDS.items() if any(isinstance(o, kinds) for o in below)}
     tensors = [each for each in holding.chain if isinstance(each, Tensor)]
     own_hook = any(tensor._backward_hooks is holding.chain[0] for tensor in tensors)
@@ -196,87 +282,3 @@ def _pinned(chain: list[Any]) -> float:
     if not (has_storage(view) or isinstance(view, np.ndarray)) or not view.nbytes:
         return 1.0
     return storage.nbytes() / view.nbytes
-
-
-LIMITS = re.compile(r"_?(maxlen|max_?size|capacity|max_(items|entries|len))$", re.I)
-
-
-class Container(NamedTuple):
-    """A holder as a container.
-
-    Args:
-        kind: name of its class.
-        length: the number of its elements.
-        limit: the number at which Python removes elements, None without.
-        claim: an attribute that has the name of a limit, enforced or not, such as `capacity = 9`.
-        by_content: whether its keys are anything but running numbers.
-    """
-
-    kind: str
-    length: int = 0
-    limit: int | None = None
-    claim: str = ""
-    by_content: bool = False
-
-
-def container_of(chain: Sequence[Any], at: int) -> Container:
-    """The holder at a place in a chain, as a container.
-
-    >>> from collections import deque
-    >>> container = container_of([deque([1, 2], maxlen=5)], 0)
-    >>> container.kind, container.length, container.limit
-    ('deque', 2, 5)
-    """
-    holder, owners = chain[at], chain[max(0, at - 2) : at]
-    by_content = _by_content(holder)
-    cache = holder if isinstance(holder, LRU_CACHE) else _owning_cache(holder, owners)
-    if cache is not None:
-        known = cache.cache_info()
-        return Container("lru_cache", known.currsize, known.maxsize, by_content=by_content)
-    length = len(holder) if isinstance(holder, Sized) and not isinstance(holder, Tensor) else 0
-    limit = holder.maxlen if isinstance(holder, deque) else None
-    claim = next(filter(None, (_claim(each, length) for each in (holder, *owners))), "")
-    return Container(type(holder).__name__, length, limit, claim, by_content)
-
-
-def _owning_cache(holder: Any, owners: Sequence[Any]) -> Any:
-    """The `lru_cache` whose own dictionary a holder is; a cache with a limit shows none."""
-    cache = owners[-1] if owners and isinstance(holder, dict) else None
-    unlimited = isinstance(cache, LRU_CACHE) and cache.cache_info().maxsize is None
-    return cache if unlimited else None
-
-
-def _claim(owner: Any, length: int) -> str:
-    """An attribute with the name of a limit, and a value that is not exceeded; empty without."""
-    for name, value in getattr(owner, "__dict__", {}).items():
-        if LIMITS.match(name) and isinstance(value, int) and value >= max(length, 1):
-            return f"{name} = {value}"
-    return ""
-
-
-def _flat(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
-def _by_content(holder: Any) -> bool:
-    return isinstance(holder, dict) and len(holder) > 1 and not _has_running_number(holder)
-
-
-def _has_running_number(holder: dict) -> bool:
-    """Whether a part of the keys is, or contains, a number that grows from key to key."""
-    columns = ([_number(part) for part in column] for column in _columns(holder))
-    return any(None not in each and each == sorted(each) and each[0] < each[-1] for each in columns)
-
-
-def _columns(holder: dict) -> list[tuple]:
-    """The keys, part by part; none if they have different numbers of parts."""
-    keys = [tuple(_flat(key)) for key in list(holder)]
-    return list(zip(*keys, strict=True)) if len(set(map(len, keys))) == 1 else []
-
-
-def _number(key: Any) -> int | float | None:
-    """The last number in a key, None if there is none."""
-    if isinstance(key, int | float):
-        return key
-    found = re.findall(r"\d+", key) if isinstance(key, str) else []
-    return int(found[-1]) if found else None

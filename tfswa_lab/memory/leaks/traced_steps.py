@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import gc
 import inspect
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -23,12 +25,13 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tfswa_lab.memory.gauges import device_signals
-from tfswa_lab.memory.leaks.autograd_graph import graph_of
+from tfswa_lab.memory.leaks.autograd_graph import graph_of, nodes_in
 from tfswa_lab.memory.leaks.census import Boundary, Census
 from tfswa_lab.memory.leaks.hooks import hook_counts
 from tfswa_lab.memory.leaks.referrers import of_types
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
 from tfswa_lab.memory.trace.stacks import Frame, user_frame
+from tfswa_lab.memory.trace.threads import undone_in_children
 from tfswa_lab.memory.trace.timeline import Block
 from tfswa_lab.memory.trace.tracer import Tracer, parts_of
 
@@ -136,6 +139,7 @@ def _refuse_lazy(step: Any) -> None:
 
 
 OWNERS = (Tensor, nn.Module, Optimizer)
+TURN = 0.001  # seconds
 # Python 3.12 starts with 375 objects frozen, 3.11 and 3.13 with none; a program freezes far more.
 FROZEN_BY_PYTHON = 1000
 
@@ -209,9 +213,13 @@ class TracedSteps:
         """Weak references to all tensors, modules and optimizers."""
         return [*self._old, *map(ref, of_types(OWNERS))]
 
-    def line_of_graph(self, tensor: Tensor) -> Frame | None:
-        """The line of the last operation in a tensor's graph, if a step ran it."""
-        frames = (self._tracer.lines_of(node) for node in graph_of([tensor]))
+    def line_of_graph(self, holder: Any) -> Frame | None:
+        """The line of the last operation in a tensor's graph, or in a container of nodes.
+
+        None if no step ran such an operation.
+        """
+        ends = [holder] if isinstance(holder, Tensor) else nodes_in(holder)
+        frames = (self._tracer.lines_of(node) for node in graph_of(ends))
         return next(filter(None, map(user_frame, frames)), None)
 
     def has_tracebacks(self) -> bool:
@@ -219,6 +227,8 @@ class TracedSteps:
         return bool(of_types((TracebackType,)))
 
     def _look(self) -> None:
+        if len(sys._current_frames()) > 1:
+            time.sleep(TURN)  # a step may have given work to threads, and not wait for them
         before = self._tracer.event
         gc.collect()
         new = of_types(OWNERS)
@@ -248,7 +258,8 @@ def resting_gc() -> Iterator[None]:
     if not frozen_by_user:
         gc.freeze()
     try:
-        yield
+        with undone_in_children(gc.enable if enabled else gc.disable):
+            yield
     finally:
         if not frozen_by_user:
             gc.unfreeze()

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from tfswa_lab.memory.display import Shown, page
 from tfswa_lab.memory.gauges import DeviceSignals
+from tfswa_lab.memory.leaks.advice import cure
 from tfswa_lab.memory.leaks.census import grows, slope
 from tfswa_lab.memory.leaks.hooks import Hooks
 from tfswa_lab.memory.leaks.host_steps import HostGrowth
@@ -70,8 +72,8 @@ class Findings:
     untraced: int = 0
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Shown):
     """What happens to the memory of a step, and why.
 
     Args:
@@ -99,10 +101,19 @@ class Diagnosis:
         """Whether each step loses memory."""
         return self.verdict in LEAKS
 
+    @property
+    def brief(self) -> str:
+        """The verdict, and what each step loses."""
+        lost = f": {format_bytes(round(self.growth_per_step))} per step" * self.leaks
+        return f"{self.verdict}{lost}"
+
     def __str__(self) -> str:
-        grows = f": {format_bytes(round(self.growth_per_step))} per step" * self.leaks
-        lines = [f"{self.verdict}{grows}", self.cause, *self.evidence, self.suggestion]
+        lines = [self.brief, self.cause, *self.evidence, self.suggestion]
         return "\n  ".join(filter(None, lines))
+
+    def _repr_html_(self) -> str:
+        advice = {"what to do": [self.suggestion]} if self.suggestion else {}
+        return page(self.brief, {}, {self.cause: self.evidence} | advice, opened=True)
 
 
 LEAKS = {
@@ -156,15 +167,25 @@ def leak(f: Findings) -> Diagnosis | None:
     if main.pinned >= PINNED and verdict == "leak of tensors":
         cause += f"; a view that is kept pins a storage {main.pinned:.0f} times its size"
     growth = _growth([each for group in kinds.values() for each in group])
-    only_if = f"grows so far; bounded only if {main.condition}: a larger `longest` would show it"
-    evidence = (only_if, *_levels(f)) if main.condition else _levels(f)
-    return Diagnosis(verdict, cause, evidence, growth, _advice(verdict, main))
+    return Diagnosis(verdict, cause, (*_limits(main), *_levels(f)), growth, _advice(verdict, main))
+
+
+def _limits(suspect: Suspect) -> tuple[str, ...]:
+    """Why a limit, or what may be one, does not count."""
+    if suspect.limit:
+        here = format_bytes(suspect.room)
+        return (f"the limit of {suspect.limit} bounds nothing: this machine has {here}",)
+    if suspect.condition:
+        shown = "a larger `longest` would show it"
+        return (f"grows so far; bounded only if {suspect.condition}: {shown}",)
+    return ()
 
 
 def _kind(suspect: Suspect) -> str:
     if suspect.through & {"frame", "exception"}:
         return "frame/exception retention"
-    if suspect.of_optimizer or "parameter" in suspect.through:
+    copied = suspect.of_optimizer or "parameter" in suspect.through
+    if copied and not suspect.container.in_optimizer:
         return "duplicated state"
     return "leak of graph" if "graph" in suspect.through else "leak of tensors"
 
@@ -213,6 +234,9 @@ def host_memory(f: Findings) -> Diagnosis | None:
     if f.host is None:
         return None
     grown, what, verdict = f.host, format_bytes(round(f.host.size)), "host memory"
+    if grown.children:
+        cause = f"{what} per step stay in child processes: {grown.children}"
+        return Diagnosis(verdict, cause, _levels(f), grown.size, grown.children.advice)
     unknown, advice = "", "keep numbers or sums instead of lists, or empty them after each epoch"
     if grown.kind == "nodes":
         plural = "" if grown.per_step == 1 else "s"
@@ -225,6 +249,8 @@ def host_memory(f: Findings) -> Diagnosis | None:
     holder = f", held by `{grown.holder}` ({grown.where})" if grown.holder else ""
     tensors = "" if f.rising else "; tensors do not grow"
     cause = f"{what} per step stay on the host{unknown}{line}{holder}{tensors}"
+    if known := cure(grown.known, grown.holder):
+        advice = known if verdict == "host memory" else f"{advice}; {known}"
     return Diagnosis(verdict, cause, _levels(f), grown.size, advice)
 
 
@@ -246,11 +272,12 @@ def bounded_cache(f: Findings) -> Diagnosis | None:
         return None
     main = max(caches, key=lambda suspect: suspect.held)
     cause = f"{main}, {main.held_by}"
-    limit = main.container.limit
-    why = f"it holds {limit} elements at most" if limit else "its growth ends"
-    if main in f.rising and not limit:
-        why = "it ends when all keys have been seen"
+    why = "it ends when all keys have been seen" if main in f.rising else "its growth ends"
+    if main.limit:
+        why = f"it holds at most {main.limit}"
     advice = "no leak; if it is too large, bound it (maxsize) or compute the values again"
+    if main.container.limited_by == "history_size":
+        advice = "no leak; if it is too large, give the optimizer a smaller history_size"
     evidence = (f"{why}; now {format_bytes(main.held)}", *_levels(f))
     return Diagnosis("bounded cache", cause, evidence, 0.0, advice)
 
@@ -338,8 +365,18 @@ def _levels(f: Findings) -> tuple[str, ...]:
 
 
 def _advice(verdict: str, suspect: Suspect) -> str:
+    known = cure(suspect.known, suspect.path)
+    if known and verdict == "leak of tensors":
+        return known
+    usual = _usual_advice(verdict, suspect)
+    return f"{usual}; {known}" if known else usual
+
+
+def _usual_advice(verdict: str, suspect: Suspect) -> str:
     if verdict == "leak of tensors" and suspect.pinned >= PINNED:
         return "keep `.clone()` of the view: the storage it looks into can go then"
+    if verdict == "leak of tensors" and suspect.container.in_optimizer:
+        return "shorten what the optimizer keeps of earlier steps, such as with `deque(maxlen=…)`"
     if verdict == "frame/exception retention" and "exception" not in suspect.through:
         return "run generators and coroutines to their end, or close() them, and do not keep frames"
     return {

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tfswa_lab.memory.display import Shown
+from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.memory.snapshot.emit import SEPARATOR
 from tfswa_lab.memory.snapshot.files import LARGEST, opened
 from tfswa_lab.memory.snapshot.groups import groups, site_of
@@ -203,8 +204,10 @@ class Snapshot(Shown):
 
     @property
     def brief(self) -> str:
-        """The peaks of all devices."""
-        return "; ".join(self.summary(device=each).brief for each in self.devices) or "empty"
+        """The peak of each device."""
+        peaks = {each: int(self.over_time(each).allocated.max()) for each in self.devices[:MOST]}
+        parts = (f"cuda:{each}: peak {format_bytes(size)}" for each, size in peaks.items())
+        return "; ".join(parts) or "empty"
 
     def __str__(self) -> str:
         parts = [self.summary(device=each) for each in self.devices[:MOST]]

@@ -13,6 +13,7 @@ import numpy as np
 
 from tfswa_lab.memory.display import Shown, bars, page
 from tfswa_lab.memory.sizes import format_bytes
+from tfswa_lab.memory.snapshot.history import OverTime
 from tfswa_lab.memory.snapshot.report import (
     AllocationSite,
     Change,
@@ -168,18 +169,17 @@ def summary(
         guessed=not snapshot.has_categories,
         end=snapshot.fragmentation(device),
         oom=snapshot.oom_report(device) if failed else None,
-        annotations=_at_annotations(snapshot, device),
+        annotations=_at_annotations(snapshot, device, curves),
         notes=snapshot.notes,
     )
 
 
-def _at_annotations(snapshot: Snapshot, device: int) -> list[tuple[str, int]]:
+def _at_annotations(snapshot: Snapshot, device: int, curves: OverTime) -> list[tuple[str, int]]:
     """Bytes allocated when each annotation starts and ends."""
     here = sorted(
         (one for one in snapshot.contents.annotations if one.device == device),
         key=lambda one: one.time_us,
     )
-    curves = snapshot.over_time(device)
     events = np.searchsorted(curves.time_us[1:], [one.time_us for one in here], "right")
     pairs = zip(here, curves.allocated[events].tolist(), strict=True)
     return [(f"{one.name} {one.stage}", size) for one, size in pairs]

@@ -20,6 +20,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from tfswa_lab.memory.trace.threads import this_thread
+
 
 class NodeId(NamedTuple):
     """A node of a graph: the thread that made it, and its number among that thread's nodes."""
@@ -30,18 +32,26 @@ class NodeId(NamedTuple):
 
 def next_node() -> NodeId:
     """The node that this thread makes next."""
-    return NodeId(threading.get_ident(), torch._C._autograd._get_sequence_nr())
+    return NodeId(this_thread(), torch._C._autograd._get_sequence_nr())
+
+
+MAKER = "tfswa_lab: made in thread"  # a node's metadata are a dictionary that all share
 
 
 class NodeNumbers:
-    """Recognises new nodes, and finds the thread whose nodes a backward pass visits."""
+    """Recognises new nodes, and finds the thread whose nodes a backward pass visits.
+
+    Attributes:
+        elsewhere: the operators of nodes that other threads than the main one made.
+    """
 
     def __init__(self):
         self.begin()
+        self.elsewhere: dict[NodeId, str] = {}
         self._thread_of: dict[int, int] = {}  # by backward pass: the thread that made its nodes
 
     def begin(self) -> None:
-        """This thread makes the graphs; existing nodes are not new."""
+        """This thread is the main one; existing nodes are not new."""
         self._home, number = next_node()
         self._next = {self._home: number}  # by thread
         self._newest = self._home  # the thread that made the newest node
@@ -61,9 +71,31 @@ class NodeNumbers:
         self._newest = thread
         return NodeId(thread, number - 1)
 
+    def made_elsewhere(self, node: NodeId, op: str) -> None:
+        """Note which operator made a node, if another thread than the main one did."""
+        if node.thread != self._home:
+            self.elsewhere[node] = _plain(op.split(".")[1] if "." in op else op)
+
+    def sign(self, node: Any, thread: int) -> None:
+        """Write into a node that another thread than the main one made it, if it did.
+
+        A graph may have nodes of several threads, as that of `nn.DataParallel` has, and their
+        numbers overlap. So number and operator have to agree.
+        """
+        op = self.elsewhere.get(NodeId(thread, node._sequence_nr()))
+        if op is not None and op == _plain(node.name().split("Backward")[0]):
+            node.metadata.setdefault(MAKER, thread)
+
     def identify(self, node: Any, task: int = -1) -> NodeId:
         """The identity of a node, which a backward pass may have reached."""
-        return NodeId(self._thread_of.get(task, self._home), node._sequence_nr())
+        maker = self._thread_of.get(task, self._home)
+        if self.elsewhere:
+            maker = node.metadata.get(MAKER, maker)
+        return NodeId(maker, node._sequence_nr())
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 class Call(NamedTuple):
@@ -73,6 +105,13 @@ class Call(NamedTuple):
     graph_task: int  # the backward pass that it runs in, -1 for none
 
 
+class _Running(threading.local):
+    """The calls of each thread, the innermost last."""
+
+    def __init__(self):
+        self.calls: list[Call] = []
+
+
 class ModulePaths:
     """The modules that are called inside `watching`.
 
@@ -80,13 +119,13 @@ class ModulePaths:
         on_root: called once with every module that is called outside of all others.
 
     Attributes:
-        calls: the running modules, the innermost last.
         roots: how many modules were called outside of all others.
     """
 
     def __init__(self, on_root: Callable[[nn.Module], None] = lambda module: None):
-        self.calls: list[Call] = []
         self.roots = 0
+        self._running = _Running()
+        self._lock = threading.RLock()
         self._on_root = on_root
         self._paths: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._numbers = defaultdict(lambda: [0])  # by thread: where modules begin and end
@@ -94,10 +133,11 @@ class ModulePaths:
 
     def name(self, root: nn.Module) -> None:
         """Name a module and its submodules; a second model's paths begin with its class."""
-        prefix = type(root).__name__ if self._paths else ""
-        for path, module in root.named_modules():
-            full = ".".join(filter(None, (prefix, path))) or type(root).__name__
-            self._paths.setdefault(module, full)
+        with self._lock:
+            prefix = type(root).__name__ if self._paths else ""
+            for path, module in root.named_modules():
+                full = ".".join(filter(None, (prefix, path))) or type(root).__name__
+                self._paths.setdefault(module, full)
         self._on_root(root)
 
     def path_of(self, module: nn.Module) -> str:
@@ -105,9 +145,15 @@ class ModulePaths:
         return self._paths.get(module, type(module).__name__)
 
     @property
+    def calls(self) -> list[Call]:
+        """The modules that run in this thread, the innermost last."""
+        return self._running.calls
+
+    @property
     def now(self) -> str:
-        """The path of the innermost running module, empty outside of all modules."""
-        return self.calls[-1].path if self.calls else ""
+        """The path of the innermost module that this thread runs, empty outside of all modules."""
+        calls = self.calls
+        return calls[-1].path if calls else ""
 
     def that_made(self, node: NodeId) -> str:
         """The path of the module that was running when a node was made."""
@@ -131,7 +177,8 @@ class ModulePaths:
             yield
 
     def _enter(self, module: nn.Module) -> None:
-        self.roots += not self.calls
+        if not self.calls:
+            self.roots += 1
         if module not in self._paths:
             if self.calls:  # created during the forward pass
                 self._paths[module] = f"{self.now}.{type(module).__name__}"

@@ -9,8 +9,10 @@ Notebook: 05_where_memory_goes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import wraps
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -23,12 +25,17 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tfswa_lab.memory.sizes import rounded
 from tfswa_lab.memory.trace.module_paths import ModulePaths, NodeId, NodeNumbers
 from tfswa_lab.memory.trace.stacks import CallSites, Frame
+from tfswa_lab.memory.trace.threads import entered_in_threads, this_thread, undone_in_children
 from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 DEVICE = torch.ops.prim.device.default
@@ -42,10 +49,31 @@ class Birth(NamedTuple):
     backward: int  # the last backward pass
     root: int  # how many modules had been called outside of others
     grad: bool  # whether autograd was recording
+    thread: int  # that made it
+
+
+class _OfThread(threading.local):
+    """What each thread does."""
+
+    optimizing = False
+
+
+def _alone(method: Callable) -> Callable:
+    """A method of a tracer that one thread runs at a time: tensors end in any thread."""
+
+    @wraps(method)
+    def locked(self: Tracer, *arguments: Any, **options: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments, **options)
+
+    return locked
 
 
 class Tracer(TorchDispatchMode):
     """A dispatch mode that records the timeline of all storages.
+
+    It follows the program into its threads, unless it is entered inside of another mode, such as
+    that of fake tensors: the threads would not have that one.
 
     Args:
         stacks: whether to record the lines of Python.
@@ -62,7 +90,9 @@ class Tracer(TorchDispatchMode):
         self._lines: dict[NodeId, tuple[Frame, ...]] = {}  # of forward operations
         self._parameters = WeakIdKeyDictionary()  # tensors compare by element, so no WeakSet
         self._backward = -1
-        self._optimizing = False
+        self._thread = _OfThread()
+        self._lock = threading.RLock()
+        self._ended = False
         self._watching = ExitStack()
 
     @classmethod
@@ -72,6 +102,9 @@ class Tracer(TorchDispatchMode):
 
     def __enter__(self) -> Tracer:
         self._watching.enter_context(self.modules.watching())
+        if not _get_current_dispatch_mode_stack():
+            self._watching.enter_context(entered_in_threads(self))
+            self._watching.enter_context(undone_in_children(self._forget))
         for register, hook in (
             (register_optimizer_step_pre_hook, self._before_optimizer),
             (register_optimizer_step_post_hook, self._after_optimizer),
@@ -83,11 +116,25 @@ class Tracer(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._watching.close()
+        self._end()
+
+    @_alone
+    def _end(self) -> None:
         self._label_gradients()
-        for birth in self._live.values():
+        for birth in list(self._live.values()):
             self._settle(birth)
         self._live = {}  # drops the weak references, so later releases are not recorded
+        self._ended = True  # threads that began under the trace go on
 
+    def _forget(self) -> None:
+        """In a forked child nobody reads a trace, and it would grow for as long as the child."""
+        self._ended = True
+        self._lock = threading.RLock()  # a thread that is not here may hold the other one
+        self._watching.close()
+        if _get_current_dispatch_mode_stack()[-1:] == [self]:
+            _pop_mode()
+
+    @_alone
     def step(self) -> None:
         """A step begins here."""
         self._label_gradients()
@@ -107,6 +154,7 @@ class Tracer(TorchDispatchMode):
         pairs = [(birth.block, birth.storage()) for birth in list(self._live.values())]
         return [(block, storage) for block, storage in pairs if storage is not None]
 
+    @_alone
     def add_module(self, root: nn.Module) -> None:
         """Label the parameters and buffers of a module."""
         for module in root.modules():
@@ -118,6 +166,7 @@ class Tracer(TorchDispatchMode):
                 self.label(buffer, "buffer", path)
         self._label_gradients()
 
+    @_alone
     def add_optimizer(self, optimizer: Optimizer) -> None:
         """Label an optimizer's parameters, their gradients and its state."""
         for group in optimizer.param_groups:
@@ -134,6 +183,7 @@ class Tracer(TorchDispatchMode):
         """The lines of the forward operation that made a node; empty if unknown."""
         return self._lines.get(self._nodes.identify(node), ())
 
+    @_alone
     def label(self, tensor: Tensor, category: str, module: str = "") -> None:
         """Set the category of a tensor's block; a tensor not seen before gets a block."""
         if not has_storage(tensor):
@@ -146,23 +196,42 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is DEVICE:  # autograd asks fake tensors thousands of times
             return args[0].fake_device
+        if self._ended:
+            return func(*args, **kwargs)
         inputs = list(tensors_in((args, kwargs)))
+        with self._lock:
+            self._look_at(inputs)
+        result = self.call(func, args, kwargs, inputs)
+        with self._lock:
+            self._record(func, args, result)
+        self.seen(func, args, kwargs, inputs, result)
+        return result
+
+    def _look_at(self, inputs: list[Tensor]) -> None:
         for tensor in inputs:
             if self._block_of(tensor) is None:  # made outside of the mode, as by from_numpy
                 self.label(tensor, "input")
-        result = self.call(func, args, kwargs, inputs)
+            if self._nodes.elsewhere and (node := tensor.grad_fn) is not None:
+                self._nodes.sign(node, this_thread())
+                self._nodes.sign(node, self._live[tensor.untyped_storage()._cdata].thread)
+
+    def _record(self, func: Any, args: tuple, result: Any) -> None:
+        """New blocks that an operator has made, and its workspace."""
+        if self._ended:  # meanwhile, by the thread that entered the mode
+            return
         task = torch._C._current_graph_task_id()
         node = self._nodes.new(task)
         new = [tensor for tensor in tensors_in(result) if self._block_of(tensor) is None]
         scratch = self.scratch(func, args, result)
         if new or node or scratch:
-            origin = self._origin(node, task) | {"op": str(func)}
+            op = str(func)
+            origin = self._origin(node, task) | {"op": op}
             for tensor in new:
                 self._add(tensor, **origin)
             if scratch:
                 self._pass(scratch, _device_of(new[0] if new else result), origin)
-        self.seen(func, args, kwargs, inputs, result)
-        return result
+            if node is not None and task == -1:
+                self._nodes.made_elsewhere(node, op)
 
     def call(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor]) -> Any:
         """Run an operator; subclasses may explain its errors."""
@@ -201,7 +270,7 @@ class Tracer(TorchDispatchMode):
         frames = self._sites.here() if self._sites else ()
         if node is not None:
             self._lines[node] = frames
-        if self._optimizing:
+        if self._thread.optimizing:
             phase = "optimizer"
         elif task != -1:
             phase = "recompute"
@@ -242,9 +311,10 @@ class Tracer(TorchDispatchMode):
         self._blocks.setdefault(device, []).append(block)
         gone = ref(storage, lambda _: self._died(key))
         roots, grad = self.modules.roots, torch.is_grad_enabled()
-        self._live[key] = Birth(block, gone, self._backward, roots, grad)
+        self._live[key] = Birth(block, gone, self._backward, roots, grad, this_thread())
         return block
 
+    @_alone
     def _died(self, key: int) -> None:
         birth = self._live.pop(key, None)
         if birth is not None:
@@ -267,12 +337,13 @@ class Tracer(TorchDispatchMode):
 
     def _before_optimizer(self, optimizer: Optimizer, *_: Any) -> None:
         self._label_gradients()
-        self._optimizing = True
+        self._thread.optimizing = True
 
     def _after_optimizer(self, optimizer: Optimizer, *_: Any) -> None:
-        self._optimizing = False
+        self._thread.optimizing = False
         self.add_optimizer(optimizer)
 
+    @_alone
     def _label_gradients(self) -> None:
         for parameter in list(self._parameters):
             if parameter.grad is not None:

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import breadth_first_order
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import Node
 
-from tfswa_lab.memory.leaks.autograd_graph import graph_of, saved_by
+from tfswa_lab.memory.leaks.autograd_graph import graph_of, nodes_among, saved_by
 from tfswa_lab.memory.leaks.referrers import referents
 from tfswa_lab.memory.trace.tracer import parts_of
 
@@ -111,9 +111,7 @@ class Heap:
 
     def _link_cpp(self) -> None:
         tensors = [thing for thing in self.objects if issubclass(type(thing), Tensor)]
-        kinds = {kind for kind in set(map(type, self.objects)) if hasattr(kind, "next_functions")}
-        found = [thing for thing in self.objects if type(thing) in kinds]
-        nodes = list(graph_of([*tensors, *found]))
+        nodes = list(graph_of([*tensors, *nodes_among(self.objects)]))
         for node in nodes:
             if id(node) not in self._number:
                 self._add(node)
