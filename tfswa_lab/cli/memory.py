@@ -83,7 +83,10 @@ def diff(
 
         by, rules = _grouping(by, rule)
         pair = [read(path, last) for path in (first, second)]
-        _show([difference(*pair, by, at, device, rules)], as_json, top)
+        both = sorted(set(pair[0].devices) & set(pair[1].devices))
+        several = device is None and max(len(one.devices) for one in pair) > 1
+        devices = both if several else [device]
+        _show([difference(*pair, by, at, one, rules) for one in devices], as_json, top)
         _write(html, dict(zip(_names(first, second), pair, strict=True)), device, by, rules)
 
 
@@ -211,6 +214,8 @@ def _write(
     rules: dict[str, str],
 ) -> None:
     if html is not None:
+        if html.is_dir():
+            raise IsADirectoryError(f"--html {html} is a folder; name a file in it")
         from tfswa_lab.memory.snapshot.viewer import Grouping, write_html
 
         written = write_html(html, snapshots, device, Grouping(by, rules))

@@ -29,6 +29,7 @@ from tfswa_lab.memory.who.names import forget_error
 from tfswa_lab.memory.who.who import who
 
 LINES = 6  # of each table
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # others may run code of their own
 PROBES = 200  # operators that are timed with and without a trace
 OLDER = "there before"  # a category, and a line
 CELL = re.compile(r"\S*ipykernel_\d+/\d+\.py|<ipython-input-[^>]*>")  # files of cells
@@ -52,12 +53,23 @@ class MemoryMagics(Magics):
         that begins with `%%memory` shows its peak and what stays.
         """
         if cell is not None:
-            return display(cell_memory(lambda: self.shell.run_cell(cell)))
+            return self._measure(line, cell)
         commands = {"": status, "who": partial(who, self.shell), "forget": forget_error}
         if line.strip() not in commands:
             known = "%memory, %memory who, %memory forget or %%memory"
             raise UsageError(f"%memory {line.strip()}: use {known}")
         return commands[line.strip()]()
+
+    def _measure(self, line: str, cell: str) -> None:
+        if line.strip():
+            raise UsageError(f"%%memory {line.strip()}: it takes no words, only a cell")
+        transformed = self.shell.transform_cell(cell)
+        if self.shell.should_run_async(cell, transformed_cell=transformed):
+            raise UsageError("%%memory cannot run a cell with `await`; measure a function without")
+        results = []
+        measured = cell_memory(lambda: results.append(self.shell.run_cell(cell)))
+        if results[0].error_before_exec is None:
+            display(measured)
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +135,8 @@ def cell_memory(run: Callable[[], Any]) -> CellMemory:
     The device is a GPU if the cell, or what was there before, uses one.
     """
     overhead, before = _overhead(), process_rss()
-    older = [tensor for tensor in of_types((torch.Tensor,)) if has_storage(tensor)]
+    known = (each for each in of_types((torch.Tensor,)) if type(each) in PLAIN)
+    older = [tensor for tensor in known if has_storage(tensor)]
     with trace(inputs=older) as seen:
         del older
         seen.step()

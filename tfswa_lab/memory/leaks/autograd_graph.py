@@ -53,8 +53,16 @@ def nodes_in(holder: Any) -> list[Node]:
 
 def nodes_among(things: list[Any]) -> list[Node]:
     """Those objects that are nodes of graphs."""
-    kinds = {kind for kind in set(map(type, things)) if hasattr(kind, "next_functions")}
+    kinds = set(filter(is_node, set(map(type, things))))
     return [thing for thing in things if type(thing) in kinds]
+
+
+def is_node(kind: type) -> bool:
+    """Whether objects of a class are nodes; no code of a metaclass runs."""
+    return any("next_functions" in _NAMES(base) for base in _BASES(kind))
+
+
+_NAMES, _BASES = (type.__dict__[name].__get__ for name in ("__dict__", "__mro__"))
 
 
 def last_of(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -32,6 +32,8 @@ def opened(path: str | Path, largest: int = LARGEST) -> Iterator[mmap.mmap]:
         SnapshotError: it is too large, damaged, or something else than a pickle.
     """
     path = Path(path)
+    if path.is_dir():
+        raise SnapshotError(f"{path} is a folder; give one file, or use snapshot.ranks.compare")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such memory snapshot; check the path")
     try:
@@ -46,10 +48,12 @@ def opened(path: str | Path, largest: int = LARGEST) -> Iterator[mmap.mmap]:
 
 
 def _check_size(size: int, largest: int) -> None:
-    if not 0 < size <= largest:
+    if not size:
+        raise SnapshotError("it is empty; copy it again")
+    if size > largest:
         raise SnapshotError(
-            f"it has {size:,} bytes, not 1 to {largest:,}; record with fewer max_entries, "
-            "or raise `largest`"
+            f"it has {size:,} bytes, more than {largest:,}; record with fewer max_entries, or "
+            "raise `largest`"
         )
 
 
@@ -93,6 +97,7 @@ KINDS = {  # how a file of that kind begins
     rb"\s*[{\[].*traceEvents": "a trace of torch.profiler (JSON)",
     rb"\s*[{\[]": "JSON",
     rb"(?i)\s*<(!doctype|html|svg|\?xml|script)": "a page or picture for a browser",
+    rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\.": "a checkpoint that torch.save wrote",
     rb"PK|\x1f\x8b|BZh|\xfd7z|7z\xbc|\x28\xb5\x2f\xfd": "compressed, but by no gzip or simple zip",
 }
 
@@ -100,8 +105,8 @@ KINDS = {  # how a file of that kind begins
 def _check_kind(program: bytes | mmap.mmap) -> None:
     """Raise SnapshotError, with a guess, unless it begins as a pickle."""
     head = program[:4096]
-    if head[0] == 0x80 and head[1:2] and head[1] in PROTOCOLS:
-        return
     kinds = (kind for begin, kind in KINDS.items() if re.match(begin, head, re.DOTALL))
-    kind = next(kinds, "no pickle of protocol 2 to 5")
-    raise SnapshotError(f"it seems to be {kind}; {INSTEAD}")
+    kind = next(kinds, "")
+    is_pickle = head[:1] == b"\x80" and len(head) > 1 and head[1] in PROTOCOLS
+    if kind or not is_pickle:
+        raise SnapshotError(f"it seems to be {kind or 'no pickle of protocol 2 to 5'}; {INSTEAD}")

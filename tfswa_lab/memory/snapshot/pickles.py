@@ -93,7 +93,7 @@ class Reader:
             if isinstance(error, SnapshotError):
                 raise
             if at >= len(self.program):
-                raise SnapshotError("it ends in the middle") from None
+                raise SnapshotError("it ends in the middle; copy it again") from None
             raise SnapshotError(f"it is damaged at byte {at:,} ({error})") from error
 
     def _let_go(self, at: int) -> int:
@@ -106,7 +106,9 @@ class Reader:
     def take(self, at: int, length: int) -> bytes:
         """Bytes of the program that must be there."""
         if at + length > len(self.program):
-            raise SnapshotError(f"{length:,} bytes announced at byte {at:,} are not there")
+            raise SnapshotError(
+                f"{length:,} bytes announced at byte {at:,} are not there: it is incomplete"
+            )
         return self.program[at : at + length]
 
     def since_mark(self) -> list:
@@ -140,7 +142,9 @@ def _protocol(reader: Reader, at: int) -> int:
 def _frame(reader: Reader, at: int) -> int:
     length = int.from_bytes(reader.take(at, 8), "little")
     if at + 8 + length > len(reader.program):
-        raise SnapshotError(f"{length:,} bytes announced at byte {at:,} are not there")
+        raise SnapshotError(
+            f"{length:,} bytes announced at byte {at:,} are not there: it is incomplete"
+        )
     return at + 8
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
 from tfswa_lab.memory.display import Shown, bars
 from tfswa_lab.memory.sizes import format_bytes
+from tfswa_lab.memory.snapshot.pickles import SnapshotError
 from tfswa_lab.memory.snapshot.report import AllocationSite, Change, changes
 from tfswa_lab.memory.snapshot.snapshot import read
 
@@ -44,9 +45,11 @@ class Ranks(Shown):
 
     Args:
         ranks: in the order of the numbers in their names.
+        notes: on files that cannot be read.
     """
 
     ranks: list[Rank]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def imbalance(self) -> float:
@@ -73,7 +76,10 @@ class Ranks(Shown):
     def brief(self) -> str:
         """How far they are from balance."""
         high = self.highest
-        text = f"{len(self.ranks)} ranks, peak {format_bytes(high.peak)} at most ({high.name})"
+        plural = "" if len(self.ranks) == 1 else "s"
+        text = (
+            f"{len(self.ranks)} rank{plural}, peak {format_bytes(high.peak)} at most ({high.name})"
+        )
         if self.imbalance < BALANCED:
             return f"{text}: balanced"
         return f"{text}, {self.imbalance:.2f} times the median: out of balance"
@@ -90,6 +96,7 @@ class Ranks(Shown):
         if self.imbalance >= BALANCED:
             yield f"{self.highest.name} against {self.typical.name}, at their peaks:"
             yield from map(str, self.changes[:8])
+        yield from (f"note: {note}" for note in self.notes)
 
     def _repr_html_(self) -> str:
         rows = [(rank.peak, format_bytes(rank.reserved), rank.name) for rank in self.ranks]
@@ -109,16 +116,22 @@ def compare(folder: str | Path) -> Ranks:
 
     Raises:
         NotADirectoryError: there is no such folder.
-        ValueError: it has no snapshots, or one cannot be read.
+        ValueError: it has no snapshot that can be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: no such folder; give one with a snapshot per process")
     paths = [path for path in folder.iterdir() if path.name.endswith(ENDINGS)]
-    ranks = [rank for path in sorted(paths, key=_in_order) for rank in _ranks_in(path)]
+    ranks, notes = [], []
+    for path in sorted(paths, key=_in_order):
+        try:
+            ranks += _ranks_in(path)
+        except SnapshotError as error:
+            notes.append(str(error))
     if not ranks:
-        raise ValueError(f"{folder} has no snapshot with memory; files end in {', '.join(ENDINGS)}")
-    return Ranks(ranks)
+        known = "; ".join(notes) or f"files end in {', '.join(ENDINGS)}"
+        raise ValueError(f"{folder} has no snapshot with memory: {known}")
+    return Ranks(ranks, notes)
 
 
 def _in_order(path: Path) -> list:

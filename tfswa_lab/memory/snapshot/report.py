@@ -39,7 +39,12 @@ class AllocationSite:
     blocks: int
 
     def __str__(self) -> str:
-        return f"{format_bytes(self.size):>12}  {self.blocks:>6} blocks  {self.line}"
+        stack = self.line.replace("\n", "\n" + " " * 29)  # its other lines, below the first
+        return f"{format_bytes(self.size):>12}  {_blocks(self.blocks, '>6'):<13}  {stack}"
+
+
+def _blocks(number: int, form: str) -> str:
+    return f"{number:{form}} block{'' if abs(number) == 1 else 's'}"
 
 
 def sites_of(groups: Groups, allocations: Allocations, event: int) -> list[AllocationSite]:
@@ -78,7 +83,7 @@ class Change:
 
     def __str__(self) -> str:
         blocks = self.blocks_after - self.blocks_before
-        return f"{format_bytes(self.growth):>12}  {blocks:>+6} blocks  {self.line}"
+        return f"{format_bytes(self.growth):>12}  {_blocks(blocks, '>+6'):<13}  {self.line}"
 
 
 def changes(before: Sequence[AllocationSite], after: Sequence[AllocationSite]) -> list[Change]:

@@ -388,7 +388,7 @@ class _Parser:
     def text(self, thing: object) -> int:
         if not isinstance(thing, str):
             return 0
-        return self._texts.setdefault(thing, len(self._texts))
+        return self._texts.setdefault(printable(thing), len(self._texts))
 
     def stacks(self, frames: np.ndarray, forward: np.ndarray) -> np.ndarray:
         number, forward = self.each(self.lines, frames), self.each(self.lines, forward)
@@ -454,7 +454,18 @@ def _listed(mapping: Mapping, key: str) -> list:
 def _text(mapping: Mapping, key: str) -> str:
     """A text that may be missing."""
     value = mapping.get(key)
-    return value if isinstance(value, str) else "?"
+    return printable(value) if isinstance(value, str) else "?"
+
+
+def printable(text: str) -> str:
+    """A text of a stranger, without what could command a terminal or break a line.
+
+    >>> printable("f\\x1b[31m")
+    'f�[31m'
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else "�" for each in text)
 
 
 def _size(mapping: Mapping, key: str, default: int = 0) -> int:

@@ -62,7 +62,7 @@ def read(
         SnapshotError: it is damaged, hostile, not a snapshot, or too large; a ValueError.
     """
     if last is not None and last < 1:
-        raise ValueError(f"last={last} entries; keep at least 1, or None for all")
+        raise ValueError(f"last={last}; keep at least 1 entry, or leave it out for all")
     if isinstance(source, dict | list):
         return Snapshot(parse(source, last))
     entries = Entries()

@@ -93,14 +93,15 @@ class Summary(Shown):
 
     def lines(self, top: int) -> Iterator[str]:
         """The text, with this many rows of the tables."""
-        seconds = f" ({self.seconds:.3g} s)" if self.seconds else ""
-        yield f"{self.brief}, at entry {self.peak_event:,} of {self.entries:,}{seconds}"
+        span = f" (recorded in {_span(self.seconds)})" if self.seconds else ""
+        yield f"{self.brief}, at entry {self.peak_event:,} of {self.entries:,}{span}"
         yield f"at the end: {self.end}" if self.end.reserved else "no segments at the end"
         yield f"{self.title}:"
         yield from map(str, self.groups[:top])
         if rest := self.groups[top:]:
             blocks = sum(site.blocks for site in rest)
-            yield str(AllocationSite(f"{len(rest)} others", sum(s.size for s in rest), blocks))
+            others = f"{len(rest)} other{'' if len(rest) == 1 else 's'}"
+            yield str(AllocationSite(others, sum(site.size for site in rest), blocks))
         if self.by != "category":
             parts = (f"{name} {format_bytes(size)}" for name, size in self.categories.items())
             yield f"{self.by_category}: {', '.join(parts)}"
@@ -170,8 +171,25 @@ def summary(
         end=snapshot.fragmentation(device),
         oom=snapshot.oom_report(device) if failed else None,
         annotations=_at_annotations(snapshot, device, curves),
-        notes=snapshot.notes,
+        notes=[note for note in snapshot.notes if _concerns(note, device)],
     )
+
+
+def _span(seconds: float) -> str:
+    """A time in the unit that suits it.
+
+    >>> _span(5e-5), _span(0.25), _span(6200.0)
+    ('50 µs', '250 ms', '6,200 s')
+    """
+    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= 10 * unit or name == "µs":
+            return f"{seconds / unit:,.0f} {name}"
+    return ""
+
+
+def _concerns(note: str, device: int) -> bool:
+    """Whether a note is about a device, or about none."""
+    return not note.startswith("device ") or note.startswith(f"device {device}:")
 
 
 def _at_annotations(snapshot: Snapshot, device: int, curves: OverTime) -> list[tuple[str, int]]:
@@ -241,8 +259,11 @@ def difference(
 ) -> Difference:
     """Compare the same moment of two snapshots; arguments as for `summary`."""
     sides = []
-    for one in (before, after):
-        number = one.one_device(device)
-        sides.append(one.held_by(by, one.event(at, number), number, rules))
+    for name, one in (("first", before), ("second", after)):
+        try:
+            number = one.one_device(device)
+            sides.append(one.held_by(by, one.event(at, number), number, rules))
+        except ValueError as error:
+            raise ValueError(f"the {name} snapshot: {error}") from None
     totals = (sum(site.size for site in side) for side in sides)
     return Difference(*totals, at, changes(*sides))

@@ -96,6 +96,9 @@ class Timeline(Shown):
         peak = format_bytes(max(self.allocated()))
         return f"{len(self.blocks)} blocks, {self.events} events, peak {peak} on {self.device}"
 
+    def _repr_html_(self) -> str:
+        return page(self.brief, self.peak().tables, {})
+
     def allocated(self) -> list[int]:
         """Bytes allocated right after each event, from event 0 on."""
         change = [0] * (self.events + 1)

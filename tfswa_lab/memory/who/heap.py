@@ -12,9 +12,12 @@ import gc
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order
 from torch import Tensor, UntypedStorage
@@ -24,7 +27,8 @@ from tfswa_lab.memory.leaks.autograd_graph import graph_of, nodes_among, saved_b
 from tfswa_lab.memory.leaks.referrers import referents
 from tfswa_lab.memory.trace.tracer import parts_of
 
-UNTRACKED = (dict, tuple, np.ndarray)  # the collector may not track these, but they hold things
+# The collector may not track these, but they hold things.
+UNTRACKED = frozenset((dict, tuple, np.ndarray))
 
 
 class Memory(NamedTuple):
@@ -49,7 +53,8 @@ class Heap:
         self._link_python()
         self._references = _references(self.objects)  # before others of ours refer to them
         self.storages: dict[int, Memory] = {}
-        self._link_cpp()
+        with torch._C.DisableTorchFunctionSubclass():  # no code of strangers
+            self._link_cpp()
 
     def close(self) -> None:
         """Drop all objects."""
@@ -90,7 +95,7 @@ class Heap:
         Args:
             ends: these objects.
         """
-        source, target, count = self.links
+        source, target, count = self.links.source, self.links.target, self.count
         goes_on = np.ones(count, bool)
         goes_on[[at for thing in ends if (at := self.number(thing)) is not None]] = False
         source, target = source[goes_on[source]], target[goes_on[source]]
@@ -146,12 +151,36 @@ class Heap:
         return at
 
 
-class Links(NamedTuple):
-    """Which numbers hold which."""
+@dataclass(frozen=True, eq=False)
+class Links:
+    """Which numbers hold which.
+
+    Args:
+        source: those that hold.
+        target: those that are held, in the same order.
+        count: of all numbers.
+    """
 
     source: np.ndarray
     target: np.ndarray
-    count: int  # of all numbers
+    count: int
+
+    @cached_property
+    def _matrix(self) -> csr_matrix:
+        return _matrix(self.source, self.target, self.count)
+
+    @cached_property
+    def _transposed(self) -> csr_matrix:
+        return _matrix(self.target, self.source, self.count)
+
+    def backwards(self, number: int) -> list[int]:
+        """The numbers that hold a number."""
+        first, last = self._transposed.indptr[number : number + 2]
+        return self._transposed.indices[first:last].tolist()
+
+    def order(self, start: int) -> np.ndarray:
+        """The numbers that a number leads to, itself included, the nearest first."""
+        return breadth_first_order(self._matrix, start, return_predecessors=False)
 
     def reached(self, starts: Iterable[int]) -> np.ndarray:
         """A mask of the numbers that some numbers lead to, themselves included."""
@@ -170,7 +199,7 @@ class Links(NamedTuple):
 
     def from_one(self, start: int) -> tuple[list[int], np.ndarray]:
         """The numbers that a number leads to, the nearest first, and which number leads to each."""
-        order, before = breadth_first_order(_matrix(*self), start)
+        order, before = breadth_first_order(self._matrix, start)
         return order.tolist(), before
 
     def way(self, start: int, end: int) -> list[int]:

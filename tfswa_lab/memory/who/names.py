@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 import sys
+from asyncio import Task
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import Context, copy_context
 from functools import cache
 from pathlib import Path
 from traceback import clear_frames, walk_tb
@@ -20,13 +22,15 @@ from typing import Any, NamedTuple
 
 from tfswa_lab.memory.leaks.referrers import OUR_MODULES, locals_of, running_locals
 from tfswa_lab.memory.leaks.spelling import LRU_CACHE
+from tfswa_lab.memory.trace.stacks import is_library
 
 OUTPUT = re.compile(r"_\d+|_{1,3}")  # IPython's variables for outputs
-OF_IPYTHON = re.compile(r"_i+|_i\d+|_[iod]h|In|Out|get_ipython|exit|quit|open")
 LAST_ERROR = ("last_exc", "last_value", "last_traceback", "last_type")  # of `sys`
 PYPLOT = "matplotlib._pylab_helpers"
+WIDGETS = "ipywidgets.widgets.widget"
 # They keep a session going. What they hold for it is named as outputs and as the last error.
 MACHINERY = ("IPython", "ipykernel", "zmq", "tornado", "jupyter_client", "comm", OUR_MODULES)
+EVENT_LOOP = re.compile(r"asyncio\.(events|\w*base_events|unix_events|selector_events|runners)\b")
 
 
 class Name(NamedTuple):
@@ -38,6 +42,7 @@ class Name(NamedTuple):
         drop: a line of Python that removes the name, or empties the thing; empty if no line can.
         variable: the user's variable, if the name is one.
         empties: whether the line empties the thing, so that other names of it do not matter.
+        together: things that one line drops have the same word here; the last error is several.
     """
 
     text: str
@@ -45,6 +50,7 @@ class Name(NamedTuple):
     drop: str = ""
     variable: str = ""
     empties: bool = False
+    together: str = ""
 
 
 class Kept(NamedTuple):
@@ -70,6 +76,8 @@ class Session:
     def __init__(self, shell: Any = None):
         self._shell = shell
         self._variables = shell.user_ns if shell else vars(sys.modules["__main__"])
+        self._hidden = getattr(shell, "user_ns_hidden", {})
+        self._callbacks = getattr(getattr(shell, "events", None), "callbacks", {})
 
     def names(self) -> Iterator[Name]:
         """All names but those of classes."""
@@ -77,8 +85,13 @@ class Session:
         yield from self._outputs()
         yield from _last_error(self._shell)
         yield from _figures()
-        for module in _modules():
-            if vars(module) is not self._variables:
+        yield from _widgets()
+        yield from _context()
+        for name, module in list(sys.modules.items()):
+            if not isinstance(module, ModuleType):  # lazy modules may be of any class
+                item = f"sys.modules[{name!r}]"
+                yield Name(item, module, f"import sys; del {item}")
+            elif vars(module) is not self._variables:
                 yield from _of_module(module)
         yield from _of_running()
 
@@ -86,14 +99,18 @@ class Session:
         """The attributes of all classes among some objects."""
         for kind in objects:
             if issubclass(type(kind), type):
-                yield from self._of_class(kind)
+                yield from careful(lambda kind=kind: list(self._of_class(kind))) or ()
 
     def ends(self, objects: Iterable[Any]) -> Iterator[Any]:
         """Objects at which names begin: namespaces, classes, and the machinery of IPython."""
-        yield from (self._variables, self._variables.get("_oh"))
-        yield from map(vars, _modules())
+        yield from (self._variables, self._variables.get("_oh"), self._hidden, sys.modules)
+        yield from self._callbacks.values()
+        for module in _modules():
+            yield vars(module)
+            if vars(module) is not self._variables:
+                yield from _registries(module)
         for thing in objects:
-            if issubclass(type(thing), type):
+            if issubclass(type(thing), type) or type(thing) is Context:
                 yield thing
             elif _is_machinery(type(thing)):
                 yield thing
@@ -102,26 +119,39 @@ class Session:
 
     def _of_variables(self) -> Iterator[Name]:
         for name, thing in list(self._variables.items()):
-            hidden = OUTPUT.fullmatch(name) or OF_IPYTHON.fullmatch(name) if self._shell else None
-            if not hidden and not name.startswith("__"):
-                if issubclass(type(thing), LRU_CACHE):
-                    yield Name(name, thing, f"{name}.cache_clear()", empties=True)
-                else:
-                    yield Name(name, thing, f"del {name}", name)
+            if self._shell and OUTPUT.fullmatch(name):
+                continue
+            if issubclass(type(thing), LRU_CACHE):
+                yield Name(name, thing, f"{name}.cache_clear()", empties=True)
+            elif issubclass(type(thing), Task) and not thing.done():  # the event loop keeps it, too
+                yield Name(name, thing, f"{name}.cancel(); del {name}", empties=True)
+            else:
+                yield Name(name, thing, f"del {name}", name)
 
     def _outputs(self) -> Iterator[Name]:
         """IPython keeps an output in `Out`, in variables, and in what displays it."""
         if not self._shell:
             return
-        for number, thing in list(self._variables.get("_oh", {}).items()):
-            yield Name(f"Out[{number}]", thing, f"%xdel _{number}", f"_{number}")
+        for key, thing in list(self._variables.get("_oh", {}).items()):
+            if f"_{key}" in self._variables:
+                yield Name(f"Out[{key}]", thing, f"%xdel _{key}", f"_{key}")
+            else:
+                yield Name(f"Out[{key!r}]", thing, f"del Out[{key!r}]")
         for name, thing in list(self._variables.items()):
             if OUTPUT.fullmatch(name):
                 yield Name(name, thing, f"%xdel {name}", name)
+        for name, thing in list(self._hidden.items()):  # `%reset out` forgets these
+            if OUTPUT.fullmatch(name) and self._variables.get(name) is not thing:
+                line = f"del get_ipython().user_ns_hidden[{name!r}]"
+                yield Name(f"IPython's hidden {name}", thing, line)
+        for event, callbacks in self._callbacks.items():
+            for number, thing in enumerate(callbacks):
+                line = f"del get_ipython().events.callbacks[{event!r}][{number}]"
+                yield Name(f"IPython's event {event}", thing, line)
 
     def _of_class(self, kind: type) -> Iterator[Name]:
         module, name = kind.__module__, kind.__qualname__
-        if module == PYPLOT:  # it keeps the open figures, which have names of their own
+        if module == PYPLOT:
             return
         mine = self._variables.get(name) is kind
         for attribute, thing in list(vars(kind).items()):
@@ -139,7 +169,7 @@ def _last_error(shell: Any) -> Iterator[Name]:
     forget = "from tfswa_lab.memory.who import forget_error; forget_error()"
     for thing in (*errors, *tracebacks):
         line = "%memory forget" if shell else forget
-        yield Name(f"the last error ({known})", thing, line, empties=True)
+        yield Name(f"the last error ({known})", thing, line, empties=True, together="error")
 
 
 def last_errors() -> tuple[list[BaseException], list[TracebackType]]:
@@ -150,6 +180,8 @@ def last_errors() -> tuple[list[BaseException], list[TracebackType]]:
         if error is not None and all(error is not known for known in errors):
             errors.append(error)
             waiting += [error.__cause__, error.__context__]
+            if isinstance(error, BaseExceptionGroup):
+                waiting += error.exceptions
     tracebacks = [getattr(sys, "last_traceback", None), *(e.__traceback__ for e in errors)]
     return errors, [each for each in tracebacks if each is not None]
 
@@ -176,16 +208,49 @@ def _figures() -> Iterator[Name]:
         yield Name(f"figure {number}", manager, line)
 
 
+def _context() -> Iterator[Name]:
+    """Context variables. A task keeps a copy of all of them, so no line is sure to free one."""
+    for variable, thing in copy_context().items():
+        yield Name(f"context variable {variable.name}", thing)
+
+
+def _widgets() -> Iterator[Name]:
+    """Open widgets, and with them the functions that they call."""
+    widgets = sys.modules.get(WIDGETS)
+    line = "import ipywidgets; ipywidgets.Widget.close_all()"
+    for widget in list(getattr(widgets, "_instances", {}).values()):
+        yield Name("open widgets", widget, line, together="widgets")
+
+
 def _modules() -> list[ModuleType]:
     return [each for each in list(sys.modules.values()) if isinstance(each, ModuleType)]
 
 
 def _of_module(module: ModuleType) -> Iterator[Name]:
     name = vars(module).get("__name__", "")
+    if name in (PYPLOT, WIDGETS):  # what they keep has names of its own
+        return
+    registries = {id(registry) for registry in _registries(module)}
     for attribute, thing in list(vars(module).items()):
-        if module is sys and attribute in LAST_ERROR:
-            continue
-        yield _of_attribute(name, f"{name}.{attribute}", thing)
+        path = f"{name}.{attribute}"
+        if id(thing) in registries:
+            for key, value in list(dict.items(thing)):
+                if type(key) in (str, int):
+                    item = f"{path}[{key!r}]"
+                    yield Name(item, value, f"import {name}; del {item}")
+        elif not (module is sys and attribute in LAST_ERROR):
+            yield _of_attribute(name, path, thing)
+
+
+def _registries(module: ModuleType) -> Iterator[dict]:
+    """Dictionaries of libraries: to empty them might break the library, so each item has a name."""
+    names = vars(module)
+    file = str(names.get("__file__"))
+    if names.get("__name__") not in sys.builtin_module_names and not is_library(file):
+        return
+    for thing in list(names.values()):
+        if issubclass(type(thing), dict):
+            yield thing
 
 
 def _of_running() -> Iterator[Name]:
@@ -194,6 +259,14 @@ def _of_running() -> Iterator[Name]:
         code = frame.f_code
         where = f"{Path(code.co_filename).name}:{frame.f_lineno}"
         yield Name(f"{name} in {code.co_qualname} (running, {where})", thing)
+
+
+def careful(look: Callable[[], Any]) -> Any:
+    """What a look into objects of strangers tells; their code may raise anything: then nothing."""
+    try:
+        return look()
+    except Exception:
+        return ""
 
 
 def _of_attribute(module: str, path: str, thing: Any) -> Name:
@@ -219,5 +292,6 @@ def emptying(path: str, thing: Any) -> str:
 
 @cache
 def _is_machinery(kind: type) -> bool:
-    module = str(getattr(kind, "__module__", ""))
-    return module.split(".")[0] in MACHINERY or f"{module}.".startswith(f"{OUR_MODULES}.")
+    module = str(careful(lambda: kind.__module__))
+    ours = f"{module}.".startswith(f"{OUR_MODULES}.")
+    return module.split(".")[0] in MACHINERY or ours or bool(EVENT_LOOP.match(module))
