@@ -1,6 +1,8 @@
 """`tfswa-lab memory`, as it is typed."""
 
+import copy
 import json
+import pickle
 import re
 
 import pytest
@@ -96,9 +98,21 @@ def test_pages_are_written_beside_the_text(snapshots, tmp_path):
 
 def test_a_difference_has_both_directions(snapshots):
     said = typed("diff", *snapshots, "--at", "end").stdout
-    assert re.search(r"more in the second: 1\n +4.00 MiB +\+1 blocks  model.py:12", said)
+    assert re.search(r"more in the second: 1\n +4.00 MiB +\+1 block +model.py:12", said)
     back = typed("diff", *reversed(snapshots), "--at", "end").stdout
     assert re.search(r"less in the second: 1\n +-4.00 MiB", back)
+
+
+def test_several_devices_are_compared_one_by_one(snapshots, tmp_path):
+    raws = [pickle.loads(path.read_bytes()) for path in snapshots]
+    for name, raw in zip("ab", raws, strict=True):
+        second = copy.deepcopy(raw)
+        for segment in second["segments"]:
+            segment["device"] = 1
+        both = {key: raw[key] + second[key] for key in ("segments", "device_traces")}
+        (tmp_path / name).write_bytes(pickle.dumps(both))
+    said = typed("diff", tmp_path / "a", tmp_path / "b", "--at", "end").stdout
+    assert said.count("more in the second: 1") == 2
 
 
 def test_ranks_are_compared(snapshots):
@@ -127,6 +141,8 @@ def test_leaks_set_the_status(program):
         (("report", "{first}", "--rule", "softmax"), "--rule softmax: expected NAME=REGEX"),
         (("report", "{first}", "--rule", "a=("), "rule a='(' is no regular expression"),
         (("report", "{first}", "--device", "3"), "device=3"),
+        (("report", "{first}", "--html", "."), "--html . is a folder"),
+        (("diff", "{first}", "{first}", "--at", "oom"), "the first snapshot: at='oom'"),
         (("report", "{program}"), "my_program.py"),
         (("ranks", "nowhere"), "nowhere: no such folder"),
         (("predict", "make_step"), "'make_step': expected MODULE:FUNCTION"),

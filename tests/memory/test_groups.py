@@ -184,8 +184,10 @@ def test_a_rank_out_of_balance_is_named_with_what_it_holds_more(tmp_path):
     assert found.imbalance == 1.5
     assert [(change.line, change.growth) for change in found.changes] == [(str(MODEL), 4 * MIB)]
     assert "out of balance" in str(found)
-    (tmp_path / "rank10.pickle").unlink()
-    assert "balanced" in str(compare(tmp_path))
+    (tmp_path / "rank10.pickle").write_bytes(b"")
+    found = compare(tmp_path)
+    assert "balanced" in str(found)
+    assert "rank10.pickle: it is empty" in str(found)
 
 
 def test_a_folder_without_snapshots_is_refused(tmp_path):
@@ -217,6 +219,13 @@ def test_hostile_names_are_only_text_in_html(tmp_path):
     frame = Frame("<img src=x onerror=alert(1)>.py", 1, "f")
     snapshot = read(as_snapshot(Timeline([Block(512, 512, 1, frames=(frame,))], 1)))
     assert "<img" not in snapshot._repr_html_()
+
+
+def test_names_of_strangers_command_no_terminal():
+    frame = Frame("train\x1b[31m.py", 1, "f\n\x07g")
+    snapshot = read(as_snapshot(Timeline([Block(512, 512, 1, frames=(frame,))], 1)))
+    (site,) = snapshot.allocation_sites()
+    assert site.line == "train�[31m.py:1 (f��g)"
 
 
 def test_several_devices_have_a_line_each(tmp_path):

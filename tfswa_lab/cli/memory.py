@@ -6,7 +6,8 @@ Notebook: 06_leak_diagnosis
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -15,79 +16,113 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tfswa_lab.cli.errors import one_line_errors
+from tfswa_lab.cli.options import takes
 
 if TYPE_CHECKING:
     from tfswa_lab.memory.snapshot import Snapshot
+    from tfswa_lab.memory.snapshot.viewer import Grouping
 
 LESS_MEMORY = "read fewer of the newest entries with --last, or close other programs"
 memory = typer.Typer(no_args_is_help=True, help="Memory: snapshots, predictions, leaks.")
 
 File = Annotated[Path, typer.Argument(help="Of torch.cuda.memory._dump_snapshot; also .gz, .zip.")]
-By = Annotated[
-    str,
-    typer.Option(
-        help="line, file, stack, category, annotation, compile_context, metadata or rule."
-    ),
-]
-At = Annotated[str, typer.Option(help="peak, end, oom, an entry, or an address such as 0x7f00.")]
-Rule = Annotated[
-    list[str] | None,
-    typer.Option(help="NAME=REGEX for files and functions; several, the first that fits counts."),
-]
-Device = Annotated[int | None, typer.Option(help="Number of the GPU; default: all.")]
+GROUPS = "line, file, stack, category, annotation, compile_context, metadata or rule."
 Top = Annotated[int, typer.Option(min=1, help="Rows of a table.")]
 Json = Annotated[bool, typer.Option("--json", help="Everything, as JSON.")]
-Html = Annotated[Path | None, typer.Option(help="Also write a page for a browser, offline.")]
-Last = Annotated[int | None, typer.Option(help="Keep this many of the newest entries.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How snapshots are read and shown."""
+
+    by: Annotated[str, typer.Option(help=GROUPS)] = "line"
+    at: Annotated[
+        str, typer.Option(help="peak, end, oom, an entry, or an address such as 0x7f00.")
+    ] = "peak"
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=REGEX for files and functions; several, the first that fits."),
+    ] = None
+    device: Annotated[int | None, typer.Option(help="Number of the GPU; default: all.")] = None
+    top: Top = 15
+    as_json: Json = False
+    html: Annotated[Path | None, typer.Option(help="Also write a page for a browser, offline.")] = (
+        None
+    )
+    last: Annotated[int | None, typer.Option(help="Keep this many of the newest entries.")] = None
+
+    def grouping(self) -> Grouping:
+        """What memory is grouped by.
+
+        Raises:
+            ValueError: a rule is not `NAME=REGEX`.
+        """
+        from tfswa_lab.memory.snapshot.viewer import Grouping
+
+        rules = {}
+        for text in self.rule or ():
+            name, equals, rule = text.partition("=")
+            if not (name and equals and rule):
+                raise ValueError(f"--rule {text}: expected NAME=REGEX, such as loss=criterion")
+            rules[name] = rule
+        return Grouping("rule" if rules else self.by, rules)
+
+    def show(self, parts: list[Any], snapshots: Mapping[str, Snapshot]) -> None:
+        """Print results, and write the page of their snapshots if one is asked for."""
+        from tfswa_lab.memory.snapshot.viewer import write_html
+
+        if self.html is not None and self.html.is_dir():
+            raise IsADirectoryError(f"--html {self.html} is a folder; name a file in it")
+        _print(parts, self.as_json, self.top)
+        if self.html is not None:
+            page = write_html(self.html, snapshots, self.device, self.grouping())
+            typer.echo(f"a page: {page}", err=True)  # stdout may be JSON
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Reading):
+    """What can be typed."""
+
+    snapshot: File
 
 
 @memory.command()
-def report(
-    snapshot: File,
-    by: By = "line",
-    at: At = "peak",
-    rule: Rule = None,
-    device: Device = None,
-    top: Top = 15,
-    as_json: Json = False,
-    html: Html = None,
-    last: Last = None,
-) -> None:
+@takes(ReportOptions)
+def report(options: ReportOptions) -> None:
     """Peak, reserved memory, fragmentation, who held it, and why it ran out."""
     with one_line_errors(lambda: LESS_MEMORY):
         from tfswa_lab.memory.snapshot import read
 
-        by, rules = _grouping(by, rule)
-        seen = read(snapshot, last)
-        devices = seen.devices if device is None else [device]
-        _show([seen.summary(by, at, one, rules) for one in devices], as_json, top)
-        _write(html, {snapshot.name: seen}, device, by, rules)
+        by, rules = options.grouping()
+        seen = read(options.snapshot, options.last)
+        devices = seen.devices if options.device is None else [options.device]
+        parts = [seen.summary(by, options.at, one, rules) for one in devices]
+        options.show(parts, {options.snapshot.name: seen})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions(Reading):
+    """What can be typed."""
+
+    first: File
+    second: File
 
 
 @memory.command()
-def diff(
-    first: File,
-    second: File,
-    by: By = "line",
-    at: At = "peak",
-    rule: Rule = None,
-    device: Device = None,
-    top: Top = 15,
-    as_json: Json = False,
-    html: Html = None,
-    last: Last = None,
-) -> None:
+@takes(DiffOptions)
+def diff(options: DiffOptions) -> None:
     """What grew and what shrank between two snapshots."""
     with one_line_errors(lambda: LESS_MEMORY):
         from tfswa_lab.memory.snapshot import difference, read
 
-        by, rules = _grouping(by, rule)
-        pair = [read(path, last) for path in (first, second)]
+        by, rules = options.grouping()
+        paths = options.first, options.second
+        pair = [read(path, options.last) for path in paths]
         both = sorted(set(pair[0].devices) & set(pair[1].devices))
-        several = device is None and max(len(one.devices) for one in pair) > 1
-        devices = both if several else [device]
-        _show([difference(*pair, by, at, one, rules) for one in devices], as_json, top)
-        _write(html, dict(zip(_names(first, second), pair, strict=True)), device, by, rules)
+        several = options.device is None and max(len(one.devices) for one in pair) > 1
+        devices = both if several else [options.device]
+        parts = [difference(*pair, by, options.at, one, rules) for one in devices]
+        options.show(parts, dict(zip(_names(*paths), pair, strict=True)))
 
 
 @memory.command()
@@ -100,7 +135,7 @@ def ranks(
     with one_line_errors(lambda: LESS_MEMORY):
         from tfswa_lab.memory.snapshot.ranks import compare
 
-        _show([compare(folder)], as_json, top)
+        _print([compare(folder)], as_json, top)
 
 
 Step = Annotated[str, typer.Argument(help="MODULE:FUNCTION or FILE.py:FUNCTION.")]
@@ -183,18 +218,7 @@ def _from_file(path: Path) -> Any:
     return module
 
 
-def _grouping(by: str, given: Iterable[str] | None) -> tuple[str, dict[str, str]]:
-    """What to group by, and rules by name, from `NAME=REGEX`."""
-    rules = {}
-    for text in given or ():
-        name, equals, rule = text.partition("=")
-        if not (name and equals and rule):
-            raise ValueError(f"--rule {text}: expected NAME=REGEX, such as loss=criterion")
-        rules[name] = rule
-    return "rule" if rules else by, rules
-
-
-def _show(parts: list[Any], as_json: bool, top: int) -> None:
+def _print(parts: list[Any], as_json: bool, top: int) -> None:
     if as_json:
         typer.echo(json.dumps([part.as_dict() for part in parts], indent=1))
     else:
@@ -204,19 +228,3 @@ def _show(parts: list[Any], as_json: bool, top: int) -> None:
 def _names(first: Path, second: Path) -> tuple[str, str]:
     """Names that tell two files apart."""
     return (first.name, second.name) if first.name != second.name else (str(first), str(second))
-
-
-def _write(
-    html: Path | None,
-    snapshots: dict[str, Snapshot],
-    device: int | None,
-    by: str,
-    rules: dict[str, str],
-) -> None:
-    if html is not None:
-        if html.is_dir():
-            raise IsADirectoryError(f"--html {html} is a folder; name a file in it")
-        from tfswa_lab.memory.snapshot.viewer import Grouping, write_html
-
-        written = write_html(html, snapshots, device, Grouping(by, rules))
-        typer.echo(f"a page: {written}", err=True)  # stdout may be JSON
