@@ -5,10 +5,8 @@ Notebook: 06_leak_diagnosis
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from tfswa_lab.memory.display import Shown
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.memory.snapshot.emit import SEPARATOR
 from tfswa_lab.memory.snapshot.files import LARGEST, opened
-from tfswa_lab.memory.snapshot.groups import groups, site_of
+from tfswa_lab.memory.snapshot.groups import groups
 from tfswa_lab.memory.snapshot.history import (
     Allocations,
     OverTime,
@@ -32,12 +30,11 @@ from tfswa_lab.memory.snapshot.report import (
     Change,
     Fragmentation,
     OutOfMemoryReport,
-    changes,
     fragmentation,
     sites_of,
 )
 from tfswa_lab.memory.snapshot.schema import Contents, Entries, History, Segment, parse
-from tfswa_lab.memory.snapshot.summary import Summary, summary
+from tfswa_lab.memory.snapshot.summary import Summary, difference, summary
 from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 MOST = 16  # devices in a text
@@ -265,25 +262,10 @@ class Snapshot(Shown):
             blocks.append(block)
         return Timeline(blocks, end, device=f"cuda:{self.one_device(device)}")
 
-    def metadata(self, event: int | None = None, device: int | None = None) -> Counter[str]:
-        """Bytes alive right after an event (or at the end) by `user_metadata`."""
-        event = len(self.history(device)) if event is None else event
-        allocations = self.allocations(device)
-        alive = allocations.alive(event)
-        numbers, texts = allocations.text[alive], self.contents.texts
-        held = np.zeros(len(texts), np.int64)
-        np.add.at(held, numbers, allocations.size[alive])
-        return Counter({texts[number]: int(held[number]) for number in np.unique(numbers)})
-
     @property
     def has_categories(self) -> bool:
         """Whether a trace made it, with a category for each allocation; else they are guessed."""
         return any(SEPARATOR in text for text in self.contents.texts)
-
-    @cached_property
-    def lines(self) -> list[str]:
-        """The user's line of each stack."""
-        return [site_of(stack) for stack in self.contents.stacks]
 
     def one_device(self, device: int | None = None) -> int:
         """The number of a device: the given one, or that of the only one.
@@ -300,8 +282,8 @@ class Snapshot(Shown):
 
 
 def diff(before: Snapshot, after: Snapshot, device: int | None = None) -> list[Change]:
-    """What grew and shrank between two snapshots, by the line that allocated it."""
-    return changes(before.allocation_sites(device=device), after.allocation_sites(device=device))
+    """What grew and shrank from the end of a snapshot to that of another, by line of the user."""
+    return difference(before, after, at="end", device=device).changes
 
 
 def _index(number: str | int) -> slice:
