@@ -53,7 +53,7 @@ class WithPool:
         self.pool.terminate()
 
 
-@planted(HOST, words=("1 of 1 process grows", "multiprocessing worker"))
+@planted(HOST, words=("1 of ", "grows", "multiprocessing worker"))
 def worker_that_keeps_its_results():
     return WithPool(keep, 4 << 20)
 
@@ -87,7 +87,7 @@ def endless(loader):
         yield from loader
 
 
-@planted(HOST, words=("2 of 2 processes grow", "DataLoader worker"))
+@planted(HOST, words=("2 of ", "grow", "DataLoader worker"))
 def dataset_that_caches_in_its_workers():
     stream = endless(DataLoader(Rows(caches=True), batch_size=8, num_workers=2))
     return lambda: next(stream).sum().item()

@@ -431,7 +431,7 @@ def test_thousands_of_variables_are_a_matter_of_memory_not_of_their_square():
     names = {f"x{number}": torch.zeros(3) for number in range(5_000)}
     shell = SimpleNamespace(user_ns=names | {"_oh": {}})
     held = who(shell)
-    assert len(held.holders) <= 102
+    assert len(held.holders) < 200
     assert sum(holder.size for holder in held.holders) == sum(held.sizes.values())
 
 

@@ -73,8 +73,8 @@ def children_memory() -> dict[int, int]:
 
     Notebook: 06_leak_diagnosis
 
-    >>> children_memory()
-    {}
+    >>> all(size >= 0 for size in children_memory().values())
+    True
     """
     found = {}
     for child in [] if _has_no_child() else psutil.Process().children(recursive=True):
@@ -84,12 +84,14 @@ def children_memory() -> dict[int, int]:
 
 
 def _has_no_child() -> bool:
-    """Whether Linux knows of no child; psutil would look at all processes of the machine."""
+    """Whether the system knows of no child; psutil would look at all processes of the machine."""
     try:
-        lists = list(Path("/proc/self/task").glob("*/children"))
-        return bool(lists) and not any(each.read_text() for each in lists)
-    except OSError:  # a thread has ended
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # waits for nothing
+    except ChildProcessError:
+        return True
+    except (AttributeError, OSError):  # another system
         return False
+    return False
 
 
 def _unshared(process: psutil.Process) -> int:

@@ -68,8 +68,9 @@ def spell(chain: Sequence[Any], roots: dict[int, str]) -> Spelled:
 def code(chain: Sequence[Any], roots: dict[int, str]) -> str:
     """The last object of a chain as code that Python may be able to run.
 
-    >>> code([{"__builtins__": {}, "net": {"a-b": 5}}, {"a-b": 5}], {})
-    'net'
+    >>> net = {"a-b": ["tensor"]}
+    >>> code([{"__builtins__": {}, "net": net}, net, net["a-b"]], {})
+    "net['a-b']"
     """
     first, _ = _beginning(chain[0], roots)
     return "".join([first, *(_access(chain, at) for at in range(1, len(chain)))]).removeprefix(".")
