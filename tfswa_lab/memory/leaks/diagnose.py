@@ -36,6 +36,7 @@ from tfswa_lab.memory.leaks.traced_steps import OWNERS, StepCaller, TracedSteps
 from tfswa_lab.memory.leaks.verdicts import Diagnosis, Findings, judge
 from tfswa_lab.memory.sizes import GIB, is_whole
 from tfswa_lab.memory.trace.timeline import Block
+from tfswa_lab.memory.trace.trace import check_types
 
 FEWEST = 8  # steps that are needed to tell a leak from a warm-up
 ENOUGH = GIB  # after the first `steps`, the traced run ends before a leak takes more than this
@@ -108,9 +109,7 @@ def _check(steps: int, longest: int, limit: int | None, model: Any, optimizer: A
         )
     if limit is not None and not (is_whole(limit) and limit > 0):
         raise ValueError(f"limit={limit!r}; expected bytes, such as 8 * 2**30, or None")
-    for name, thing, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
-        if thing is not None and not isinstance(thing, kind):
-            raise TypeError(f"{name}={thing!r}; expected a torch {kind.__name__}, or None")
+    check_types(model=(model, nn.Module), optimizer=(optimizer, Optimizer))
 
 
 def _named(step: Callable, model: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:

@@ -55,8 +55,7 @@ def spell(chain: Sequence[Any], roots: dict[int, str]) -> Spelled:
     Spelled(expression='history[1]', where='reached from `history`, global of train')
     """
     first, where = _beginning(chain[0], roots)
-    parts = [first, *(_access(chain, at) for at in range(1, len(chain)))]
-    expression = _readable("".join(parts))
+    expression = _readable(_joined(first, chain))
     outputs = outputs_of(chain[0])
     if outputs is not None and outputs is next(iter(chain[1:]), None):
         where = f"IPython's outputs, also `_oh` and variables such as `_{max(outputs, default=1)}`"
@@ -73,7 +72,11 @@ def code(chain: Sequence[Any], roots: dict[int, str]) -> str:
     "net['a-b']"
     """
     first, _ = _beginning(chain[0], roots)
-    return "".join([first, *(_access(chain, at) for at in range(1, len(chain)))]).removeprefix(".")
+    return _joined(first, chain).removeprefix(".")
+
+
+def _joined(first: str, chain: Sequence[Any]) -> str:
+    return "".join([first, *(_access(chain, at) for at in range(1, len(chain)))])
 
 
 _FIRST = re.compile(r"(<local of [^>]*>\.)?[^.\[]*")
@@ -96,7 +99,7 @@ def outputs_of(namespace: Any) -> dict | None:
     return None
 
 
-_OUTPUT = re.compile(r"_\d+|_{1,3}")  # variables that IPython makes of outputs
+OUTPUT = re.compile(r"_\d+|_{1,3}")  # variables that IPython makes of outputs
 
 
 def by_outputs(chain: list[Any]) -> list[Any]:
@@ -105,7 +108,7 @@ def by_outputs(chain: list[Any]) -> list[Any]:
     if not outputs or not any(value is chain[1] for value in outputs.values()):
         return chain
     names = [name for name, value in list(chain[0].items()) if value is chain[1]]
-    if not all(_OUTPUT.fullmatch(name) for name in names):  # the user gave it a name, too
+    if not all(OUTPUT.fullmatch(name) for name in names):  # the user gave it a name, too
         return chain
     return [chain[0], outputs, *chain[1:]]
 

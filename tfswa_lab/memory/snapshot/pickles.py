@@ -9,13 +9,11 @@ Notebook: 06_leak_diagnosis
 
 from __future__ import annotations
 
-import gc
 import mmap
 import pickle
 import pickletools
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from tfswa_lab.durable import parts_of
@@ -41,18 +39,6 @@ def write_plain(path: str | Path, data: object) -> Path:
     with parts_of([path]) as (part,), part.open("wb") as file:
         pickle.dump(data, file, protocol=4)
     return path
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Reading makes millions of containers and no garbage; collections would double the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class Reader:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tfswa_lab.memory.display import Shown
+from tfswa_lab.memory.leaks.referrers import no_garbage_collection
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.memory.snapshot.emit import SEPARATOR
 from tfswa_lab.memory.snapshot.files import LARGEST, opened
@@ -24,7 +25,7 @@ from tfswa_lab.memory.snapshot.history import (
     reserved_at,
     subtract,
 )
-from tfswa_lab.memory.snapshot.pickles import Reader, no_garbage_collection
+from tfswa_lab.memory.snapshot.pickles import Reader
 from tfswa_lab.memory.snapshot.report import (
     AllocationSite,
     Change,
@@ -34,7 +35,7 @@ from tfswa_lab.memory.snapshot.report import (
     sites_of,
 )
 from tfswa_lab.memory.snapshot.schema import Contents, Entries, History, Segment, parse
-from tfswa_lab.memory.snapshot.summary import Summary, difference, summary
+from tfswa_lab.memory.snapshot.summary import difference, summary
 from tfswa_lab.memory.trace.timeline import Block, Timeline
 
 MOST = 16  # devices in a text
@@ -183,21 +184,7 @@ class Snapshot(Shown):
             )
         return int(found[-1]) + 1
 
-    def summary(
-        self,
-        by: str = "line",
-        at: str | int = "peak",
-        device: int | None = None,
-        rules: Mapping[str, str] | None = None,
-    ) -> Summary:
-        """Peak, reserved memory, who held it at a moment, why it ran out.
-
-        Args:
-            by: what memory is grouped by, as in `held_by`.
-            at: the moment, as in `event`.
-            rules: as in `held_by`.
-        """
-        return summary(self, by, at, device, rules)
+    summary = summary  # a function of a snapshot is its method
 
     @property
     def brief(self) -> str:

@@ -95,10 +95,10 @@ class Heap:
         Args:
             ends: these objects.
         """
-        source, target, count = self.links.source, self.links.target, self.count
+        links, count = self.links, self.count
         goes_on = np.ones(count, bool)
         goes_on[[at for thing in ends if (at := self.number(thing)) is not None]] = False
-        source, target = source[goes_on[source]], target[goes_on[source]]
+        source, target = (each[goes_on[links.source]] for each in (links.source, links.target))
         leads = Links(target, source, count).reached(list(self.storages))
         inside = leads[target]
         return Ways(self, leads, Links(source[inside], target[inside], count))

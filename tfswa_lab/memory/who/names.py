@@ -20,11 +20,15 @@ from traceback import clear_frames, walk_tb
 from types import CoroutineType, GeneratorType, ModuleType, TracebackType
 from typing import Any, NamedTuple
 
-from tfswa_lab.memory.leaks.referrers import OUR_MODULES, locals_of, running_locals
-from tfswa_lab.memory.leaks.spelling import LRU_CACHE
+from tfswa_lab.memory.leaks.referrers import (
+    OUR_MODULES,
+    loaded_modules,
+    locals_of,
+    running_locals,
+)
+from tfswa_lab.memory.leaks.spelling import LRU_CACHE, OUTPUT
 from tfswa_lab.memory.trace.stacks import is_library
 
-OUTPUT = re.compile(r"_\d+|_{1,3}")  # IPython's variables for outputs
 LAST_ERROR = ("last_exc", "last_value", "last_traceback", "last_type")  # of `sys`
 PYPLOT = "matplotlib._pylab_helpers"
 WIDGETS = "ipywidgets.widgets.widget"
@@ -105,7 +109,7 @@ class Session:
         """Objects at which names begin: namespaces, classes, and the machinery of IPython."""
         yield from (self._variables, self._variables.get("_oh"), self._hidden, sys.modules)
         yield from self._callbacks.values()
-        for module in _modules():
+        for module in loaded_modules():
             yield vars(module)
             if vars(module) is not self._variables:
                 yield from _registries(module)
@@ -220,10 +224,6 @@ def _widgets() -> Iterator[Name]:
     line = "import ipywidgets; ipywidgets.Widget.close_all()"
     for widget in list(getattr(widgets, "_instances", {}).values()):
         yield Name("open widgets", widget, line, together="widgets")
-
-
-def _modules() -> list[ModuleType]:
-    return [each for each in list(sys.modules.values()) if isinstance(each, ModuleType)]
 
 
 def _of_module(module: ModuleType) -> Iterator[Name]:

@@ -11,7 +11,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, UntypedStorage
 
 from tfswa_lab.memory.display import Shown, bars
 from tfswa_lab.memory.gauges import Status, status
+from tfswa_lab.memory.leaks.referrers import no_garbage_collection
 from tfswa_lab.memory.leaks.traced_steps import FROZEN_BY_PYTHON
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.memory.who.describe import class_name, first_holder, parts_of_thing, what_it_is
@@ -127,7 +128,7 @@ def who(shell: Any = None) -> Held:
     >>> held.sizes["cpu"] >= 4 * 2**20
     True
     """
-    with _no_collection(), closing(Heap()) as heap:
+    with no_garbage_collection(), closing(Heap()) as heap:
         session = Session(shell or _running_shell())
         holders = sorted(_holders(heap, session), key=lambda holder: -holder.size)
         sizes = Counter()
@@ -142,17 +143,6 @@ def _running_shell() -> Any:
     """IPython's shell, if this session has one."""
     known = sys.modules.get("IPython")
     return known.get_ipython() if known else None
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _holders(heap: Heap, session: Session) -> Iterator[Holder]:
