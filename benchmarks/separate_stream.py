@@ -55,9 +55,8 @@ def separate(song: str, way: str, batch_size: int) -> dict:
     with tempfile.TemporaryDirectory(dir=song.parent) as out:
         began = time.perf_counter()
         if way == "streamed":
-            separate_file(
-                separator, song, out, Segmentation(SEGMENT_SECONDS, batch_size=batch_size)
-            )
+            segmentation = Segmentation(SEGMENT_SECONDS, batch_size=batch_size)
+            separate_file(separator, song, out, segmentation)
         else:
             in_memory(separator, song, Path(out), batch_size)
         seconds = time.perf_counter() - began

@@ -27,7 +27,7 @@ from record import record, table
 from separate_stream import SEGMENT_SECONDS, write_song
 
 from tfswa_lab.device import pick_device
-from tfswa_lab.inference.files import separate_file
+from tfswa_lab.inference.files import Writing, separate_file
 from tfswa_lab.inference.separate import Segmentation
 from tfswa_lab.models.attention import (
     FrequencySequenceAttention,
@@ -167,9 +167,9 @@ def file_to_file(batch: int, precision: str) -> dict:
         for _ in range(2):
             began = time.perf_counter()
             with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
-                separate_file(
-                    separator, song, folder, Segmentation(SEGMENT_SECONDS, batch_size=batch)
-                )
+                segmentation = Segmentation(SEGMENT_SECONDS, batch_size=batch)
+                overwrite = Writing(overwrite=True)
+                separate_file(separator, song, folder, segmentation, writing=overwrite)
             seconds = time.perf_counter() - began
     return {"times_real_time": round(60 * MINUTES / seconds, 1), "seconds": round(seconds, 2)}
 

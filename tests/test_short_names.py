@@ -114,9 +114,10 @@ SNIPPETS = {
         import soundfile, torch
         folder = Path(tempfile.mkdtemp())
         (folder / "test" / "Song").mkdir(parents=True)
-        for name in ("mixture", "vocals", "drums", "bass", "other"):
-            samples = torch.rand(9000, 2).numpy() / 5
+        stems = torch.rand(4, 9000, 2).numpy() / 5
+        for name, samples in zip(("vocals", "drums", "bass", "other"), stems):
             soundfile.write(folder / "test" / "Song" / f"{name}.wav", samples, 44_100)
+        soundfile.write(folder / "test" / "Song" / "mixture.wav", stems.sum(0), 44_100)
         from tfswa_lab.evaluation import Evaluation, FolderEstimates, load_report
         for _ in range(2):
             from tfswa_lab.evaluation import evaluate
@@ -135,7 +136,8 @@ SNIPPETS = {
         x = torch.rand(2, 9000)
         for _ in range(2):
             from tfswa_lab.inference import separate
-            assert torch.allclose(separate(Twice(), x, Segmentation(0.5))["other"], x)
+            stems = separate(x, model=Twice(), segmentation=Segmentation(0.5))
+            assert torch.allclose(stems["other"], x)
             importlib.import_module("tfswa_lab.inference.separate")
         assert separate_track(Twice(), x).shape == (2, 2, 9000)
         assert callable(separate_file)
@@ -148,7 +150,7 @@ SNIPPETS = {
             def forward(self, mixture):
                 return mixture[:, None]
         x = torch.rand(2, 9000)
-        assert torch.allclose(separate(Same(), x)["mixture"], x)
+        assert torch.allclose(separate(x, model=Same())["mixture"], x)
     """,
     "a monitor": """
         from tfswa_lab.performance import Monitor

@@ -140,7 +140,7 @@ def test_a_mixture_that_is_none_is_refused(mixture):
     with pytest.raises(ValueError, match="channels, samples"):
         separate_track(Identity(), mixture)
     with pytest.raises(ValueError, match="channels, samples"):
-        separate(Identity(), mixture)
+        separate(mixture[None, None], model=Identity())
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,15 @@ def test_a_mixture_that_is_none_is_refused(mixture):
         (torch.zeros(2, 100, dtype=torch.int16), "of floats"),
         (torch.full((2, 100), torch.nan), "NaN"),
         (torch.full((2, 100), torch.inf), "infinite"),
+        (torch.full((2, 100), 1e39, dtype=torch.float64), "beyond float32"),
+        (torch.zeros(100, 2), r"\(samples, channels\).*waveform\.T"),
     ],
 )
 def test_samples_without_a_level_are_refused(samples, message):
-    for call in (separate_track, separate):
-        with pytest.raises(ValueError, match=message):
-            call(Halves(), samples)
+    with pytest.raises(ValueError, match=message):
+        separate_track(Halves(), samples)
+    with pytest.raises(ValueError, match=message):
+        separate(samples, model=Halves())
 
 
 NAN, INF = float("nan"), float("inf")
@@ -200,7 +203,7 @@ class Halves(nn.Module):
 @pytest.mark.parametrize("rate", [None, 16_000, 44_100])
 def test_stems_have_the_rate_and_the_length_of_the_song(rate):
     song = torch.rand(2, 10_001) - 0.5
-    stems = separate(Halves(), song, Segmentation(0.2), rate)
+    stems = separate(song, rate, Halves(), Segmentation(0.2))
     assert list(stems) == ["one", "other"]
     heard = song.mean(0, keepdim=True)
     if rate is not None:
@@ -211,22 +214,22 @@ def test_stems_have_the_rate_and_the_length_of_the_song(rate):
 
 def test_a_file_is_separated_as_its_waveform(tmp_path):
     song = audio.write(tmp_path / "song.wav", torch.rand(2, 20_000) - 0.5, 16_000)
-    expected = separate(Halves(), audio.read(song)[0], rate=16_000)
+    expected = separate(audio.read(song)[0], 16_000, Halves())
     for path in (song, str(song)):
-        stems = separate(Halves(), path)
+        stems = separate(path, model=Halves())
         assert all(torch.equal(stems[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("rate", [0, -8000, 8000.5, "44100", True, float("nan")])
 def test_a_rate_that_makes_no_sense_is_refused(rate):
     with pytest.raises(ValueError, match="whole numbers of Hz"):
-        separate(Halves(), torch.rand(2, 9000), rate=rate)
+        separate(torch.rand(2, 9000), rate, Halves())
 
 
 def test_a_file_states_its_own_rate(tmp_path):
     song = audio.write(tmp_path / "song.wav", torch.rand(2, 2000) - 0.5, 16_000)
-    with pytest.raises(ValueError, match=r"rate=44100 is for waveforms; .*song\.wav states"):
-        separate(Halves(), song, rate=44_100)
+    with pytest.raises(ValueError, match=r"song\.wav states its sample rate"):
+        separate(song, 44_100, Halves())
 
 
 @pytest.mark.parametrize(
@@ -243,19 +246,39 @@ def test_a_network_gets_its_own_precision_but_never_less_than_float32(of_weights
         assert set(seen) == {of_input}
 
 
-@pytest.mark.parametrize("song", [[[0.0] * 99] * 2, np.zeros((2, 99)), None, 5])
+@pytest.mark.parametrize("song", [[[0.0] * 99] * 2, None, 5])
 def test_a_song_of_another_type_is_refused_in_short(song):
-    for call in (separate_track, separate, lambda *given: separate(*given, rate=8000)):
+    for call in (separate_track, lambda model, given: separate(given, 8000, model)):
         with pytest.raises(ValueError, match="expected a waveform as a tensor, got a") as raised:
             call(Halves(), song)
         assert len(str(raised.value)) < 150
 
 
+def test_the_old_order_of_arguments_is_explained():
+    with pytest.raises(ValueError, match="the song comes first"):
+        separate(Halves(), torch.zeros(2, 99))
+
+
+def test_numpy_and_a_single_channel_are_waveforms():
+    song = torch.rand(2, 9000) - 0.5
+    expected = separate(song, 8000, Halves())
+    assert torch.equal(separate(song.numpy(), 8000, Halves())["one"], expected["one"])
+    line = separate(song[0], 8000, Halves())
+    assert torch.equal(line["one"], separate(song[:1], 8000, Halves())["one"])
+
+
+def test_one_call_separates_with_the_model_that_ships():
+    stems = separate(0.1 * torch.randn(2, 20_000), 48_000)
+    assert list(stems) == ["vocals", "drums", "bass", "other"]
+    assert all(stem.shape == (2, 20_000) for stem in stems.values())
+
+
 @pytest.mark.parametrize("segmentation", [44_100, 6.0, None, {"shifts": 2}])
 def test_a_segmentation_of_another_type_is_refused(segmentation):
-    for call in (separate_track, separate):
-        with pytest.raises(ValueError, match="pass a Segmentation"):
-            call(Halves(), torch.zeros(2, 99), segmentation)
+    with pytest.raises(ValueError, match="pass a Segmentation"):
+        separate_track(Halves(), torch.zeros(2, 99), segmentation)
+    with pytest.raises(ValueError, match="pass a Segmentation"):
+        separate(torch.zeros(2, 99), 8000, Halves(), segmentation)
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(2), nn.Dropout(0.5)])

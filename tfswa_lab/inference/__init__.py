@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["separate"],  # which can be called
     submod_attrs={
-        "files": ["SeparatedFile", "separate_file"],
+        "files": ["Reading", "SeparatedFile", "Writing", "separate_file"],
         "separate": ["Segmentation", "separate_stream", "separate_track"],
     },
 )

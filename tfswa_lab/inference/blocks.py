@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import soundfile
@@ -17,38 +17,34 @@ import torch
 from torch import Tensor
 
 from tfswa_lab import audio
+from tfswa_lab.decode import BLOCK, open_sound
 
-BLOCK = 2**18  # samples; 6 s
-REACH = 12  # periods of the lower rate: no filter of `audio.resample` is longer to either side
 WAV_BYTES = 2**32 - 2**16  # a plain WAV file counts its bytes with 32 bits
 
 
-def read_blocks(path: str | Path, size: int = BLOCK) -> Iterator[Tensor]:
+def read_blocks(
+    path: str | Path, size: int = BLOCK, start: int = 0, channels: int | None = None
+) -> Iterator[Tensor]:
     """Decode a file from front to back, each sample once.
 
+    Args:
+        path: of the file.
+        size: samples of a block.
+        start: first sample.
+        channels: more than so many are mixed down by ffmpeg; None keeps them.
+
     Yields:
-        Blocks `(c, s)` of `size` samples, the last one of fewer, float32.
+        Blocks `(c, s)` of `size` samples or fewer, float32.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not audio, is empty, damaged, or has NaN or infinite samples.
+        TruncatedError: the file is shorter than its header says, or damaged: after its last block.
+        ValueError: the file is not audio, is empty, or has NaN or infinite samples.
     """
-    audio.read(path, frames=1)  # its errors name a file that is missing or no audio
-    position = 0
-    try:
-        with soundfile.SoundFile(path) as file:
-            while len(samples := file.read(size, dtype="float32", always_2d=True)):
-                block = torch.from_numpy(samples.T.copy())
-                if not block.isfinite().all():
-                    raise ValueError(
-                        f"{path} contains NaN or infinite samples; export it again as 16-bit PCM"
-                    )
-                yield block
-                position += len(samples)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"{path} is damaged after sample {position} ({error}); copy or export it again"
-        ) from error
+    with open_sound(path, channels) as sound, closing(sound.blocks(size, start)) as blocks:
+        for block in blocks:
+            audio.check_finite(block, Path(path))
+            yield torch.from_numpy(block)
 
 
 def resample_blocks(
@@ -74,7 +70,7 @@ def resample_blocks(
         return
     divisor = math.gcd(rate_in, rate_out)
     up, down = rate_out // divisor, rate_in // divisor
-    context = down * math.ceil(REACH * max(1, rate_in / rate_out) / down)
+    context = down * math.ceil(audio.REACH * max(1, rate_in / rate_out) / down)
     size = down * math.ceil(max(size, context) / down)
     blocks, before = iter(blocks), 0  # samples held from before the next block
     held = next(blocks)
@@ -94,15 +90,17 @@ def write_blocks(
     rate: int,
     shape: tuple[int, int],
     subtype: str,
+    form: str = "WAV",
 ) -> float:
-    """Write one WAV file per stem from blocks `(n, c, s)`.
+    """Write one sound file per stem from blocks `(n, c, s)`.
 
     Args:
         paths: n of them.
         blocks: one after the other; what they have beyond `shape` is left out.
         rate: in Hz.
         shape: channels and samples of each file.
-        subtype: "FLOAT" or "PCM_16", which clips.
+        subtype: one of libsndfile's; "PCM_16" and "PCM_24" clip.
+        form: of the files, one of libsndfile's.
 
     Returns:
         The largest magnitude in any file.
@@ -113,33 +111,44 @@ def write_blocks(
     """
     peak, missing = 0.0, shape[1]
     with ExitStack() as stack:
-        files = [stack.enter_context(_wav_file(path, rate, shape, subtype)) for path in paths]
+        files = [stack.enter_context(_new_file(path, rate, shape, subtype, form)) for path in paths]
         for block in blocks:
             if not missing:
                 break
             block = block[..., :missing]
             missing -= block.shape[-1]
             if not block.isfinite().all():
-                raise ValueError(f"{paths[0]} would contain NaN or infinite samples")
+                raise ValueError(f"{paths[0].parent}: a stem would contain NaN or infinite samples")
             peak = max(peak, block.abs().max().item())
             for file, stem in zip(files, block, strict=True):
-                file.write((audio.to_int16(stem) if subtype == "PCM_16" else stem).T.numpy())
+                file.write(_as_written(stem, subtype).T.numpy())
     if missing:
-        raise ValueError(f"{paths[0]}: the blocks lack {missing} of {shape[1]} samples")
+        raise ValueError(f"{paths[0].parent}: the stems lack {missing} of {shape[1]} samples")
     return peak
 
 
+def _as_written(stem: Tensor, subtype: str) -> Tensor:
+    """The nearest integers, because libsndfile would round down; floats as they are."""
+    if subtype == "PCM_16":
+        return audio.to_int16(stem)
+    if subtype == "PCM_24":  # in the upper bytes of 32 bits
+        return (stem.double() * 2**23).round().clamp(-(2**23), 2**23 - 1).to(torch.int32) * 256
+    return stem
+
+
 @contextmanager
-def _wav_file(
-    path: Path, rate: int, shape: tuple[int, int], subtype: str
+def _new_file(
+    path: Path, rate: int, shape: tuple[int, int], subtype: str, form: str
 ) -> Iterator[soundfile.SoundFile]:
     channels, samples = shape
-    size = channels * samples * {"PCM_16": 2, "FLOAT": 4}[subtype]
-    form = "WAV" if size < WAV_BYTES else "RF64"  # counts its bytes with 64 bits
+    size = channels * samples * {"PCM_16": 2, "PCM_24": 3}.get(subtype, 4)
+    if form == "WAV" and size >= WAV_BYTES:
+        form = "RF64"  # counts its bytes with 64 bits
     try:
-        with soundfile.SoundFile(path, "w", rate, channels, subtype, format=form) as file:
+        with audio.new_file(path, rate, channels, form, subtype) as file:
             yield file
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, OSError) as error:
         raise OSError(
-            f"{path} cannot be written ({error}); is the disk full, or the folder read-only?"
+            f"a stem cannot be written into {path.parent} ({error}); is the disk full, or the "
+            "folder read-only?"
         ) from error

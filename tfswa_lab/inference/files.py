@@ -7,21 +7,159 @@ Notebook: 08_evaluation
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import soundfile
+import torch
+from torch import Tensor
+
 from tfswa_lab import audio
-from tfswa_lab.durable import parts_of
+from tfswa_lab.decode import TruncatedError, open_sound
+from tfswa_lab.durable import hidden_files, parts_of, refuse_existing
 from tfswa_lab.inference.blocks import read_blocks, resample_blocks, write_blocks
 from tfswa_lab.inference.separate import Progress, Segmentation, separate_stream
 from tfswa_lab.models.separator import Separator
 
+SUBTYPES = {
+    "wav": {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"},
+    "flac": {"16": "PCM_16", "24": "PCM_24"},
+    "mp3": {None: "MPEG_LAYER_III"},
+    "ogg": {None: "VORBIS"},
+}
+CLIPS = ("rescale", "clamp", "none")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The part of a song that is separated, and whether a damaged song is.
+
+    Args:
+        start: seconds into the song.
+        duration: seconds, None to the end.
+        allow_truncated: separate what there is of a song that ends too early.
+
+    Raises:
+        ValueError: a time makes no sense.
+    """
+
+    start: float = 0.0
+    duration: float | None = None
+    allow_truncated: bool = False
+
+    def __post_init__(self):
+        if not (audio.is_number(self.start) and 0 <= self.start <= audio.LONGEST):
+            raise ValueError(f"start={self.start!r} must be seconds into the song, 0 or more")
+        if self.duration is not None:
+            audio.check_seconds("duration", self.duration)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Which stems are written, and how.
+
+    Args:
+        format: wav, flac, mp3 or ogg.
+        bits: "16", "24" or, in a WAV file, "32f" for floats; None for 16 where there is a choice.
+        clip: what is done with stems beyond full scale. "rescale" gives all stems of a song one
+            gain, "clamp" cuts the peaks off, "none" refuses what the format cannot hold. None is
+            "none" for floats and "rescale" for all others.
+        stems: names of the stems to write, None for all.
+        residual: also write the song without these stems, as `no_STEM` or `residual`.
+        pattern: of the files' paths below the output folder; `{stem}` and `{ext}` are filled in.
+        overwrite: whether files that are there are replaced.
+
+    Raises:
+        ValueError: there is no such choice.
+    """
+
+    format: str = "wav"
+    bits: str | None = None
+    clip: str | None = None
+    stems: Sequence[str] | None = None
+    residual: bool = False
+    pattern: str = "{stem}.{ext}"
+    overwrite: bool = False
+
+    def __post_init__(self):
+        if self.format not in SUBTYPES:
+            raise ValueError(f"format={self.format!r} is unknown; use {', '.join(SUBTYPES)}")
+        known = SUBTYPES[self.format]
+        if self.bits is None and None not in known:
+            object.__setattr__(self, "bits", "16")
+        if self.bits not in known:
+            choice = ", ".join(filter(None, known)) or "no number of bits"
+            raise ValueError(f"bits={self.bits!r}: a file of {self.format} takes {choice}")
+        if self.clip is None:
+            object.__setattr__(self, "clip", "none" if self.bits == "32f" else "rescale")
+        if self.clip not in CLIPS:
+            raise ValueError(f"clip={self.clip!r} is unknown; use {', '.join(CLIPS)}")
+        if isinstance(self.stems, str):
+            raise ValueError(f"stems={self.stems!r} is a string; write [{self.stems!r}]")
+
+    @property
+    def subtype(self) -> str:
+        """libsndfile's name for the samples."""
+        return SUBTYPES[self.format][self.bits]
+
+    def names(self, stems: Sequence[str]) -> tuple[str, ...]:
+        """Names of the files that are written of a separator with these stems.
+
+        Raises:
+            ValueError: the separator has no such stem.
+
+        >>> Writing(stems=["vocals"], residual=True).names(("vocals", "drums", "bass", "other"))
+        ('vocals', 'no_vocals')
+        """
+        chosen = tuple(stems) if self.stems is None else tuple(dict.fromkeys(self.stems))
+        for stem in chosen:
+            if stem not in stems:
+                raise ValueError(f"the model has no stem {stem!r}; it has {', '.join(stems)}")
+        rest = f"no_{chosen[0]}" if len(chosen) == 1 else "residual"
+        return (*chosen, rest) if self.residual else chosen
+
+    def paths(self, folder: Path, stems: Sequence[str]) -> dict[str, Path]:
+        """Stem → path of the files that are written of a separator with these stems.
+
+        >>> writing = Writing("flac", pattern="song/{stem}.{ext}")
+        >>> writing.paths(Path("out"), ["vocals"])["vocals"].as_posix()
+        'out/song/vocals.flac'
+        """
+        names = self.names(stems)
+        return {x: folder / self.pattern.format(stem=x, ext=self.format) for x in names}
+
+    def check_rate(self, rate: int) -> None:
+        """Refuse a sample rate that the format has not, before the work.
+
+        Raises:
+            ValueError: names both.
+        """
+        try:
+            soundfile.SoundFile(
+                io.BytesIO(), "w", rate, 2, self.subtype, format=self.format.upper()
+            ).close()
+        except soundfile.LibsndfileError as error:
+            raise ValueError(
+                f"a file of {self.format} cannot hold {rate} Hz ({error.error_string}); write wav "
+                "or flac, or resample the song first"
+            ) from error
+
 
 class SeparatedFile(NamedTuple):
-    """What `separate_file` wrote: a file per stem, and the gain that was applied to all of them."""
+    """What `separate_file` wrote.
 
-    files: list[Path]
+    `files` is stem → path, `gain` what all stems were multiplied by so that none clips, `seconds`
+    the length of the stems, and `notes` what a reader should know of the song.
+    """
+
+    files: dict[str, Path]
     gain: float
+    seconds: float
+    notes: tuple[str, ...]
 
 
 def separate_file(
@@ -29,61 +167,148 @@ def separate_file(
     song: str | Path,
     out: str | Path,
     segmentation: Segmentation = Segmentation(),
+    reading: Reading = Reading(),
+    writing: Writing = Writing(),
     progress: Progress = iter,
-    as_float: bool = False,
 ) -> SeparatedFile:
-    """Separate a file of any length and sample rate into `out/SONG_STEM.wav`, one for each stem.
+    """Separate a file of any length and sample rate into one file for each stem.
 
     The song is read twice, first to see that all of it can be decoded. The stems are written as
-    32-bit floats and then, unless these are wanted, as 16-bit integers: whether they would clip
-    there is known at the end only. All files appear at the end, or none does.
+    32-bit floats and then as what is wanted: whether they would clip there is known at the end
+    only. All files appear at the end, or none does.
 
     Args:
         separator: in evaluation mode; the song is resampled to its rate, and the stems back.
-        song: a WAV, FLAC, Ogg or MP3 file.
-        out: a folder, made if absent.
+        song: any file that libsndfile or ffmpeg reads; ffmpeg mixes more than two channels down.
+        out: a folder for the stems, made if absent.
         segmentation: how the song is cut.
+        reading: which part of the song.
+        writing: which stems, and how.
         progress: wraps the list of segment starts, e.g. `tqdm`.
-        as_float: 32-bit stems; these cannot clip, so they are never scaled.
-
-    Returns:
-        The files, and the gain that keeps the loudest from clipping: 1 if none would.
 
     Raises:
+        FileExistsError: a file is there, and `writing` does not overwrite.
         OSError: there is no such song, or the stems cannot be written.
-        ValueError: the song is damaged or has more than two channels, or a number makes no sense.
+        ValueError: the song is truncated, damaged or shorter than `reading` wants; or a number
+            makes no sense.
         torch.OutOfMemoryError: there is no memory even for one segment.
     """
     song, out = Path(song), Path(out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; name a folder for the stems")
-    rate, length = _check_song(song)
-    channels, model_rate = separator.audio_channels, separator.sample_rate
-    heard = (audio.to_channels(block, channels) for block in read_blocks(song))
-    mixture = resample_blocks(heard, rate, model_rate)
-    samples = -(-length * model_rate // rate)
-    estimates = separate_stream(separator, mixture, samples, segmentation, progress)
-    stems = resample_blocks(estimates, model_rate, rate)
+    paths = writing.paths(out, separator.stems)
+    if not writing.overwrite:
+        refuse_existing(paths.values())
+    part = _look(song, reading)
+    writing.check_rate(part.rate)
+    stems = _stems_of(separator, song, part, segmentation, writing, progress)
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"{song.stem}_{stem}.wav" for stem in separator.stems]
-    with parts_of(files) as parts:
-        peak = write_blocks(parts, stems, rate, (channels, length), "FLOAT")
-        gain = 1.0 if as_float else 1 / max(1.0, peak)
-        if not as_float:
-            for part in parts:
-                _to_16_bit(part, gain, rate, (channels, length))
-    return SeparatedFile(files, gain)
+    with parts_of(list(paths.values()), writing.overwrite, out) as parts:
+        gain = _write(parts, stems, part.rate, (separator.audio_channels, part.length), writing)
+    return SeparatedFile(paths, gain, part.length / part.rate, part.notes)
 
 
-def _check_song(song: Path) -> tuple[int, int]:
-    """Rate and length, after decoding the whole song: damage is found before the work."""
-    start, rate = audio.read(song, frames=1)
-    audio.to_stereo(start)  # or an error: it has too many channels
-    return rate, sum(block.shape[-1] for block in read_blocks(song))
+class Part(NamedTuple):
+    """The samples of a song that are separated, from `start` on, and what is said of the song."""
+
+    rate: int
+    start: int
+    length: int
+    notes: tuple[str, ...]
 
 
-def _to_16_bit(path: Path, gain: float, rate: int, shape: tuple[int, int]) -> None:
-    """Replace a file of floats by one of 16-bit integers, under the same name."""
-    scaled = (gain * block[None] for block in read_blocks(path))
-    with parts_of([path]) as parts:
-        write_blocks(parts, scaled, rate, shape, "PCM_16")
+def _look(song: Path, reading: Reading) -> Part:
+    """Decode the whole song, so that damage is found before the work."""
+    with open_sound(song, channels=2) as sound:
+        rate, notes = sound.rate, tuple(filter(None, [sound.note]))
+    there = 0
+    try:
+        for block in read_blocks(song, channels=2):
+            there += block.shape[-1]
+    except TruncatedError as error:
+        if not (reading.allow_truncated and there):
+            raise ValueError(f"{error}, or separate what is there: --allow-truncated") from error
+        notes += (f"{error}",)
+    start = round(reading.start * rate)
+    length = max(0, there - start)
+    if reading.duration is not None:
+        length = min(length, round(reading.duration * rate))
+    if not length:
+        raise ValueError(f"{song} ends at {there / rate:.2f} s, before start={reading.start} s")
+    return Part(rate, start, length, notes)
+
+
+def _stems_of(
+    separator: Separator,
+    song: Path,
+    part: Part,
+    segmentation: Segmentation,
+    writing: Writing,
+    progress: Progress,
+) -> Iterator[Tensor]:
+    """Blocks `(n, c, s)` of the files to write, at the song's rate."""
+    own, channels = separator.sample_rate, separator.audio_channels
+    mixture = resample_blocks(_heard(song, part, channels), part.rate, own)
+    samples = -(-part.length * own // part.rate)
+    estimates = separate_stream(separator, mixture, samples, segmentation, progress)
+    wanted = separator.stems if writing.stems is None else tuple(dict.fromkeys(writing.stems))
+    rows = [separator.stems.index(stem) for stem in wanted]
+    chosen = (block[rows] for block in estimates)
+    stems = resample_blocks(chosen, own, part.rate)
+    return _with_residual(stems, _heard(song, part, channels)) if writing.residual else stems
+
+
+def _heard(song: Path, part: Part, channels: int) -> Iterator[Tensor]:
+    """The part as blocks `(c, s)` in mono or stereo."""
+    missing = part.length
+    with suppress(TruncatedError):  # which `_look` has found, and was allowed
+        for block in read_blocks(song, start=part.start, channels=2):
+            block = block[:, :missing]
+            missing -= block.shape[-1]
+            yield audio.to_channels(block, channels)
+            if not missing:
+                return
+
+
+def _with_residual(stems: Iterable[Tensor], mixture: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Blocks `(n, c, s)` with one more row, what is left of the mixture's blocks `(c, s)`.
+
+    >>> stems = torch.ones(1, 1, 5).split(3, dim=-1)
+    >>> blocks = _with_residual(stems, iter(torch.full((1, 5), 3.0).split(2, dim=-1)))
+    >>> [block[:, 0].tolist() for block in blocks]
+    [[[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]], [[1.0, 1.0], [2.0, 2.0]]]
+    """
+    held = next(mixture)
+    for block in stems:
+        samples = block.shape[-1]
+        while held.shape[-1] < samples and (more := next(mixture, None)) is not None:
+            held = torch.cat([held, more], dim=-1)
+        block = block[..., : held.shape[-1]]  # resampling there and back may add a sample
+        rest = held[:, :samples] - block.sum(0)
+        held = held[:, samples:]
+        yield torch.cat([block, rest[None]])
+
+
+def _write(
+    files: Sequence[Path],
+    stems: Iterable[Tensor],
+    rate: int,
+    shape: tuple[int, int],
+    writing: Writing,
+) -> float:
+    """Write floats first, then the files that are wanted; returns the gain of all stems."""
+    with hidden_files([file.parent for file in files], files) as floats:
+        peak = write_blocks(floats, stems, rate, shape, "FLOAT")
+        if writing.clip == "none" and peak > 1 and writing.bits in ("16", "24"):
+            raise ValueError(
+                f"a stem reaches {peak:.3f}, and {writing.bits} bits end at 1: use --clip rescale, "
+                "--clip clamp or --bits 32f"
+            )
+        gain = 1 / max(1.0, peak) if writing.clip == "rescale" else 1.0
+        limit = 1.0 if writing.clip == "clamp" else torch.inf
+        for source, target in zip(floats, files, strict=True):
+            scaled = ((gain * block[None]).clamp(-limit, limit) for block in read_blocks(source))
+            form = writing.format.upper()
+            write_blocks([target], scaled, rate, shape, writing.subtype, form)
+            source.unlink()  # the next one may need its space
+    return gain

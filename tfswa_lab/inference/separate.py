@@ -16,15 +16,15 @@ from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from tfswa_lab import audio
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
-from tfswa_lab.models.separator import Separator
+from tfswa_lab.models import storage
 
 Progress = Callable[[list[int]], Iterable[int]]  # wraps the list of segment starts, e.g. `tqdm`
 
@@ -85,10 +85,10 @@ class Segmentation:
 
 
 def separate(
-    separator: Separator,
-    song: Tensor | str | Path,
+    song: Tensor | np.ndarray | str | Path,
+    sample_rate: int | None = None,
+    model: nn.Module | str | Path = "band",
     segmentation: Segmentation = Segmentation(),
-    rate: int | None = None,
     progress: Progress = iter,
 ) -> dict[str, Tensor]:
     """Separate a song in memory, at any sample rate, into a waveform for each stem.
@@ -96,29 +96,37 @@ def separate(
     `inference.files.separate_file` writes files instead, of songs that need not fit into memory.
 
     Args:
-        separator: in evaluation mode; the song is resampled to its rate, and the stems back.
-        song: a waveform `(c, s)` of floats, mono or stereo, on any device; or a WAV, FLAC, Ogg or
-            MP3 file.
+        song: a waveform `(c, s)` of floats, mono or stereo, or `(s,)`, on any device; or the path
+            of a sound file.
+        sample_rate: of a waveform, in Hz; the model's own if None. A file states its own.
+        model: what `load_separator` takes, or a separator in evaluation mode. The song is resampled
+            to its rate, and the stems back.
         segmentation: how the song is cut.
-        rate: of a waveform, in Hz; the separator's own if None. A file states its own.
         progress: wraps the list of segment starts, e.g. `tqdm`.
 
     Returns:
-        Stem → `(c, s)`, with the separator's channels, at the rate and of the length of the song.
+        Stem → `(c, s)`, with the model's channels, at the rate and of the length of the song.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file or model.
         ValueError: the song is damaged, empty, not finite or not `(c, s)`, or a number makes no
             sense.
         torch.OutOfMemoryError: there is no memory even for one segment.
     """
+    if isinstance(song, nn.Module):
+        raise ValueError("the song comes first: separate(song, sample_rate, model)")
     if isinstance(song, str | Path):
-        if rate is not None:
-            raise ValueError(f"rate={rate!r} is for waveforms; {song} states its own: leave it out")
-        song, rate = audio.read(song)
+        if sample_rate is not None:
+            raise ValueError(f"{song} states its sample rate: leave sample_rate out")
+        song, sample_rate = audio.read(song)
+    if isinstance(song, np.ndarray):
+        song = torch.from_numpy(song)
+    if isinstance(song, Tensor) and song.ndim == 1:
+        song = song[None]
     _check_waveform(song)
+    separator = model if isinstance(model, nn.Module) else storage.load_separator(model)
     own = separator.sample_rate
-    rate = own if rate is None else rate
+    rate = own if sample_rate is None else sample_rate
     heard = audio.resample(audio.to_channels(song, separator.audio_channels), rate, own)
     estimates = separate_track(separator, heard, segmentation, progress)
     estimates = audio.resample(estimates, own, rate)[..., : song.shape[-1]]
@@ -167,13 +175,18 @@ def _check_waveform(mixture: Tensor) -> None:
         )
     if mixture.ndim != 2 or mixture.shape[1] == 0:
         raise ValueError(f"expected a mixture (channels, samples), got {tuple(mixture.shape)}")
+    if mixture.shape[0] > 2 >= mixture.shape[1]:
+        raise ValueError(
+            f"{tuple(mixture.shape)} looks like (samples, channels), as soundfile reads; pass "
+            "waveform.T"
+        )
     if not mixture.is_floating_point():
         raise ValueError(
             f"expected a mixture of floats in [-1, 1], got {mixture.dtype}; divide 16-bit integers "
             "by 32768"
         )
-    if not mixture.isfinite().all():
-        raise ValueError("the mixture contains NaN or infinite samples")
+    if not mixture.float().isfinite().all():  # float64 holds more than the model does
+        raise ValueError("the mixture contains NaN or infinite samples, or some beyond float32")
 
 
 def separate_stream(
@@ -203,7 +216,7 @@ def separate_stream(
         raise ValueError(
             f"segmentation={segmentation!r}: pass a Segmentation, such as Segmentation(6.0)"
         )
-    _refuse_training_mode(separator)
+    refuse_training_mode(separator)
     segment, fade = segmentation.samples(separator.sample_rate)
     starts = segment_starts(length, segment, fade, max(segmentation.shifts, 1))
     window = fade_window(min(segment, length), fade)
@@ -212,10 +225,16 @@ def separate_stream(
     return overlap_add(progress(starts), estimates, window)
 
 
-def _refuse_training_mode(separator: nn.Module) -> None:
-    """Refuse batch norm and dropout in training mode, because the stems would differ."""
+def refuse_training_mode(separator: nn.Module) -> None:
+    """Refuse layers that answer otherwise in training mode: running statistics and dropout.
+
+    Raises:
+        ValueError: names the first.
+    """
     for module in separator.modules():
-        if module.training and isinstance(module, _NormBase | _DropoutNd):
+        share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+        drops = audio.is_number(share) and share > 0
+        if module.training and (drops or getattr(module, "running_mean", None) is not None):
             raise ValueError(
                 f"the separator has {type(module).__name__} in training mode; call its eval() first"
             )

