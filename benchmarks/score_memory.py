@@ -18,7 +18,7 @@ from record import record, table
 from subprocess_benchmark import peak_gib, run, start
 
 from tfswa_lab.audio import SAMPLE_RATE, STEMS
-from tfswa_lab.data.tracks import WavTrack
+from tfswa_lab.data.tracks import FolderTrack
 from tfswa_lab.evaluation.estimates import FolderEstimates
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.scoring import Scoring, score_track
@@ -45,7 +45,7 @@ def measure(song: str, methods: list[str]) -> dict:
     """Peak memory of this process before the song and in all."""
     scoring = Scoring(FolderEstimates(song))  # which it is not asked for
     before = peak_gib()
-    score_track(scoring, WavTrack.open(Path(song), SOURCES), methods)
+    score_track(scoring, FolderTrack.open(Path(song), SOURCES), methods)
     return {"before_gib": before, "peak_gib": peak_gib()}
 
 

@@ -75,7 +75,7 @@ def test_what_libsndfile_reads_has_the_length_of_the_song(files, song, ending):
 
 @pytest.mark.parametrize("ending", [*SNDFILE, *FFMPEG, "variable.mp3"])
 def test_blocks_are_the_whole_in_pieces(files, ending):
-    """soundfile seeks after each block, and where libsndfile seeks amiss, most of a song is lost."""
+    """soundfile seeks after each block; where libsndfile seeks amiss, most of a song is lost."""
     with open_sound(files[ending]) as sound:
         whole = sound.read()
         pieces = [block.copy() for block in sound.blocks(5000)]
@@ -108,7 +108,7 @@ def cut(path, share, tmp_path):
     return short
 
 
-@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.9])
 @pytest.mark.parametrize("ending", [*SNDFILE, "aac.m4a", "mka", "webm"])
 def test_a_file_that_is_cut_off_is_never_read_as_a_shorter_one(files, tmp_path, ending, share):
     short = cut(files[ending], share, tmp_path)

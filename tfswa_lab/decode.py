@@ -30,9 +30,13 @@ import soundfile
 
 BLOCK = 2**18  # samples; 6 s
 FINE = 2**12  # samples, to come close to where a file is damaged
+ENDINGS = re.compile(
+    r"\.(aac|ac3|aif[cf]?|amr|ape|au|bwf|caf|dsf|flac|flv|m4[abv]|mk[av]|mov|mp[234c]|og[ag]|opus|"
+    "rf64|snd|tta|w64|wave?|webm|wm[av]|wv)"
+)
 RAW = {"aac", "ac3", "dts", "eac3"}  # no container: ffmpeg guesses their length
 SURE = 50  # of 100: ffmpeg's score for a format that it recognises by more than the name
-SLACK = {"mp3": 0.05, "others": 0.25}  # seconds by which healthy files state too much
+SLACK = {"mp3": 0.001, "others": 0.25}  # seconds by which healthy files state too much
 
 
 class Header(NamedTuple):
@@ -45,6 +49,16 @@ class Header(NamedTuple):
 
 class TruncatedError(ValueError):
     """A sound file ends before its header says so, or is damaged from some sample on."""
+
+
+def is_sound_file(path: Path) -> bool:
+    """Whether a file is a sound or a video by its name, and not hidden.
+
+    >>> [is_sound_file(Path(name)) for name in (".a.wav", "notes.txt")]
+    [False, False]
+    """
+    is_named = ENDINGS.fullmatch(path.suffix.lower()) and not path.name.startswith(".")
+    return bool(is_named) and path.is_file()
 
 
 def read_header(path: str | Path) -> Header:
@@ -111,7 +125,7 @@ def open_sound(path: str | Path, channels: int | None = None) -> Iterator[Sound]
         mixed = channels is not None and sound.channels > channels
         if mixed or sound.misread:
             sound.close()
-            sound = FfmpegSound(path, chunk, "of a kind that it misreads", channels)
+            sound = FfmpegSound(path, chunk, "", channels)
     try:
         if not sound.samples:
             raise ValueError(f"{path} holds no samples; export it again")
@@ -275,11 +289,9 @@ class FfmpegSound(Sound):
             self.samples = sum(block.shape[1] for block in self._decoded(BLOCK))
         if chunk is not None and chunk.promises and self.samples:
             self.promised = self.promise_of(chunk)
-        kind, seconds = (
-            form["format_name"],
-            float(stream.get("duration") or form.get("duration", 0)),
-        )
-        guessed = kind in RAW or (kind == "mp3" and not has_xing(path))
+        kind = form["format_name"]
+        seconds = float(stream.get("duration") or form.get("duration", 0))
+        guessed = kind in RAW or (kind == "mp3" and not states_length(path))
         slack = SLACK["mp3" if kind == "mp3" else "others"]
         if self.promised is None and not guessed and (seconds - slack) * self.rate > self.samples:
             self.promised = round(seconds * self.rate)
@@ -324,17 +336,16 @@ def probe(path: Path, reason: str) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        reason: why libsndfile cannot read it.
+        reason: why libsndfile does not know it; nothing, if it does.
 
     Raises:
-        ValueError: there is no ffmpeg, or no audio stream that it is sure of.
+        ValueError: there is no ffmpeg, or no audio stream, or one that nobody is sure of.
     """
     try:
         ensure_ffmpeg()
     except FileNotFoundError as error:
         raise ValueError(
-            f"{path} is not readable as audio by libsndfile ({reason}), and ffmpeg, which reads "
-            f"more kinds, is missing: {error}"
+            f"{path} is not readable as audio without ffmpeg{reason and f' ({reason})'}: {error}"
         ) from error
     command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-select_streams", "a:0"]
     entries = ["-show_entries", f"{PROBED}:format=format_name,duration,probe_score", "-of", "json"]
@@ -342,7 +353,7 @@ def probe(path: Path, reason: str) -> dict[str, Any]:
         [*command, *entries, f"file:{os.fspath(path)}"], capture_output=True, check=False
     )
     facts = {} if done.returncode else json.loads(done.stdout)
-    if not facts.get("streams") or facts["format"]["probe_score"] < SURE:
+    if not facts.get("streams") or (facts["format"]["probe_score"] < SURE and reason):
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise ValueError(
             f"{path} is not readable as audio: {reason} {' '.join(said) or 'no audio stream'}; "
@@ -470,14 +481,20 @@ class Completed(io.FileIO):
         return count
 
 
-def has_xing(path: Path) -> bool:
-    """Whether an MP3 file has a Xing header, without which its length can only be guessed."""
+def states_length(path: Path) -> bool:
+    """Whether an MP3 file has a Xing header that speaks of all of it, not of the first of several
+    files that were joined. Without it, the length can only be guessed.
+    """
     with path.open("rb") as file:
         start = file.read(10)
         if start[:3] == b"ID3":  # a tag, whose size has four times seven bits
             file.seek(sum(byte << 7 * place for place, byte in enumerate(start[:5:-1])), 1)
-        frame = file.read(4096)
-    return b"Xing" in frame or b"Info" in frame
+        begins, frame = file.tell(), file.read(4096)
+    place = max(frame.find(b"Xing"), frame.find(b"Info"))
+    if place < 0:
+        return False
+    flags, _, size = struct.unpack(">III", frame[place + 4 : place + 16].ljust(12, b"\0"))
+    return flags & 3 == 3 and path.stat().st_size - begins < 1.1 * size + 4096
 
 
 def ends_marked(path: Path) -> bool:

@@ -1,7 +1,9 @@
 """`tfswa-lab evaluate` as a user types it."""
 
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from tfswa_lab.cli import app
+from tfswa_lab.cli.evaluate import EvaluateOptions
 from tfswa_lab.evaluation.estimates import ModelEstimates
+from tfswa_lab.evaluation.scoring import Evaluation
 from tfswa_lab.weights import BAND
 
 
@@ -71,6 +75,70 @@ def test_without_data_the_band_is_scored(band_root, tmp_path):
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "o" / "test").glob("*.json"))) == 6
     assert not (tmp_path / "o" / "bounds").exists()
+
+
+def test_stems_that_separate_wrote_as_flac_are_scored(data, tmp_path):
+    (song,) = (data / "test").iterdir()
+    folder = tmp_path / "E" / song.name
+    folder.mkdir(parents=True)
+    for name in ("vocals", "other"):
+        soundfile.write(folder / f"{name}.flac", *soundfile.read(song / f"{name}.wav"))
+    common = ["--estimates", tmp_path / "E", "--data-root", data, "--no-bounds", "--jobs", 1]
+    result = run(*common, "--output-dir", tmp_path / "o")
+    assert result.exit_code == 1
+    assert "--stems vocals,other" in result.output
+    result = run(*common, "--output-dir", tmp_path / "o", "--stems", "vocals")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "o" / "test.md").is_file()
+
+
+def test_the_mixture_of_another_song_is_refused_unless_allowed(data, tmp_path):
+    (song,) = (data / "test").iterdir()
+    bass, rate = soundfile.read(song / "bass.wav")
+    soundfile.write(song / "mixture.wav", bass[::-1], rate)
+    common = ["--estimates", data / "test", "--data-root", data, "--no-bounds", "--jobs", 1]
+    common += ["--output-dir", tmp_path / "o", "--stems", "vocals"]
+    result = run(*common)
+    assert result.exit_code == 1
+    assert "mixture.wav is not the sum of its stems" in result.output
+    assert "--allow-mismatch" in result.output
+    result = run(*common, "--allow-mismatch")
+    assert result.exit_code == 0, result.output
+    assert "the mixture is not the sum of its stems: without them, +" in result.output
+
+
+def test_a_model_can_be_a_name_or_a_run(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(BAND, tmp_path / "runs" / "tiny" / "best")
+    assert EvaluateOptions(model="band").source == EvaluateOptions().source == BAND
+    options = ["--data-root", data, "--seconds", 0.5, "--no-bounds", "--jobs", 1]
+    result = run("--model", "runs/tiny", *options)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "evaluations" / "tiny" / "best" / "test.md").is_file()
+    result = run("--model", "bond", *options)
+    assert result.exit_code == 1
+    assert "one of: band" in result.output
+
+
+def test_scores_of_a_model_on_an_apple_gpu_are_computed_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="device='mps' has no float64"):
+        Evaluation(device="mps")
+    how = EvaluateOptions(device="mps").evaluation(torch.device("mps"))
+    assert how.device == "cpu"
+    assert how.jobs == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_a_song_whose_name_is_no_utf8_is_scored(data, tmp_path):
+    (song,) = (data / "test").iterdir()
+    song.rename(song.with_name(os.fsdecode(b"caf\xe9 - [b]x")))
+    options = ["--estimates", data, "--stems", "vocals,other", "--no-bounds", "--jobs", 1]
+    for _ in range(2):  # and again, when nothing is left to score
+        result = run(*options, "--data-root", data, "--output-dir", tmp_path / "o")
+        assert result.exit_code == 0, result.output
+        assert "caf? - [b]x" in result.output
+    assert "| caf? - [b]x |" in (tmp_path / "o" / "test.md").read_text("utf-8")
 
 
 def test_errors_are_short_and_say_what_to_do(data, tmp_path):

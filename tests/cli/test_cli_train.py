@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -16,6 +17,7 @@ from tfswa_lab import audio
 from tfswa_lab.cli import app
 from tfswa_lab.cli import main as cli
 from tfswa_lab.cli.train import TrainOptions
+from tfswa_lab.models.separator import HEADS as separator_heads
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from tfswa_lab.training.launch import checkpoint_activations
@@ -83,6 +85,9 @@ def test_the_help_names_the_fields_options_without_loading_torch():
     assert result.returncode == 0
     for option in OPTIONS_OF_THE_FIELD.split():
         assert f"--{option} " in result.stdout, option
+    (line,) = (line for line in result.stdout.splitlines() if "--mask " in line)
+    for head in separator_heads:
+        assert re.search(rf"\b{head}\b", line), head
 
 
 def test_a_run_leaves_a_separator_that_the_next_command_uses(finished, songs, tmp_path):
@@ -90,7 +95,7 @@ def test_a_run_leaves_a_separator_that_the_next_command_uses(finished, songs, tm
     arguments = [song, "--model", finished / "best", "--out", tmp_path]
     result = CliRunner().invoke(app, ["separate", *map(str, arguments)])
     assert result.exit_code == 0, result.output
-    stems = [audio.read(tmp_path / f"mixture_{stem}.wav")[0] for stem in ("vocals", "other")]
+    stems = [audio.read(tmp_path / f"{stem}.wav")[0] for stem in ("vocals", "other")]
     torch.testing.assert_close(sum(stems), audio.read(song)[0], atol=3 / 32_768, rtol=0)
 
 
@@ -108,9 +113,23 @@ def test_resuming_needs_no_option_again(finished):
     assert "4 of 4 steps" in words(result)
     result = run("--resume", finished, "--max-epochs", 2)
     assert "8 of 8 steps" in words(result)
+    result = run("--resume", finished, "--max-steps", 2)
+    assert result.exit_code == 1
+    assert "is of step 8, but the run ends after step 2" in words(result)
     result = run("--resume", list_checkpoints(finished)[0], "--batch-size", 4)
     assert result.exit_code == 1
     assert "batch_size was 2, is 4" in words(result)
+
+
+def test_songs_may_move_but_not_change_while_a_run_is_away(finished, songs, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    other = silenced(songs, tmp_path / "other", "bass")  # files of the same names and sizes
+    result = run("--resume", tmp_path / "run", "--data-root", other)
+    assert result.exit_code == 1
+    assert "audio was 2.0 s with digest" in words(result)
+    shutil.copytree(songs, tmp_path / "moved")
+    result = run("--resume", tmp_path / "run", "--data-root", tmp_path / "moved")
+    assert result.exit_code == 0, result.output
 
 
 def test_a_broken_checkpoint_is_refused_with_the_command_that_helps(finished, tmp_path):
@@ -123,7 +142,16 @@ def test_a_broken_checkpoint_is_refused_with_the_command_that_helps(finished, tm
     assert f"--resume {older}" in result.output
 
 
+def silenced(songs, folder, stem):
+    """The same songs with a stem that is silent in all."""
+    shutil.copytree(songs, folder)
+    for path in folder.rglob(f"{stem}.wav"):
+        audio.write(path, torch.zeros(2, RATE // 2), RATE)
+    return folder
+
+
 def test_mistakes_are_named(finished, songs, tmp_path):
+    silent = silenced(songs, tmp_path / "silent", "vocals")
     for arguments, message in [
         (["--output-dir", finished], "holds a run already"),
         (["--resume", tmp_path], "nothing to resume"),
@@ -134,7 +162,14 @@ def test_mistakes_are_named(finished, songs, tmp_path):
         (["--mask", "foo"], "unknown mask 'foo'; choose among magnitude, complex"),
         (["--target-stems", "vocals,voice"], "unknown stem 'voice'"),
         (["--dims", "8,8"], "four entries"),
-        (["--dims", "8,x"], "'--dims'"),
+        (["--dims", "8,x"], "'--dims': '8,x' is not a list of whole numbers; write them as 8,16"),
+        (["--depths", "1,,1"], "'--depths': '1,,1' is not a list of whole numbers"),
+        (["--warmup-steps", 5], "warmup_steps=5, but the run ends after step 4"),
+        (["--max-steps", 1, "--warmup-steps", 2], "warmup_steps=2, but the run ends after step 1"),
+        (
+            ["--target-stems", "vocals", "--data-root", silent],
+            f"songs of {silent / 'train'}: there",
+        ),
         (["--batch-size", "999"], "a step takes 999 segments"),
         (["--precision", "8-bit"], "choose among 32-true"),
         (["--use-amp", "--precision", "32-true"], "drop use_amp"),
@@ -222,7 +257,7 @@ def test_every_network_trains_separates_and_is_scored_from_the_command_line(song
     command = ["separate", song, "--model", tmp_path / "run" / "best", "--out", tmp_path / "stems"]
     result = CliRunner().invoke(app, [*map(str, command)])
     assert result.exit_code == 0, result.output
-    stems = [audio.read(tmp_path / "stems" / f"mixture_{stem}.wav")[0] for stem in separator.stems]
+    stems = [audio.read(tmp_path / "stems" / f"{stem}.wav")[0] for stem in separator.stems]
     torch.testing.assert_close(sum(stems), audio.read(song)[0], atol=3 / 32_768, rtol=0)
 
     command = ["evaluate", "--model", tmp_path / "run" / "best", "--data-root", songs]
@@ -329,5 +364,9 @@ def test_two_processes_train_from_the_same_command(songs, tmp_path, launcher, op
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 of 2 steps") == 1, "the first process speaks for all"
-    assert len(load_checkpoint(find_checkpoint(tmp_path))["random"]) == 2
+    state = load_checkpoint(find_checkpoint(tmp_path))
+    assert len(state["random"]) == 2
+    assert state["settings"]["augment"].startswith("Chain(augmentations=[Remix(), ")
     load_separator(tmp_path / "best")
+    result = run("--resume", tmp_path, "--devices", 1, "--max-steps", 3)
+    assert "3 of 3 steps" in words(result), result.output

@@ -214,6 +214,15 @@ def test_a_single_item_has_nothing_to_mix_with(augment):
         augment(noise_batch(items=1), seeded())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "message"), [(torch.int16, "divide by full scale"), (torch.cfloat, "a spectrogram's")]
+)
+def test_whole_and_complex_numbers_are_refused(dtype, message):
+    stems = torch.ones(4, 2, 1, 100).to(dtype)
+    with pytest.raises(ValueError, match=f"the mixture: {dtype} .*{message}"):
+        Gain()({"mixture": stems[:, 0] + stems[:, 1], "stems": stems}, torch.Generator())
+
+
 def test_a_batch_whose_mixture_is_not_its_own_is_refused():
     batch = noise_batch()
     with pytest.raises(ValueError, match="expected a mixture"):

@@ -45,6 +45,16 @@ def test_no_small_map_is_hidden_whole():
     assert new.mean((1, 2, 3)).min() >= 0.75**2
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_that_share_a_batch_hide_what_one_would(processes):
+    masking, features = SpectrogramMasking(apply_prob=0.7), torch.ones(6, 2, 300, 200)
+    whole = masking(features, torch.Generator().manual_seed(0))
+    for rank in range(processes):
+        share = features[rank::processes]
+        masked = masking(share, torch.Generator().manual_seed(0), rank, processes)
+        assert torch.equal(masked, whole[rank::processes])
+
+
 def test_masks_spare_the_items_they_are_not_applied_to():
     masking = SpectrogramMasking(apply_prob=0.3)
     new = masking(torch.ones(2000, 1, 100, 300), seeded())

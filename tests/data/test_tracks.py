@@ -51,6 +51,77 @@ def test_folders_inside_tracks_and_hidden_ones_are_no_tracks(lone_tree):
     assert MUSDB18Dataset(lone_tree).track_names == ["Noise - 0"]
 
 
+# --- kinds of files ------------------------------------------------------------------------------
+
+
+def as_kind(folder, suffix, **options):
+    """Write the WAV files of a tree again, as another kind of file."""
+    for path in sorted(folder.rglob("*.wav")):
+        samples, rate = soundfile.read(path, dtype="int16")
+        soundfile.write(path.with_suffix(suffix), samples, rate, **options)
+        path.unlink()
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".FLAC", ".aiff"])
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_tree_of_other_lossless_files_reads_like_wav(tree, tmp_path, suffix, split):
+    shutil.copytree(tree, tmp_path, dirs_exist_ok=True)
+    as_kind(tmp_path, suffix)
+    options = {"target_stems": ["vocals", "other"], "segment_seconds": 0.3, "seed": 3}
+    wav, other = (MUSDB18Dataset(root, split, **options) for root in (tree, tmp_path))
+    assert wav.track_names == other.track_names
+    assert len(wav) == len(other)
+    for one, two in zip(wav, other, strict=True):
+        assert torch.equal(one["mixture"], two["mixture"])
+        assert torch.equal(one["stems"], two["stems"])
+
+
+def test_kinds_can_be_mixed_but_two_files_of_a_stem_are_refused(lone_tree):
+    folder = lone_tree / "train" / "Noise - 0"
+    before = MUSDB18Dataset(lone_tree, segment_seconds=None)[0]
+    samples, rate = soundfile.read(folder / "bass.wav", dtype="int16")
+    soundfile.write(folder / "bass.flac", samples, rate)
+    with pytest.raises(ValueError, match=r"Noise - 0 holds bass\.flac and bass\.wav; keep one"):
+        MUSDB18Dataset(lone_tree)
+    (folder / "bass.wav").unlink()
+    for name in ("vocals.txt", "vocals.wav.asd", "._vocals.wav", "no_vocals.wav"):
+        (folder / name).write_bytes(b"of another program")
+    after = MUSDB18Dataset(lone_tree, segment_seconds=None)[0]
+    assert torch.equal(before["stems"], after["stems"])
+
+
+def test_the_official_validation_holds_for_flac(tmp_path, make_track):
+    for name in ("Leaf - Summerghost", "Somebody - Else"):
+        make_track(tmp_path / "train" / name, samples=40)
+    as_kind(tmp_path, ".flac")
+    assert MUSDB18Dataset(tmp_path, "valid", segment_seconds=0.004).track_names == [
+        "Leaf - Summerghost"
+    ]
+
+
+def test_a_folder_of_flac_is_never_said_to_be_empty(lone_tree):
+    folder = lone_tree / "train" / "Noise - 0"
+    as_kind(lone_tree, ".flac")
+    with pytest.raises(ValueError, match="is a single track"):
+        MUSDB18Dataset(folder)
+    with pytest.raises(FileNotFoundError, match=f"pass its parent {lone_tree}"):
+        MUSDB18Dataset(lone_tree / "train")
+    (folder / "drums.flac").rename(folder / "accompaniment.flac")
+    (folder / "bass.flac").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        MUSDB18Dataset(lone_tree, target_stems=["vocals", "other"])
+    assert f"{folder / 'drums.flac'} is missing" in str(error.value)
+    assert "['accompaniment.flac', 'mixture.flac', 'other.flac', 'vocals.flac']" in str(error.value)
+
+
+def test_a_truncated_flac_is_named(lone_tree):
+    as_kind(lone_tree, ".flac")
+    path = lone_tree / "train" / "Noise - 0" / "bass.flac"
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(ValueError, match=r"bass\.flac .* of the 4000 that its header promises"):
+        MUSDB18Dataset(lone_tree, segment_seconds=None)[0]
+
+
 # --- broken trees and files ------------------------------------------------------------------
 
 
@@ -70,7 +141,7 @@ def test_a_folder_that_is_no_data_set_is_explained(lone_tree):
     with pytest.raises(FileNotFoundError, match="test is empty"):
         MUSDB18Dataset(lone_tree, "test")
     (lone_tree / "test" / "Notes").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"Notes/mixture\.wav is missing.*no WAV file"):
+    with pytest.raises(FileNotFoundError, match=r"Notes/mixture\.wav is missing.*no sound file"):
         MUSDB18Dataset(lone_tree, "test")
 
 
@@ -98,7 +169,7 @@ def truncate(path):
         (lambda path: rewrite(path, np.zeros((0, 2))), "holds no samples"),
         (lambda path: path.write_bytes(b""), "not readable as audio"),
         (lambda path: path.write_bytes(b"RIFF of a lost file"), "not readable as audio"),
-        (truncate, "is truncated: 11044 bytes short"),
+        (truncate, "holds 1239 samples .* of the 4000 that its header promises"),
     ],
 )
 def test_a_broken_file_is_named_when_the_data_set_is_made(lone_tree, source, damage, message):
@@ -114,7 +185,7 @@ def test_a_truncated_float_wav_with_chunks_before_the_data_is_found(lone_tree):
     rewrite(path, np.zeros((4000, 2)), subtype="FLOAT")  # has a fact and a PEAK chunk
     assert MUSDB18Dataset(lone_tree, segment_seconds=0.1)[0]["stems"].shape == (4, 2, 800)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"bass\.wav is truncated: 8 bytes"):
+    with pytest.raises(ValueError, match=r"bass\.wav .* 3999 samples .* of the 4000"):
         MUSDB18Dataset(lone_tree)
 
 
@@ -178,7 +249,7 @@ def test_broken_stem_mp4_files_are_named(tmp_path, make_track):
     sources = make_track(tmp_path / "test" / "Noise", samples=4410, rate=44100)
     path = tmp_path / "test" / "Hiss.stem.mp4"
     write_stems(path, sources, codec="aac")
-    with pytest.raises(ValueError, match=r"\.stem\.mp4 files and WAV folders"):
+    with pytest.raises(ValueError, match=r"\.stem\.mp4 files and folders of stems"):
         MUSDB18Dataset(tmp_path, "test")
     shutil.rmtree(tmp_path / "test" / "Noise")
     assert MUSDB18Dataset(tmp_path, "test", segment_seconds=None)[0]["mixture"].shape[0] == 2

@@ -294,6 +294,17 @@ def test_scores_of_different_settings_are_no_report(data, guesses, tmp_path):
         load_report(tmp_path / "a")
 
 
+def test_a_report_of_a_split_or_of_bounds_that_are_not_there_is_refused(data, guesses, tmp_path):
+    out = tmp_path / "out"
+    evaluate(FolderEstimates(guesses, STEMS), data, out, replace(QUICK, bounds=("mixture",)))
+    with pytest.raises(ValueError, match="unknown split 'tests'; did you mean 'test'"):
+        load_report(out, "tests")
+    for folder in (tmp_path / "nowhere", data):
+        with pytest.raises(FileNotFoundError, match=r"bounds_dir=.* holds no test/ of mixture"):
+            load_report(out, bounds_dir=folder)
+    assert load_report(out, bounds_dir=out / "bounds").methods == ["mixture", "estimates"]
+
+
 def test_a_folder_of_other_songs_or_files_is_refused(data, guesses, tmp_path):
     out = tmp_path / "out"
     (out / "test").mkdir(parents=True)

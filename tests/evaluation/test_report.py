@@ -49,6 +49,14 @@ def test_medians_of_medians_and_means_of_wholes(report):
     assert report.means(ratio="SI-SDR") == {"vocals": 4.0, "other": 5.0}
 
 
+def test_what_was_not_scored_is_refused_by_name(report):
+    for ask in (report.medians, report.means, lambda method: report.by_song("SDR", method)):
+        with pytest.raises(ValueError, match="method='irm' was not scored; there is estimates"):
+            ask("irm")
+    with pytest.raises(ValueError, match="ratio='SDR': choose one of uSDR, SI-SDR"):
+        report.means(ratio="SDR")  # which has no mean of whole songs
+
+
 def test_the_two_never_share_a_table_and_bounds_are_beside(report):
     medians, means, songs, wholes = report.tables()
     assert ("vocals", "estimates", "2.50", "2.50", "2.50", "2.50") in medians.rows

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tfswa_lab.cli.errors import one_line_errors
+from tfswa_lab.cli.errors import one_line_errors, printable
 from tfswa_lab.cli.options import given, list_of, panel, takes
 
 if TYPE_CHECKING:
@@ -34,11 +34,18 @@ LESS_MEMORY = (
 class EvaluateOptions:
     """What can be typed; None stands for "not given"."""
 
-    model: Annotated[Path | None, SONGS(help="A folder written by save_separator.")] = None
-    estimates: Annotated[Path | None, SONGS(help="Or a folder with SPLIT/SONG/STEM.wav.")] = None
+    model: Annotated[
+        str | None, SONGS(help="A name, a run, or a folder of save_separator; default: band.")
+    ] = None
+    estimates: Annotated[
+        Path | None, SONGS(help="Or a folder with SONG/STEM.wav or SPLIT/SONG/STEM.flac.")
+    ] = None
     stems: Annotated[tuple | None, SONGS(help="Stems in --estimates.", **list_of(str))] = None
     data_root: Annotated[Path | None, SONGS(help="MUSDB18-shaped; default: the band.")] = None
     split: Annotated[str, SONGS(help="train, valid or test.")] = "test"
+    allow_mismatch: Annotated[
+        bool, SONGS(help="Also score songs whose mixture is far from the sum of its stems.")
+    ] = False
     output_dir: Annotated[
         Path | None, SCORES(help="Default: evaluations/PARENT/NAME, for a source at PARENT/NAME.")
     ] = None
@@ -53,14 +60,20 @@ class EvaluateOptions:
     shifts: Annotated[int | None, MODEL(help="Number of estimates to average; default 1.")] = None
     batch_size: Annotated[int | None, MODEL(help="Segments at once; default 1.")] = None
     jobs: Annotated[int | None, MACHINE(help="Songs scored in parallel; 3 GiB each.")] = None
-    device: Annotated[str, MACHINE(help="cpu, cuda, or auto.")] = "auto"
+    device: Annotated[str, MACHINE(help="cpu, cuda, mps, or auto.")] = "auto"
 
     @property
     def source(self) -> Path:
-        """The folder of the model or of the estimates."""
-        from tfswa_lab.weights import BAND
+        """The folder of the model or of the estimates.
 
-        return (self.estimates or self.model or BAND).expanduser().resolve()
+        Raises:
+            FileNotFoundError: there is no such model.
+        """
+        from tfswa_lab.models.storage import find_model
+
+        if self.estimates:
+            return self.estimates.expanduser().resolve()
+        return find_model(self.model or "band").resolve()
 
     def estimator(self, device: torch.device) -> Estimator:
         """Who makes or finds the estimates; a model on this device.
@@ -97,7 +110,8 @@ class EvaluateOptions:
         from tfswa_lab.evaluation.scoring import Evaluation
 
         bounds = tuple(BOUNDS) if self.bounds else ()
-        how = Evaluation(**given(self, Evaluation) | {"device": device, "bounds": bounds})
+        scored_on = "cpu" if device.type == "mps" else device  # which has no float64
+        how = Evaluation(**given(self, Evaluation) | {"device": scored_on, "bounds": bounds})
         return how if how.jobs else replace(how, jobs=default_jobs(device))
 
 
@@ -117,9 +131,9 @@ def evaluate(options: EvaluateOptions) -> None:
     from tfswa_lab.durable import write_whole
     from tfswa_lab.teaching.score_plot import write_picture
 
-    output = options.output_dir or default_output(options.source)
-    tables, picture = (output / f"{options.split}{ending}" for ending in (".md", ".png"))
     with one_line_errors(lambda: LESS_MEMORY):
+        output = options.output_dir or default_output(options.source)
+        tables, picture = (output / f"{options.split}{ending}" for ending in (".md", ".png"))
         device = pick_device(options.device)
         estimator, how = options.estimator(device), options.evaluation(device)
         data_root = options.data_root or ensure_band()
@@ -127,7 +141,7 @@ def evaluate(options: EvaluateOptions) -> None:
         of = "estimates of" if options.estimates else "model"
         origin = {of: str(options.source), "songs of": f"{data_root}, {options.split}"}
         report = replace(report, origin=origin)
-        write_whole({tables: [report.to_markdown().encode()]})
+        write_whole({tables: [printable(report.to_markdown()).encode()]})
         show(report)
         write_picture(report, picture)
     typer.echo(f"the tables: {tables}\na picture:  {picture}")
@@ -149,7 +163,7 @@ def default_jobs(device: torch.device) -> int:
     from tfswa_lab.memory.gauges import host_available
     from tfswa_lab.memory.sizes import GIB
 
-    if device.type == "cuda":
+    if device.type != "cpu":
         return 1
     return max(1, min(cpu_count(), host_available() // (3 * GIB)))  # for a song of 3 minutes
 
@@ -158,13 +172,13 @@ def show(report: Report) -> None:
     """Print facts, tables and notes."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names of songs are plain text
     for name, fact in report.facts().items():
-        console.print(f"{name}: {fact}", markup=False)
+        console.print(printable(f"{name}: {fact}"))
     for table in report.tables():
         console.print(_drawn(table))
     for note in report.notes():
-        console.print(note, markup=False)
+        console.print(printable(note))
 
 
 def _drawn(table: Table) -> RichTable:
@@ -174,5 +188,5 @@ def _drawn(table: Table) -> RichTable:
     for number, column in enumerate(table.columns):
         drawn.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(printable, row))
     return drawn

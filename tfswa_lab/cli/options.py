@@ -21,10 +21,15 @@ def panel(name: str) -> Callable[..., Any]:
 
 def list_of(kind: type) -> dict:
     """How an option such as `8,16,24,32` is read and shown."""
-    return {
-        "parser": lambda text: tuple(kind(part.strip()) for part in text.split(",")),
-        "metavar": f"{kind.__name__.upper()},…",
-    }
+
+    def read(text: str) -> tuple:
+        try:
+            return tuple(kind(part.strip()) for part in text.split(","))
+        except ValueError:
+            message = f"{text!r} is not a list of whole numbers; write them as 8,16,24,32"
+            raise typer.BadParameter(message) from None
+
+    return {"parser": read, "metavar": f"{kind.__name__.upper()},…"}
 
 
 def takes(options: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:

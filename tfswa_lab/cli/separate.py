@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import glob
 import json
-import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ import typer
 
 from tfswa_lab.cli.errors import ended_by_signals, explain, one_line_errors, printable, say
 from tfswa_lab.cli.options import given, list_of, panel, takes
+from tfswa_lab.decode import is_sound_file
 from tfswa_lab.durable import refuse_existing
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ FILES, STEMS, MODEL, MESSAGES = map(panel, ("Files", "Stems", "Model", "Messages
 LESS_MEMORY = "lower --segment-seconds, or close other programs that use memory"
 MIXTURE = "mixture"  # of MUSDB18-shaped trees, where the folder has the song's name
 FIELDS = ("track", "parent", "stem", "ext")
-ENDINGS = re.compile(
-    "aac|ac3|aif[cf]?|amr|ape|au|bwf|caf|dsf|flac|flv|m4[abv]|mk[av]|mov|mp[234c]|og[ag]|opus|"
-    "rf64|snd|tta|w64|wave?|webm|wm[av]|wv"
-)
 
 
 def _show_models(wanted: bool) -> None:
@@ -221,12 +217,12 @@ def find_songs(wanted: Iterable[str]) -> list[Song]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
+    below = ((path, path.relative_to(folder).parts) for path in folder.rglob("*"))
+    hidden = (".", "__MACOSX")
     files = sorted(
         path
-        for path in folder.rglob("*")
-        if ENDINGS.fullmatch(path.suffix[1:].lower())
-        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
-        and path.is_file()
+        for path, parts in below
+        if is_sound_file(path) and not any(part.startswith(hidden) for part in parts)
     )
     if not files:
         raise FileNotFoundError(f"{folder} holds no sound file")

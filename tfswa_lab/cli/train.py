@@ -20,6 +20,10 @@ RUN, DATA, NETWORK, LOSS, STEPS, WATCH, MACHINE = map(
     panel, ("Run", "Data", "Network", "Loss", "Steps", "Watching", "Machine")
 )
 MODELS = "tfswa_unet, resunet, locoformer or mask_resunet; tfswa_unet if absent."
+MASK = (
+    "magnitude or complex, for networks of masks; mapping for locoformer; magnitude mapping for "
+    "resunet."
+)
 LESS_MEMORY = (
     "lower --batch-size (and raise --accumulate) or --segment-seconds, or use --precision "
     "bf16-mixed or --activation-checkpointing"
@@ -39,13 +43,15 @@ class TrainOptions:
     segment_seconds: Annotated[float | None, DATA(help="Length of a segment.")] = None
     samples_per_track: Annotated[int | None, DATA(help="Segments per song and epoch.")] = None
     sample_rate: Annotated[int | None, DATA(help="Resample songs to this, in Hz.")] = None
-    augment: Annotated[str | None, DATA(help="none, light or full.")] = None
+    augment: Annotated[
+        str | None, DATA(help="none, light or full; remixes batches of 2 or more.")
+    ] = None
     model: Annotated[str | None, NETWORK(help=MODELS)] = None
     dims: Annotated[tuple | None, NETWORK(help="Channels per level.", **list_of(int))] = None
     depths: Annotated[tuple | None, NETWORK(help="Blocks per level.", **list_of(int))] = None
     window_size: Annotated[int | None, NETWORK(help="Side of an attention window.")] = None
     num_heads: Annotated[int | None, NETWORK(help="Attention heads.")] = None
-    mask: Annotated[str | None, NETWORK(help="magnitude or complex, for networks of masks.")] = None
+    mask: Annotated[str | None, NETWORK(help=MASK)] = None
     n_fft: Annotated[int | None, NETWORK(help="Window of the transform, in samples.")] = None
     hop_length: Annotated[int | None, NETWORK(help="From frame to frame, in samples.")] = None
     bins: Annotated[int | None, NETWORK(help="Lowest bins that the network sees.")] = None
@@ -59,7 +65,7 @@ class TrainOptions:
     max_steps: Annotated[int | None, STEPS(help="Stop after so many steps.")] = None
     learning_rate: Annotated[float | None, STEPS(help="The highest; it rises, then falls.")] = None
     weight_decay: Annotated[float | None, STEPS(help="AdamW's.")] = None
-    warmup_steps: Annotated[int | None, STEPS(help="In which the learning rate rises.")] = None
+    warmup_steps: Annotated[int | None, STEPS(help="While the rate rises; 1/20 if absent.")] = None
     gradient_clip_val: Annotated[float | None, STEPS(help="Largest norm; 0 is off.")] = None
     ema_decay: Annotated[float | None, STEPS(help="Of the averaged weights; 0 is off.")] = None
     log_every_n_steps: Annotated[int | None, WATCH(help="Steps between points of a curve.")] = None

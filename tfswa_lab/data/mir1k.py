@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from tfswa_lab import audio
-from tfswa_lab.data.tracks import read_header
+from tfswa_lab.decode import read_header
 
 RATE = 16_000
 HOP = 320  # samples from one label to the next

@@ -59,7 +59,7 @@ def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
 
 
 class MUSDB18Dataset(Dataset):
-    """Segments of songs with their stems, from WAV folders or `.stem.mp4` files.
+    """Segments of songs with their stems, from folders of WAV or FLAC, or `.stem.mp4` files.
 
     Random segments depend on `(seed, epoch, index)` alone: they are the same with any number of
     workers, and `set_epoch` draws new ones. Sequential segments cover every sample of every song.

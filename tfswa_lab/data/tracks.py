@@ -3,8 +3,9 @@
     root/{train,test}/<Artist - Title>/{mixture,vocals,drums,bass,other}.wav     or
     root/{train,test}/<Artist - Title>.stem.mp4
 
-musdb lists the tracks and knows the validation split. WAV files are read by seeking here, because
-musdb starts ffprobe and ffmpeg for each file that it reads.
+Folders may hold FLAC or any other kind of sound file instead of WAV. musdb knows the validation
+split. Files are read by seeking here, because musdb knows no FLAC, and starts ffprobe and ffmpeg
+for each file that it reads.
 
 Axis letters: `s` samples.
 
@@ -14,22 +15,19 @@ Notebook: 00_start_here
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
 from tfswa_lab import audio
-
-Header = tuple[int, int, int]  # sample rate in Hz, channels, samples
+from tfswa_lab.decode import Header, is_sound_file, read_header
 
 STREAMS = ("mixture", "drums", "bass", "other", "vocals")  # the order inside a .stem.mp4
-SHAPE = "root/{train,test}/<track>/{mixture,vocals,drums,bass,other}.wav"
+SHAPE = "root/{train,test}/<track>/{mixture,vocals,drums,bass,other}.wav (or .flac)"
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ class Track:
         # `step_in` samples of the file last as long as `step_out` samples of the result.
         divisor = math.gcd(rate, self.rate)
         step_in, step_out = self.rate // divisor, rate // divisor
-        # The filter of `audio.resample` reaches 6 zero crossings of the lower rate to each side.
-        context = 1 + math.ceil(7 / min(step_in, step_out))
+        context = 1 + math.ceil(audio.REACH / min(step_in, step_out))
         first = max(0, start // step_out - context)
         last = (start + frames) // step_out + 1 + context
         begin, end = first * step_in, min(last * step_in, self.samples)
@@ -77,27 +74,87 @@ class Track:
             for source, waveform in waveforms.items()
         }
 
+    def files(self) -> list[Path]:
+        """The files that it is read from."""
+        return [self.path]
+
+    def adding(self, sources: Sequence[str]) -> Track:
+        """The same track with more sources to read, after a check of their headers.
+
+        Raises:
+            FileNotFoundError: there is no file of a source.
+            ValueError: there are two, or a header is broken or disagrees with another one.
+        """
+        return self
+
     def _decode(self, sources: Sequence[str], start: int, frames: int) -> dict[str, Tensor]:
         raise NotImplementedError
 
 
-class WavTrack(Track):
-    """A folder with one WAV file for each source: reading a segment takes one seek."""
+@dataclass(frozen=True)
+class FolderTrack(Track):
+    """A folder with one file for each source: reading a segment takes one seek.
+
+    Args:
+        paths: source → its file.
+    """
+
+    paths: dict[str, Path]
 
     @classmethod
-    def open(cls, folder: Path, sources: Sequence[str]) -> WavTrack:
-        """Check that the headers of the sources agree, and keep their rate and length."""
-        paths = [folder / f"{source}.wav" for source in sources]
-        rate, samples = _agree({str(path): read_header(path) for path in paths})
-        return cls(folder.name, folder, rate, samples)
+    def open(cls, folder: Path, sources: Sequence[str]) -> FolderTrack:
+        """Find the files, check that their headers agree, and keep their rate and length.
+
+        Raises:
+            FileNotFoundError: there is no file of a source.
+            ValueError: there are two, or a header is broken or disagrees with another one.
+        """
+        paths = {source: audio_file(folder, source) for source in dict.fromkeys(sources)}
+        rate, samples = _agree({str(path): read_header(path) for path in paths.values()})
+        return cls(folder.name, folder, rate, samples, paths)
+
+    def files(self) -> list[Path]:
+        """One of each source."""
+        return list(self.paths.values())
+
+    def adding(self, sources: Sequence[str]) -> FolderTrack:
+        """Open again with more sources."""
+        return FolderTrack.open(self.path, [*self.paths, *sources])
 
     def _decode(self, sources: Sequence[str], start: int, frames: int) -> dict[str, Tensor]:
         waveforms = {}
         for source in sources:
-            path = self.path / f"{source}.wav"
-            waveform, _ = audio.read(path, start, frames)
-            waveforms[source] = _check_end(waveform, path, start, frames)
+            waveform, _ = audio.read(self.paths[source], start, frames)
+            waveforms[source] = _check_end(waveform, self.paths[source], start, frames)
         return waveforms
+
+
+def audio_files(folder: Path) -> list[Path]:
+    """All sound files in a folder, sorted by name; none where there is no such folder."""
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in there if is_sound_file(path)]
+
+
+def audio_file(folder: Path, name: str) -> Path:
+    """The only sound file of this name in a folder, whatever its kind.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are several, such as vocals.wav and vocals.flac.
+    """
+    there = audio_files(folder)
+    found = [path for path in there if path.stem == name]
+    if not found:
+        suffix = there[0].suffix if there else ".wav"
+        raise FileNotFoundError(
+            f"{folder / name}{suffix} is missing (the folder holds "
+            f"{[path.name for path in there] or 'no sound file'}); add the file or correct its name"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds {' and '.join(path.name for path in found)}; keep one of them"
+        )
+    return found[0]
 
 
 class StemTrack(Track):
@@ -165,29 +222,27 @@ def find_tracks(
         ValueError: the split is empty, or a header is broken or disagrees with another one.
     """
     folder = _subset_folder(Path(root).expanduser(), "test" if split == "test" else "train")
-    is_wav = _check_mixtures(folder)
-    names, official = _list_with_musdb(folder, is_wav)
+    places = _list_tracks(folder)
+    names = list(places)
     if split != "test":
-        valid = _validation_names(names, official, valid_fraction, seed)
+        valid = _validation_names(names, official_validation(), valid_fraction, seed)
         names = [name for name in names if (name in valid) == (split == "valid")]
     if not names:
         raise ValueError(
             f"no track of {folder} is left for split={split!r} with "
             f"valid_fraction={valid_fraction}; expected {SHAPE}"
         )
-    if is_wav:
-        return [WavTrack.open(folder / name, sources) for name in names]
-    return [StemTrack.open(folder / f"{name}.stem.mp4") for name in names]
+    return [_open(places[name], sources) for name in names]
 
 
 def _subset_folder(root: Path, subset: str) -> Path:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected {SHAPE}")
     folder = root / subset
-    if (root / "mixture.wav").is_file():
+    if _has_mixture(root):
         raise ValueError(f"{root} is a single track; pass the folder above train/ and test/")
     if not folder.is_dir():
-        if any(root.glob("*/mixture.wav")) or any(root.glob("*.stem.mp4")):
+        if any(map(_has_mixture, root.iterdir())) or any(root.glob("*.stem.mp4")):
             raise FileNotFoundError(
                 f"{root} holds tracks but no {subset}/ folder; if it is {subset}/ itself, pass its "
                 f"parent {root.resolve().parent}, otherwise move the tracks into {folder}"
@@ -198,32 +253,31 @@ def _subset_folder(root: Path, subset: str) -> Path:
     return folder
 
 
-def _check_mixtures(folder: Path) -> bool:
-    """Whether the tracks are WAV folders; musdb fails on a broken mixture without naming it."""
+def _has_mixture(folder: Path) -> bool:
+    return any(path.stem == "mixture" for path in audio_files(folder))
+
+
+def _list_tracks(folder: Path) -> dict[str, Path]:
+    """Name → path of each track of a subset: all `.stem.mp4` files, or all folders."""
     stem_files = sorted(folder.glob("[!.]*.stem.mp4"))
-    mixtures = sorted(folder.glob("[!.]*/mixture.wav"))
-    if stem_files and mixtures:
-        raise ValueError(f"{folder} holds .stem.mp4 files and WAV folders; move one kind elsewhere")
-    for path in stem_files:
-        read_mp4_headers(path)
-    for path in mixtures:
-        read_header(path)
-    return not stem_files
+    folders = [path for path in sorted(folder.glob("[!.]*")) if path.is_dir()]
+    if stem_files and any(map(_has_mixture, folders)):
+        raise ValueError(
+            f"{folder} holds .stem.mp4 files and folders of stems; move one kind elsewhere"
+        )
+    return {path.name.removesuffix(".stem.mp4"): path for path in stem_files or folders}
 
 
-def _list_with_musdb(folder: Path, is_wav: bool) -> tuple[list[str], set[str]]:
-    """Names of the tracks, and of musdb's validation tracks."""
+def _open(path: Path, sources: Sequence[str]) -> Track:
+    return FolderTrack.open(path, sources) if path.is_dir() else StemTrack.open(path)
+
+
+def official_validation() -> set[str]:
+    """Names of the 14 tracks that musdb keeps for validation."""
     audio.ensure_ffmpeg()
     import musdb
 
-    database = musdb.DB(root=str(folder.parent), is_wav=is_wav, subsets=[folder.name])
-    # musdb also lists folders inside of tracks, as if they were tracks.
-    names = [
-        track.name
-        for track in database
-        if not track.name.startswith(".") and (not is_wav or (folder / track.name).is_dir())
-    ]
-    return names, set(database.setup["validation_tracks"])
+    return set(musdb.DB(root="", subsets=[]).setup["validation_tracks"])
 
 
 def _validation_names(names: list[str], official: set[str], fraction: float, seed: int) -> set[str]:
@@ -232,54 +286,6 @@ def _validation_names(names: list[str], official: set[str], fraction: float, see
         return present
     count = min(max(1, round(fraction * len(names))), len(names) - 1)
     return set(np.random.default_rng(seed).permutation(sorted(names))[:count].tolist())
-
-
-def read_header(path: Path) -> Header:
-    """Sample rate, channels and samples of an audio file that is as long as its header says.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not audio, empty, or truncated.
-    """
-    if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.wav"))
-        raise FileNotFoundError(
-            f"{path} is missing (the folder holds {there or 'no WAV file'}); "
-            "add the file or correct its name"
-        )
-    try:
-        info = soundfile.info(path)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"{path} is not readable as audio ({error}); copy or download it again"
-        ) from error
-    missing = _expected_bytes(path) - path.stat().st_size
-    if missing > 0:
-        raise ValueError(
-            f"{path} is truncated: {missing} bytes shorter than its header says; "
-            "copy or download it again"
-        )
-    if info.frames == 0:
-        raise ValueError(f"{path} holds no samples; export it again")
-    return info.samplerate, info.channels, info.frames
-
-
-def _expected_bytes(path: Path) -> int:
-    """File size up to the end of the RIFF `data` chunk by the headers; 0 if they do not say.
-
-    libsndfile reads a truncated file as a shorter one without an error, so this walks the chunks.
-    """
-    with path.open("rb") as file:
-        form, _, kind = struct.unpack("<4sI4s", file.read(12))
-        if (form, kind) != (b"RIFF", b"WAVE"):
-            return 0
-        while len(chunk := file.read(8)) == 8:
-            name, size = struct.unpack("<4sI", chunk)
-            if name == b"data":
-                # Programs that write into a pipe cannot know the size, and write ones.
-                return 0 if size == 0xFFFFFFFF else file.tell() + size
-            file.seek(size + size % 2, 1)
-    return 0
 
 
 def read_mp4_headers(path: Path) -> dict[str, Header]:
@@ -310,7 +316,7 @@ def read_mp4_headers(path: Path) -> dict[str, Header]:
         samples = round(float(facts.get("duration", 0)) * rate)
         if samples == 0:
             raise ValueError(f"{path} [{stream}] holds no samples; download it again")
-        headers[f"{path} [{stream}]"] = (rate, facts["channels"], samples)
+        headers[f"{path} [{stream}]"] = Header(rate, facts["channels"], samples)
     return headers
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from tfswa_lab import audio
 from tfswa_lab.audio import STEMS
 from tfswa_lab.data.musdb import stem_parts
-from tfswa_lab.data.tracks import Track, read_header
-from tfswa_lab.inference.separate import Segmentation, separate
+from tfswa_lab.data.tracks import Track, audio_file, audio_files
+from tfswa_lab.decode import read_header
+from tfswa_lab.inference.separate import Segmentation, refuse_training_mode, separate
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.storage import describe, load_separator
 
@@ -50,12 +51,13 @@ class ModelEstimates:
     hears the mean of both channels, and its estimates are doubled.
 
     Args:
-        separator: in evaluation mode, or its folder.
+        separator: in evaluation mode, or what `load_separator` takes.
         segmentation: how songs are cut for it.
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: the model is broken, in training mode, or has a stem that no data set has.
+        ValueError: the model is broken, in training mode, or has a stem that no data set has; or
+            an argument is something else.
     """
 
     def __init__(
@@ -63,10 +65,18 @@ class ModelEstimates:
         separator: Separator | str | Path,
         segmentation: Segmentation = Segmentation(),
     ):
-        if not isinstance(separator, Separator):
+        if isinstance(separator, str | Path):
             separator = load_separator(separator)
-        if separator.training:
-            raise ValueError("the separator is in training mode; call its eval() first")
+        if not isinstance(separator, Separator):
+            raise ValueError(
+                f"expected a Separator, its folder or a name such as 'band', got a "
+                f"{type(separator).__name__}; wrap estimates of your own in an `Estimator`"
+            )
+        if not isinstance(segmentation, Segmentation):
+            raise ValueError(
+                f"segmentation={segmentation!r}: pass a Segmentation, such as Segmentation(6.0)"
+            )
+        refuse_training_mode(separator)
         stem_parts(separator.stems)
         self.separator, self.segmentation = separator, segmentation
 
@@ -90,7 +100,7 @@ class ModelEstimates:
 
     def estimate(self, track: Track, mixture: Tensor) -> Estimates:
         """Estimates of a mixture `(2, s)` on its device."""
-        stems = separate(self.separator, mixture, self.segmentation, track.rate)
+        stems = separate(mixture, track.rate, self.separator, self.segmentation)
         return audio.to_stereo(torch.stack(list(stems.values()))), ()
 
 
@@ -106,8 +116,10 @@ def model_digest(separator: Separator) -> str:
 class FolderEstimates:
     """Estimates that lie in files, as museval expects them: `folder/SPLIT/TRACK/STEM.wav`.
 
-    The level of the split may be missing. Files that are a second or less shorter or longer than
-    their song are padded with silence or cut, and a note says so; mono files are doubled.
+    The level of the split may be missing, as it is in what `tfswa-lab separate` writes, and files
+    may be FLAC or any other kind of sound file. Files that are a second or less shorter or
+    longer than their song are padded with silence or cut, and a note says so; mono files are
+    doubled.
 
     Args:
         folder: of all songs.
@@ -133,14 +145,24 @@ class FolderEstimates:
 
         Raises:
             FileNotFoundError: one is missing.
-            ValueError: one is broken, or of another sample rate or length than the song.
+            ValueError: one is broken, or of another sample rate or length than the song, or there
+                are two of one stem.
         """
         return {f"estimates/{path.name}": path for path in self._lengths(track)}
 
     def _lengths(self, track: Track) -> dict[Path, int]:
         """The files of a song, and how many samples each has."""
         folder = self._folder_of(track)
-        paths = [folder / f"{stem}.wav" for stem in self.stems]
+        there = [stem for stem in STEMS if any(p.stem == stem for p in audio_files(folder))]
+        if missing := [stem for stem in self.stems if stem not in there]:
+            names = [path.name for path in audio_files(folder)]
+            suffix = Path(names[0]).suffix if names else ".wav"
+            raise FileNotFoundError(
+                f"{folder / missing[0]}{suffix} is missing (the folder lacks {', '.join(missing)} "
+                f"and holds {', '.join(names) or 'no sound file'}); add the estimates"
+                f"{_or_fewer(there)}"
+            )
+        paths = [audio_file(folder, stem) for stem in self.stems]
         return {path: _checked_length(path, track) for path in paths}
 
     def _folder_of(self, track: Track) -> Path:
@@ -148,9 +170,11 @@ class FolderEstimates:
         for place in places:
             if place.is_dir():
                 return place
+        there = sorted(path.name for path in self.folder.iterdir())[:8]
         raise FileNotFoundError(
-            f"{places[0]} is missing, and {places[1]} too: there are no estimates of this song; "
-            "add them, or check the folder and the split"
+            f"{places[0]} is missing, and {places[1]} too: there are no estimates of this song "
+            f"({self.folder} holds {', '.join(there) or 'nothing'}); add them, or check the folder "
+            "and the split"
         )
 
     def estimate(self, track: Track, mixture: Tensor) -> Estimates:
@@ -166,6 +190,15 @@ class FolderEstimates:
                 notes += (f"the estimate {path.name} is {surplus} samples too long: cut",)
             estimates.append(F.pad(audio.to_stereo(estimate), (0, missing)))
         return torch.stack(estimates).to(mixture.device), notes
+
+
+def _or_fewer(there: list[str]) -> str:
+    """How to score only the stems that are there, if any is."""
+    if not there:
+        return ""
+    names = ",".join(there)
+    rest = ", where other is the sum of all that are not named" if "other" in there else ""
+    return f", or score only those that are there: --stems {names}{rest}"
 
 
 def _checked_length(path: Path, track: Track) -> int:

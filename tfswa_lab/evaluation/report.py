@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tfswa_lab.data.musdb import SPLITS, check_choice
 from tfswa_lab.evaluation.bsseval import ignoring_nan
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.scores import (
@@ -91,11 +92,11 @@ class Report:
             method: a key of `scores`.
 
         Raises:
-            ValueError: there is no such ratio.
+            ValueError: there is no such ratio, or the method was not scored.
         """
-        known = (*RATIOS, *WHOLE_RATIOS)
-        if ratio not in known:
-            raise ValueError(f"ratio={ratio!r}: choose one of {', '.join(known)}")
+        _check_ratio(ratio, (*RATIOS, *WHOLE_RATIOS))
+        if method not in self.scores:
+            raise ValueError(f"method={method!r} was not scored; there is {', '.join(self.scores)}")
         songs = self.scores[method]
         named = [song.medians if ratio in RATIOS else song.whole for song in songs]
         return np.array([[song[stem][ratio] for stem in self.stems] for song in named])
@@ -114,7 +115,11 @@ class Report:
         Args:
             method: a key of `scores`.
             ratio: "uSDR" or "SI-SDR".
+
+        Raises:
+            ValueError: it is a ratio of frames, or the method was not scored.
         """
+        _check_ratio(ratio, WHOLE_RATIOS)
         means = ignoring_nan(np.nanmean, self.by_song(ratio, method), axis=0)
         return dict(zip(self.stems, means.tolist(), strict=True))
 
@@ -207,6 +212,11 @@ class Report:
         return "\n\n".join(texts) + "\n"
 
 
+def _check_ratio(ratio: str, known: Sequence[str]) -> None:
+    if ratio not in known:
+        raise ValueError(f"ratio={ratio!r}: choose one of {', '.join(known)}")
+
+
 def _between(values: Sequence[float]) -> str:
     """A score and, in brackets, its floor and ceiling."""
     score, *ends = map(show, values)
@@ -232,9 +242,11 @@ def load_report(
     The report of an evaluation that was killed has the finished songs, and its notes say so.
 
     Raises:
-        FileNotFoundError: there are no scores.
-        ValueError: a file was written by another program, is broken, or has other settings.
+        FileNotFoundError: there are no scores, or none of bounds in a `bounds_dir` that is given.
+        ValueError: there is no such split; or a file was written by another program, is broken, or
+            has other settings.
     """
+    check_choice("split", split, SPLITS)
     folders = Folders.of(output_dir, bounds_dir, split)
     names = [path.stem for path in folders.scored()]
     if not names:
@@ -251,6 +263,11 @@ def load_report(
             there.append(bound)
         elif count:
             gaps += (f"{NAMES[bound]}: left out, scored for {count} of {len(names)} songs",)
+    if bounds_dir is not None and not any(map(folders.holds, BOUNDS)):
+        raise FileNotFoundError(
+            f"bounds_dir={bounds_dir} holds no {split}/ of {', '.join(BOUNDS)}; check the path, or "
+            "leave it out"
+        )
     return read_report(folders, names, there, gaps)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,10 @@ class Folders:
         folder = self.output if method == ESTIMATES else self.bounds / method
         return folder / self.split / f"{track}.json"
 
+    def holds(self, method: str) -> bool:
+        """Whether there is a folder of scores of this method."""
+        return self.path(method, "").parent.is_dir()
+
     def scored(self) -> list[Path]:
         """The files of the estimates that are there."""
         return sorted((self.output / self.split).glob("[!.]*.json"))
@@ -153,11 +158,13 @@ class Folders:
 
     def write_songs(self, names: Iterable[str]) -> None:
         """Write the list of songs to be scored, so that a report can say how many are missing."""
-        write_whole({self._songs: [f"{name}\n".encode() for name in names]})
+        write_whole({self._songs: [os.fsencode(f"{name}\n") for name in names]})
 
     def read_songs(self) -> list[str]:
         """Songs that are to be scored; none where no list was written."""
-        return self._songs.read_text("utf-8").split("\n")[:-1] if self._songs.is_file() else []
+        if not self._songs.is_file():
+            return []
+        return os.fsdecode(self._songs.read_bytes()).split("\n")[:-1]
 
     def write(self, scores: Mapping[str, TrackScores]) -> None:
         """Write the scores of a song; bounds first, so that no estimates lack theirs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from tfswa_lab import __version__
-from tfswa_lab.audio import check_seconds, is_number, plain_number
+from tfswa_lab.audio import STEMS, check_seconds, is_number, plain_number
 from tfswa_lab.data.musdb import SPLITS, check_choice, stem_parts
 from tfswa_lab.data.tracks import Track
 from tfswa_lab.device import compute_threads, pick_device
+from tfswa_lab.evaluation.alignment import alignment_note
 from tfswa_lab.evaluation.bsseval import bss_eval
 from tfswa_lab.evaluation.estimates import Estimator
 from tfswa_lab.evaluation.oracles import BOUNDS
 from tfswa_lab.evaluation.ratios import whole_ratios
+from tfswa_lab.evaluation.residual import residual_notes
 from tfswa_lab.evaluation.scores import ESTIMATES, TrackScores, frames_by_stem, whole_by_stem
 
 ACCOMPANIMENT = "accompaniment"  # museval's name for all but the voice
@@ -46,6 +48,7 @@ class Evaluation:
         jobs: processes, with a thread each; None for one with as many threads as torch uses now.
         device: where ratios and bounds are computed; as `pick_device` takes it.
         overwrite: score all songs again, and bounds that are broken or differ.
+        allow_mismatch: also score songs whose mixture is far from the sum of its stems.
 
     Raises:
         ValueError: an argument is out of range.
@@ -60,6 +63,7 @@ class Evaluation:
     jobs: int | None = None
     device: torch.device | str = "cpu"
     overwrite: bool = False
+    allow_mismatch: bool = False
 
     def __post_init__(self):
         check_choice("split", self.split, SPLITS)
@@ -70,9 +74,11 @@ class Evaluation:
             check_choice("bound", name, tuple(BOUNDS))
         if not (self.jobs is None or (is_number(self.jobs, Integral) and self.jobs >= 1)):
             raise ValueError(f"jobs={self.jobs!r} must be 1 or more processes, or None")
-        pick_device(self.device)  # or an error: unknown, or not here
-        if not isinstance(self.overwrite, bool):
-            raise ValueError(f"overwrite={self.overwrite!r} must be True or False")
+        if pick_device(self.device).type == "mps":  # or an error: unknown, or not here
+            raise ValueError("device='mps' has no float64, which scores need: use cpu for them")
+        for name in ("overwrite", "allow_mismatch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         for name in ("window", "hop") if self.seconds is None else ("window", "hop", "seconds"):
             check_seconds(name, getattr(self, name))
             self._set(name, plain_number(getattr(self, name)))
@@ -83,10 +89,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Scores songs: the estimator, and how its estimates are evaluated."""
+    """Scores songs: the estimator, and how its estimates are evaluated.
+
+    Raises:
+        ValueError: one of them is something else.
+    """
 
     estimator: Estimator
     how: Evaluation = Evaluation()
+
+    def __post_init__(self):
+        needed = hasattr(self.estimator, "stems") and hasattr(self.estimator, "settings")
+        if isinstance(self.estimator, type) or not needed:
+            raise ValueError(
+                f"{self.estimator!r} makes no estimates; pass ModelEstimates(model), or "
+                "FolderEstimates(folder) for files"
+            )
+        if not isinstance(self.how, Evaluation):
+            raise ValueError(f"how={self.how!r}: pass an Evaluation, such as Evaluation(jobs=2)")
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -95,7 +115,7 @@ class Scoring:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The files of a song that are read."""
+        """The files of a song that scores need."""
         return ("mixture", *(part for parts in self.parts.values() for part in parts))
 
     def settings(self, method: str) -> dict:
@@ -124,22 +144,47 @@ class Scoring:
 
     def digests(self, track: Track, methods: Sequence[str]) -> dict[str, dict[str, str]]:
         """SHA-256 of the files of a song that each method's scores depend on; each is read once."""
-        files = {name: track.path / name for name in (f"{x}.wav" for x in self.sources)}
-        if not track.path.is_dir():
-            files = {track.path.name: track.path}
-        song = _digests(files)
+        song = _digests({path.name: path for path in self.song(track).track.files()})
         own = _digests(self.estimator.files(track)) if ESTIMATES in methods else {}
         return {method: song | own if method == ESTIMATES else song for method in methods}
 
-    def read(self, track: Track) -> tuple[Tensor, Tensor]:
-        """Mixture `(2, s)` and stems `(n, 2, s)`."""
+    def song(self, track: Track) -> Song:
+        """The track with all stems that are there: its mixture is compared with their sum."""
+        try:
+            return Song(track.adding(STEMS), tuple(dict.fromkeys((*self.sources, *STEMS))))
+        except FileNotFoundError:  # a tree of other stems
+            return Song(track, self.sources)
+        except ValueError as error:
+            note = f"the mixture was not compared with the sum of its stems: {error}"
+            return Song(track, self.sources, (note,))
+
+    def read(self, track: Track) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Mixture `(2, s)`, stems `(n, 2, s)`, and notes on whether they fit each other.
+
+        Raises:
+            ValueError: the mixture is that of another song.
+        """
+        song = self.song(track)
         frames = track.samples
         if self.how.seconds is not None:
             frames = min(frames, round(self.how.seconds * track.rate))
-        waveforms = track.read(self.sources, 0, frames, track.rate)
+        waveforms = song.track.read(song.sources, 0, frames, track.rate)
+        mixture, notes = waveforms["mixture"], song.notes
+        if waveforms.keys() > set(STEMS):
+            total = sum(waveforms[stem] for stem in STEMS)
+            notes += residual_notes(mixture, total, song.track.files(), self.how.allow_mismatch)
         stems = [sum(waveforms[part] for part in parts) for parts in self.parts.values()]
         device = pick_device(self.how.device)
-        return waveforms["mixture"].to(device), torch.stack(stems).to(device)
+        return mixture.to(device), torch.stack(stems).to(device), notes
+
+
+@dataclass(frozen=True)
+class Song:
+    """A track, what is read of it, and notes for the reader."""
+
+    track: Track
+    sources: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def _digests(files: Mapping[str, Path]) -> dict[str, str]:
@@ -171,13 +216,15 @@ def score_track(
     how, scores = scoring.how, {}
     with compute_threads(threads or torch.get_num_threads()):
         digests = scoring.digests(track, methods)
-        mixture, stems = scoring.read(track)
+        mixture, stems, doubts = scoring.read(track)
         stems = _accompanied(mixture, stems)
         for method in methods:
             estimates, notes = _estimates(scoring, track, method, mixture, stems)
             names = (*scoring.parts, ACCOMPANIMENT)[: len(stems)]
             whole = whole_ratios(stems, estimates)
             result = bss_eval(stems, estimates, how.window, how.hop, rate=track.rate)
+            if method == ESTIMATES:
+                notes += _alignment_notes(scoring.parts, stems, estimates, track.rate)
             scores[method] = TrackScores(
                 track.name,
                 frames_by_stem(result.ratios(), names),
@@ -186,7 +233,7 @@ def score_track(
                 how.hop,
                 scoring.settings(method),
                 digests[method],
-                (*notes, *(_named(note, names) for note in result.notes)),
+                (*doubts, *notes, *(_named(note, names) for note in result.notes)),
                 stems.shape[-1] / track.rate,
             )
     return scores
@@ -201,6 +248,17 @@ def _estimates(
         return bound(method, mixture, stems, complete), ()
     estimates, notes = scoring.estimator.estimate(track, mixture)
     return _accompanied(mixture, estimates), notes
+
+
+def _alignment_notes(
+    names: Iterable[str], stems: Tensor, estimates: Tensor, rate: int
+) -> tuple[str, ...]:
+    """Of the stems that were estimated; an accompaniment only follows from them."""
+    found = {
+        name: alignment_note(stem, estimate.to(stem.device), rate)
+        for name, stem, estimate in zip(names, stems, estimates, strict=False)
+    }
+    return tuple(f"the estimate of {name} {note}" for name, note in found.items() if note)
 
 
 def _accompanied(mixture: Tensor, stems: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from tfswa_lab.stft import check_waveform
+
 ROUNDING = 1e-6  # a smaller rest is the rounding of a float32 sum
 
 
@@ -22,9 +24,11 @@ def batch_sources(batch: dict) -> Tensor:
     """The stems `(b, n, c, s)` and, where the mixture holds more, the rest as one more source.
 
     Raises:
-        ValueError: mixture and stems do not fit each other.
+        ValueError: mixture and stems do not fit each other, or are not of real numbers.
     """
     mixture, stems = batch["mixture"], batch["stems"]
+    check_waveform("the mixture", mixture)
+    check_waveform("the stems", stems)
     if stems.ndim != 4 or mixture.shape != stems[:, 0].shape:
         raise ValueError(
             "expected a mixture (b, c, s) and its stems (b, n, c, s), "
@@ -235,14 +239,21 @@ class SpectrogramMasking:
         self.max_share = check_prob("max_share", max_share)
         self.apply_prob = check_prob("apply_prob", apply_prob)
 
-    def __call__(self, features: Tensor, generator: Generator) -> Tensor:
-        """Features `(b, c, t, f)` with a part set to 0, the same in all channels of an item."""
-        items, _, frames, bins = features.shape
+    def __call__(
+        self, features: Tensor, generator: Generator, rank: int = 0, processes: int = 1
+    ) -> Tensor:
+        """Features `(b, c, t, f)` with a part set to 0, the same in all channels of an item.
+
+        Where several processes share a batch, the masks of all its items are drawn in each, so
+        that an item has the same mask for any number of processes.
+        """
+        share, _, frames, bins = features.shape
+        items = share * processes
         band = self._span(items, bins, self.max_bins, generator)
         run = self._span(items, frames, self.max_frames, generator)
-        hidden = band[:, None, :] | run[:, :, None]  # (b, t, f)
+        hidden = band[:, None, :] | run[:, :, None]  # (items, t, f)
         hidden &= toss((items, 1, 1), self.apply_prob, generator)
-        return features.masked_fill(hidden[:, None].to(features.device), 0.0)
+        return features.masked_fill(hidden[rank::processes, None].to(features.device), 0.0)
 
     def __repr__(self) -> str:
         """Class and settings, which a checkpoint stores."""
@@ -257,7 +268,9 @@ class SpectrogramMasking:
         return (place >= start) & (place < start + width.long())
 
     @contextmanager
-    def applied(self, network: nn.Module, generator: Generator) -> Iterator[None]:
+    def applied(
+        self, network: nn.Module, generator: Generator, rank: int = 0, processes: int = 1
+    ) -> Iterator[None]:
         """While this is open, `network` sees masked features whenever it is in training mode.
 
         >>> from tfswa_lab.models.separator import build_separator
@@ -268,7 +281,9 @@ class SpectrogramMasking:
         """
 
         def hide(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            return (self(inputs[0], generator), *inputs[1:]) if module.training else None
+            if not module.training:
+                return None
+            return (self(inputs[0], generator, rank, processes), *inputs[1:])
 
         handle = network.register_forward_pre_hook(hide)
         try:
