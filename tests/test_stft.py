@@ -5,6 +5,7 @@ import pytest
 import scipy.signal
 import torch
 
+from tfswa_lab.models.separator import build_separator
 from tfswa_lab.stft import (
     LevelNormalizer,
     RunningSpectrogramNormalizer,
@@ -82,6 +83,29 @@ def test_what_cannot_be_inverted_is_refused():
             stft.istft(spectrogram, length)
 
 
+@pytest.mark.parametrize(
+    ("waveform", "message"),
+    [
+        (torch.ones(1000, dtype=torch.int16), r"int16 .* divide by full scale, 32768 for int16"),
+        (torch.ones(1000, dtype=torch.bool), "bool holds no samples"),
+        (torch.ones(1000, dtype=torch.complex64), r"complex64 is a spectrogram's type"),
+    ],
+)
+def test_what_is_no_waveform_is_refused_there_and_in_a_separator(waveform, message):
+    with pytest.raises(ValueError, match=message):
+        STFTProcessor(256, 64)(waveform)
+    sizes = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
+    separator = build_separator(("vocals", "other"), n_fft=256, hop_length=64, **sizes)
+    with pytest.raises(ValueError, match=message):
+        separator(waveform.expand(1, 2, -1))
+
+
+def test_magnitudes_have_no_inverse():
+    stft = STFTProcessor(256, 64)
+    with pytest.raises(ValueError, match="float32 has no phase; pass the complex spectrogram"):
+        stft.istft(stft(torch.randn(1000)).abs(), 1000)
+
+
 def test_odd_windows_and_silence_have_no_answer():
     with pytest.raises(ValueError, match="must be even"):
         STFTProcessor(255, 64)
@@ -96,6 +120,28 @@ def test_running_statistics_cannot_be_poisoned():
         with pytest.raises(ValueError, match=r"expected|NaN"):
             normalizer(bad)
     assert torch.equal(normalizer.running_mean, before)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (2, 0), (-1, 5), (2, 5, -0.1), (2, 5, 1.1)])
+def test_running_statistics_of_nothing_are_refused(sizes):
+    with pytest.raises(ValueError, match="at least 1 channel and 1 bin"):
+        RunningSpectrogramNormalizer(*sizes)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_running_statistics_of_equal_shares_are_those_of_the_whole_batch(parts):
+    """Each share takes its own mean; what `over_processes` averages is played in turn."""
+    x = 3 * torch.randn(4, 2, 6, 5) + torch.arange(5)
+    shares = x.chunk(parts)
+    mean = torch.stack([share.mean((0, 2), keepdim=True) for share in shares]).mean(0)
+    spread = [(share - mean).square().mean((0, 2), keepdim=True) for share in shares]
+    for share in shares:
+        normalizer = RunningSpectrogramNormalizer(2, 5)
+        averages = iter([mean, torch.stack(spread).mean(0)])
+        normalizer.over_processes = lambda _, averages=averages: next(averages)
+        found = normalizer.statistics(share)
+        torch.testing.assert_close(found.mean, x.mean((0, 2), keepdim=True))
+        torch.testing.assert_close(found.std, x.std((0, 2), keepdim=True, correction=0))
 
 
 def test_each_bin_gets_zero_mean_and_unit_variance():

@@ -9,11 +9,30 @@ Notebook: 01_sound_to_spectrogram
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
+
+def check_waveform(name: str, waveform: Tensor) -> None:
+    """Refuse complex and whole numbers, which would lose their imaginary part or their scale.
+
+    Raises:
+        ValueError: names the type and what to pass.
+    """
+    if waveform.is_complex():
+        raise ValueError(
+            f"{name}: {waveform.dtype} is a spectrogram's type; pass the waveform, "
+            "STFTProcessor.istft(spectrogram, length)"
+        )
+    if not waveform.is_floating_point():
+        raise ValueError(
+            f"{name}: {waveform.dtype} holds no samples in [-1, 1]; convert it to float32 and "
+            "divide by full scale, 32768 for int16"
+        )
 
 
 class STFTProcessor(nn.Module):
@@ -59,7 +78,12 @@ class STFTProcessor(nn.Module):
         return self.stft(waveform)
 
     def stft(self, waveform: Tensor) -> Tensor:
-        """Waveform `(…, s)` to complex spectrogram `(…, f, t)`."""
+        """Waveform `(…, s)` to complex spectrogram `(…, f, t)`.
+
+        Raises:
+            ValueError: the waveform is empty, complex or of whole numbers.
+        """
+        check_waveform("the input of stft", waveform)
         if waveform.shape[-1] == 0:
             raise ValueError(f"a waveform needs at least one sample, got {tuple(waveform.shape)}")
         spectrogram = torch.stft(
@@ -76,8 +100,13 @@ class STFTProcessor(nn.Module):
         """Complex spectrogram `(…, f, t)` to waveform `(…, s)` of exactly `length` samples.
 
         Raises:
-            ValueError: the spectrogram is not that of a signal of this length.
+            ValueError: the spectrogram is not complex, or not that of a signal of this length.
         """
+        if not spectrogram.is_complex():
+            raise ValueError(
+                f"the input of istft: {spectrogram.dtype} has no phase; pass the complex "
+                "spectrogram, not its magnitudes"
+            )
         expected = (self.n_fft // 2 + 1, 1 + length // self.hop_length)
         if spectrogram.shape[-2:] != expected:
             raise ValueError(
@@ -156,6 +185,11 @@ class SpectrogramNormalizer(nn.Module):
         super().__init__()
         self.eps = eps
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """The arguments that make another one like it."""
+        return {"eps": self.eps}
+
     def statistics(self, x: Tensor) -> Statistics:
         """Statistics `(b, c, 1, f)` of `x` `(b, c, t, f)` over its frames."""
         return Statistics(x.mean(2, keepdim=True), x.std(2, keepdim=True, correction=0))
@@ -219,7 +253,9 @@ class RunningSpectrogramNormalizer(SpectrogramNormalizer):
 
     In training mode the batch is normalised by its own statistics, which also move the running
     ones (exponential average, as in batch normalisation); in evaluation mode the running ones
-    are used. They are buffers, so `state_dict` carries them.
+    are used. They are buffers, so `state_dict` carries them. Where `over_processes` averages a
+    tensor over several processes with equal shares of a batch, the statistics are of all of them;
+    a run on several devices sets it.
 
     Args:
         channels: c.
@@ -228,15 +264,29 @@ class RunningSpectrogramNormalizer(SpectrogramNormalizer):
         eps: added to the standard deviation.
 
     Raises:
-        ValueError: when called with other channels or bins, or with values that are not finite
-            (which would stay in the running statistics).
+        ValueError: a size is below 1, or the momentum not between 0 and 1; when called with other
+            channels or bins, or with values that are not finite (which would stay in the running
+            statistics).
     """
+
+    over_processes: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, channels: int, bins: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__(eps)
+        if min(channels, bins) < 1 or not 0 <= momentum <= 1:
+            raise ValueError(
+                f"channels={channels}, bins={bins}, momentum={momentum}: at least 1 channel and "
+                "1 bin, and a weight from 0 to 1"
+            )
         self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(1, channels, 1, bins))
         self.register_buffer("running_var", torch.ones(1, channels, 1, bins))
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The arguments that make another one like it, but for its statistics."""
+        _, channels, _, bins = self.running_mean.shape
+        return {"channels": channels, "bins": bins, "momentum": self.momentum, "eps": self.eps}
 
     def statistics(self, x: Tensor) -> Statistics:
         """Statistics `(1, c, 1, f)`: of this batch in training, running ones in evaluation."""
@@ -245,11 +295,16 @@ class RunningSpectrogramNormalizer(SpectrogramNormalizer):
             raise ValueError(f"expected (b, {channels}, t, {bins}), got {tuple(x.shape)}")
         if not self.training:
             return Statistics(self.running_mean, self.running_var.sqrt())
-        mean = x.mean((0, 2), keepdim=True)
-        variance = x.var((0, 2), keepdim=True, correction=0)
+        mean = self._mean(x)
+        variance = self._mean((x - mean).square())
         if not (mean.isfinite().all() and variance.isfinite().all()):
             raise ValueError("the batch holds NaN or infinite values; find them before training")
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance, self.momentum)
         return Statistics(mean, variance.sqrt())
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Mean `(1, c, 1, f)` over batch and frames, of all processes."""
+        mean = x.mean((0, 2), keepdim=True)
+        return mean if self.over_processes is None else self.over_processes(mean)

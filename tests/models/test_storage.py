@@ -8,7 +8,12 @@ import torch
 
 from tfswa_lab.models.separator import build_separator
 from tfswa_lab.models.storage import DESCRIPTION, MODELS, WEIGHTS, load_separator, save_separator
-from tfswa_lab.stft import LevelNormalizer
+from tfswa_lab.stft import (
+    LevelNormalizer,
+    RMSNormalizer,
+    RunningSpectrogramNormalizer,
+    SpectrogramNormalizer,
+)
 
 LOCO = {"dim": 8, "num_blocks": 1, "hidden_dim": 8, "num_heads": 2, "attention_dim": 8}
 MINI = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": 1, "window_size": 4}
@@ -42,6 +47,42 @@ def test_the_normalizer_comes_back_and_a_foreign_one_is_refused(tmp_path):
     separator.normalizer = torch.nn.Identity()
     with pytest.raises(ValueError, match="cannot save a Identity, only SpectrogramNormalizer"):
         save_separator(separator, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        SpectrogramNormalizer(eps=1e-2),
+        LevelNormalizer(eps=1e-2),
+        RMSNormalizer(eps=1e-2),
+        RunningSpectrogramNormalizer(2, 65, momentum=0.3, eps=1e-2),
+    ],
+)
+def test_a_normalizer_comes_back_with_its_settings_and_statistics(tmp_path, normalizer):
+    separator = build_separator(
+        ("vocals",), n_fft=128, hop_length=32, normalizer=normalizer, **MINI
+    )
+    mixture = torch.randn(2, 2, 1000)
+    separator(mixture)  # in training mode: moves running statistics
+    loaded = load_separator(save_separator(separator, tmp_path))
+    assert loaded.normalizer.settings == normalizer.settings
+    assert torch.equal(loaded(mixture), separator.eval()(mixture))
+    separator.normalizer.eps = 1e-5  # as it came back before
+    assert not torch.equal(loaded(mixture), separator(mixture))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"channels": 2}, {"channels": 0, "bins": 65}, {"bins": "65", "channels": 2}, []]
+)
+def test_foreign_settings_of_a_normalizer_are_refused(tmp_path, settings):
+    normalizer = RunningSpectrogramNormalizer(2, 65)
+    separator = build_separator(
+        ("vocals",), n_fft=128, hop_length=32, normalizer=normalizer, **MINI
+    )
+    path = save_separator(separator, tmp_path) / DESCRIPTION
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer_settings": settings}))
+    with pytest.raises(ValueError, match=DESCRIPTION):
+        load_separator(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from filelock import FileLock
 from toy_run import ToyLoss, ToySongs, toy_trainer, weights
 
 from tfswa_lab.data.augment import Gain, SpectrogramMasking
+from tfswa_lab.models.storage import load_separator
+from tfswa_lab.stft import RunningSpectrogramNormalizer
 from tfswa_lab.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -273,6 +275,31 @@ def test_a_finished_run_is_already_where_it_should_be_and_can_be_prolonged(tmp_p
     assert longer.step == 10
     rates = toy_trainer(**settings).fit()["train/lr"][1]
     assert longer.history["train/lr"][1][-5:] == pytest.approx(rates[5:])
+
+
+def test_a_run_with_running_statistics_goes_on_bit_for_bit(tmp_path):
+    def trainer(folder, **config):
+        normalizer = RunningSpectrogramNormalizer(1, 17)
+        return toy_trainer(folder, normalizer=normalizer, valid_set=ToySongs(4), **config)
+
+    whole = trainer(tmp_path / "whole", checkpoint_every_n_steps=7)
+    whole.fit()
+    middle, _ = list_checkpoints(tmp_path / "whole")
+    resumed = trainer(tmp_path / "rest", checkpoint_every_n_steps=7)
+    resumed.fit(middle)
+    assert (middle.stem, resumed.step) == ("step_00000007", 10)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], tensor), name
+    best = load_separator(tmp_path / "whole" / "best")
+    assert best.normalizer.running_mean.abs().min() > 0.01, "it has moved"
+
+
+def test_a_run_that_is_already_longer_than_its_end_is_not_resumed(tmp_path):
+    toy_trainer(tmp_path, max_steps=3).fit()
+    shorter = toy_trainer(tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match=r"is of step 3, but the run ends after step 2; raise"):
+        shorter.fit(tmp_path)
+    assert shorter.step == 0
 
 
 def test_what_the_user_keeps_beside_the_checkpoints_stays(tmp_path):

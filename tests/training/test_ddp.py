@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_run import train
+from ddp_run import kinds, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("ddp_run.py")
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder with the weights of each rank, for each norm."""
+    """A folder with the weights of each rank, for each kind of training."""
     folder = tmp_path_factory.mktemp("two")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -35,7 +35,7 @@ def two(tmp_path_factory):
 def one():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield {norm: train(norm) for norm in ("group", "batch")}
+    yield {kind: train(kind) for kind in kinds()}
     torch.set_num_threads(before)
 
 
@@ -55,6 +55,15 @@ def test_two_processes_make_the_weights_of_one(two, one):
     assert moved > 0.01, "nothing was learnt"
     assert distance(together[0], together[1]) == 0
     assert distance(together[0], alone) <= 1e-6
+
+
+def test_remix_masks_and_running_statistics_are_of_the_whole_batch(two, one):
+    together = [load_file(two / "whole batch" / f"rank_{rank}.safetensors") for rank in (0, 1)]
+    alone = weights(one["whole batch"])
+    assert distance(weights(one["group"]), alone) > 0.01, "they make a difference"
+    assert distance(alone, together[0]) <= 1e-6
+    learnt = {name: tensor for name, tensor in together[0].items() if name.startswith("model.")}
+    assert distance(learnt, together[1]) == 0
 
 
 def test_both_agree_on_the_validation(two, one):
@@ -84,9 +93,11 @@ def test_the_first_process_alone_writes_the_random_states_of_all(two):
 
 
 def test_a_bad_song_stops_both_with_the_same_words(two):
-    said = [(two / f"rank_{rank}.txt").read_text() for rank in (0, 1)]
-    assert said[0] == said[1]
-    assert "the loss is nan" in said[0]
-    assert "song 3 at" in said[0]
-    (file,) = (two / "poisoned").glob("non_finite_batch*")
-    assert str(file) in said[0]
+    for name in ("poisoned", "remixed"):  # into an item of either process
+        said = [(two / f"{name}_{rank}.txt").read_text() for rank in (0, 1)]
+        assert said[0] == said[1]
+        assert "the loss is nan" in said[0]
+        assert "song 3 at" in said[0]
+        files = list((two / name).glob("non_finite_batch*"))
+        assert len(files) == (1 if name == "poisoned" else 2)
+        assert all(str(file) in said[0] for file in files)

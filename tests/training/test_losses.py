@@ -12,6 +12,7 @@ from torchmetrics.functional.audio import (
     signal_noise_ratio,
 )
 
+from tfswa_lab.stft import STFTProcessor
 from tfswa_lab.training.losses import (
     SILENT_POWER,
     L1SpectrogramLoss,
@@ -261,6 +262,46 @@ def test_a_gpu_gives_what_the_cpu_gives():
     with torch.autocast("cuda", torch.float16):
         actual, _ = loss(estimates.cuda(), targets.cuda())
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=0)
+
+
+# What they cannot mean
+
+
+REFUSED = {
+    "a complex spectrogram": (lambda x: STFTProcessor(256, 64)(x)[:, :, 0], "complex64"),
+    "complex samples": (torch.Tensor.cfloat, r"complex64 .* pass the waveform"),
+    "16-bit samples": (lambda x: (8000 * x).short(), r"int16 .* divide by full scale, 32768"),
+    "64-bit integers": (lambda x: (8000 * x).long(), r"int64 .* divide by full scale"),
+    "signs": (lambda x: x > 0, r"bool holds no samples"),
+    "magnitudes with frames last": (
+        lambda x: STFTProcessor(256, 64)(x)[:, :, 0].abs(),
+        r"waveforms of 129 channels; if these are magnitudes, pass waveforms",
+    ),
+    "magnitudes with bins last": (
+        lambda x: STFTProcessor(256, 32)(x)[:, :, 0].abs().mT,
+        r"waveforms of 94 channels",
+    ),
+    "magnitudes of each channel": (lambda x: STFTProcessor(256, 64)(x).abs(), "same shape"),
+}
+
+
+@pytest.mark.parametrize(("of", "message"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(
+    "loss", [*LOSSES.values(), SourceSeparationLoss(STEMS)], ids=[*LOSSES, "sum"]
+)
+def test_what_is_not_a_waveform_is_refused(loss, of, message):
+    estimates, targets = (of(x) for x in pair())
+    with pytest.raises(ValueError, match=message):
+        loss(estimates, targets)
+
+
+@each_loss
+def test_one_of_the_two_is_enough_to_be_refused(loss):
+    estimates, targets = pair()
+    with pytest.raises(ValueError, match=r"targets: torch\.int16"):
+        loss(estimates, targets.short())
+    with pytest.raises(ValueError, match=r"estimates: torch\.complex64"):
+        loss(estimates.cfloat(), targets)
 
 
 # The sum

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -14,6 +15,7 @@ from toy_run import STEMS, ToyLoss, ToySongs, toy_separator, toy_trainer, weight
 
 from tfswa_lab.data.augment import Gain, SpectrogramMasking
 from tfswa_lab.models.storage import load_separator
+from tfswa_lab.training import launch
 from tfswa_lab.training.learner import NonFiniteError
 from tfswa_lab.training.randomness import generator_for
 from tfswa_lab.training.trainer import Trainer
@@ -153,14 +155,6 @@ def test_resumed_into_another_folder_the_best_is_there_as_well(tmp_path):
     load_separator(tmp_path / "b" / "best")
 
 
-def test_where_all_stems_are_silent_the_last_average_is_kept(tmp_path):
-    silence = [{**item, "stems": 0 * item["stems"]} for item in map(ToySongs().__getitem__, (0, 1))]
-    trainer = toy_trainer(tmp_path, valid_set=silence, max_epochs=1)
-    trainer.fit()
-    mixture = ToySongs()[0]["mixture"][None]
-    assert torch.equal(load_separator(tmp_path / "best")(mixture), trainer.ema.module(mixture))
-
-
 def test_without_validation_the_last_average_is_kept(tmp_path):
     trainer = toy_trainer(tmp_path, max_steps=3)
     trainer.fit()
@@ -270,6 +264,9 @@ def test_what_cannot_be_saved_is_refused_before_training(tmp_path):
         ({"seed": 10**30}, r"seed=10+: a whole number"),
         ({"learning_rate": math.inf}, r"learning_rate=inf: must be above 0, and finite"),
         ({"ema_decay": math.nan}, r"ema_decay=nan"),
+        ({"warmup_steps": 11}, r"warmup_steps=11, but the run ends after step 10"),
+        ({"warmup_steps": 3, "max_steps": 2}, r"warmup_steps=3, but the run ends after step 2"),
+        ({"warmup_steps": -1}, r"warmup_steps=-1: a whole number, 0 or more"),
         ({"weight_decay": -1.0}, r"weight_decay=-1.0"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0"),
         ({"learning_rate": math.nan}, r"learning_rate=nan"),
@@ -278,6 +275,35 @@ def test_what_cannot_be_saved_is_refused_before_training(tmp_path):
 def test_settings_that_make_no_sense_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         toy_trainer(**config)
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "steps", "rising"),
+    [(None, 100, 5), (None, 2, 0), (None, 10, 0), (None, 40_000, 1000), (10, 10, 10), (0, 10, 0)],
+)
+def test_the_rate_reaches_its_highest_after_the_warm_up(warmup_steps, steps, rising):
+    trainer = toy_trainer(
+        warmup_steps=warmup_steps, max_steps=steps, max_epochs=None, learning_rate=1.0
+    )
+    factor = trainer.learner.scheduler.lr_lambdas[0]
+    assert [factor(step) for step in range(rising)] == [(k + 1) / rising for k in range(rising)]
+    later = [factor(step) for step in range(rising, steps)]
+    assert later == sorted(later, reverse=True)
+    assert later[:1] in ([1.0], [])
+
+
+def test_apples_gpus_are_refused_for_training(monkeypatch):
+    monkeypatch.setattr(launch, "pick_device", torch.device)
+    with pytest.raises(ValueError, match=r"device='mps': training was not measured .* use cpu"):
+        toy_trainer(device="mps")
+
+
+def test_segments_of_other_lengths_in_another_process_are_refused(monkeypatch):
+    batch = {"mixture": torch.zeros(2, 1, 400), "track": ["a", "b"]}
+    other = {"mixture": torch.Size((2, 1, 401)), "track": ["c", "d"]}
+    monkeypatch.setattr(launch, "gathered", lambda _, mine: [mine, other])
+    with pytest.raises(ValueError, match=r"must be equally long, they are .*401"):
+        launch.whole_batch(SimpleNamespace(world_size=2), batch)
 
 
 def test_tensorboard_gets_scalars_sound_at_its_level_and_images(tmp_path):

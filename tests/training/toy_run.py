@@ -89,9 +89,10 @@ class ToyLoss(nn.Module):
         return values.mean(), terms
 
 
-def toy_separator(**sizes):
+def toy_separator(normalizer=None, **sizes):
     torch.manual_seed(0)
-    return Separator(ToyNet(**sizes), STFTProcessor(32, 8), STEMS, audio_channels=1)
+    net, stft = ToyNet(**sizes), STFTProcessor(32, 8)
+    return Separator(net, stft, STEMS, audio_channels=1, normalizer=normalizer)
 
 
 def toy_trainer(output_dir=None, norm="group", dropout=0.0, train_set=None, loss=None, **config):
@@ -99,9 +100,10 @@ def toy_trainer(output_dir=None, norm="group", dropout=0.0, train_set=None, loss
     augment = config.pop("augment", None)
     masking = config.pop("masking", None)
     valid_set = config.pop("valid_set", None)
-    usual = {"batch_size": 4, "warmup_steps": 3, "ema_decay": 0.9, "learning_rate": 1e-2}
+    normalizer = config.pop("normalizer", None)
+    usual = {"batch_size": 4, "warmup_steps": 2, "ema_decay": 0.9, "learning_rate": 1e-2}
     return Trainer(
-        toy_separator(norm=norm, dropout=dropout),
+        toy_separator(normalizer, norm=norm, dropout=dropout),
         loss or ToyLoss(),
         train_set or ToySongs(),
         valid_set,

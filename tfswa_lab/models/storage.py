@@ -14,18 +14,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from tfswa_lab import weights
 from tfswa_lab.durable import write_whole
 from tfswa_lab.models.mask_resunet import MaskResUNet
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.tf_locoformer import TFLocoformer
 from tfswa_lab.models.tfswa_resunet import TFSWAResUNet
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
-from tfswa_lab.stft import LevelNormalizer, RMSNormalizer, SpectrogramNormalizer, STFTProcessor
+from tfswa_lab.stft import (
+    LevelNormalizer,
+    RMSNormalizer,
+    RunningSpectrogramNormalizer,
+    SpectrogramNormalizer,
+    STFTProcessor,
+)
 
 WEIGHTS = "separator.safetensors"
 DESCRIPTION = "separator.json"
+SHIPPED = Path(weights.__file__).parent
 MODELS = {cls.__name__: cls for cls in (TFSWAUNet, TFSWAResUNet, MaskResUNet, TFLocoformer)}
-NORMALIZERS = {cls.__name__: cls for cls in (SpectrogramNormalizer, LevelNormalizer, RMSNormalizer)}
+NORMALIZERS = {
+    cls.__name__: cls
+    for cls in (
+        SpectrogramNormalizer,
+        LevelNormalizer,
+        RMSNormalizer,
+        RunningSpectrogramNormalizer,
+    )
+}
 
 
 def save_separator(separator: Separator, folder: str | Path) -> Path:
@@ -69,26 +85,51 @@ def describe(separator: Separator) -> dict:
         "audio_channels": separator.audio_channels,
         "bins": separator.bins,
         "normalizer": type(separator.normalizer).__name__,
+        "normalizer_settings": separator.normalizer.settings,
     }
 
 
-def load_separator(folder: str | Path) -> Separator:
+def load_separator(model: str | Path) -> Separator:
     """Read what `save_separator` wrote, on the CPU and in evaluation mode.
+
+    Args:
+        model: its folder, that of a run of `tfswa-lab train`, or a name of `list_models`.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is broken or foreign, or weights and sizes do not fit.
     """
-    folder = Path(folder)
-    for name in (DESCRIPTION, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing; a model is a folder written by save_separator, "
-                f"with {DESCRIPTION} and {WEIGHTS} in it"
-            )
+    folder = find_model(model)
     separator = _from_description(folder / DESCRIPTION)
     _load_weights(separator, folder / WEIGHTS)
     return separator.eval()
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a model, for what `load_separator` takes.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    given = Path(model).expanduser()
+    for folder in (given, given / "best", list_models().get(str(model), given)):
+        if (folder / DESCRIPTION).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    missing = WEIGHTS if (given / DESCRIPTION).is_file() else DESCRIPTION
+    raise FileNotFoundError(
+        f"{given / missing} is missing; a model is a folder written by save_separator, with "
+        f"{DESCRIPTION} and {WEIGHTS} in it, the folder of a run, or one of: "
+        f"{', '.join(list_models())}"
+    )
+
+
+def list_models() -> dict[str, Path]:
+    """Names of the models that come with the package, and their folders.
+
+    >>> list(list_models())
+    ['band']
+    """
+    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob(f"*/{DESCRIPTION}"))}
 
 
 def _from_description(path: Path) -> Separator:
@@ -105,7 +146,7 @@ def _from_description(path: Path) -> Separator:
             d["sample_rate"],
             d["audio_channels"],
             d["bins"],
-            NORMALIZERS[d["normalizer"]](),
+            NORMALIZERS[d["normalizer"]](**d.get("normalizer_settings", {})),  # earlier: none
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -34,6 +34,8 @@ class TFSWAUNet(nn.Module):
     Sizes that cannot be halved three times are padded at the end with up to 7 frames and bins of
     zeros, which the blocks treat as part of the map.
 
+    There is no dropout, because the published description names none.
+
     Args:
         in_channels: of the spectrogram: 2 for stereo magnitudes, 4 for real and imaginary parts.
         out_channels: see `separator.output_channels`.

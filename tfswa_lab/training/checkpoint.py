@@ -18,6 +18,7 @@ import json
 import pickle
 import platform
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -236,11 +237,17 @@ MAY_CHANGE = (
 
 # Settings as earlier versions wrote them.
 RENAMED = {"stretches": "segments"}
-ADDED = {"training.model": "tfswa_unet", "training.size": "default"}
+ADDED = {
+    "training.model": "tfswa_unet",
+    "training.size": "default",
+    "separator.normalizer_settings.eps": 1e-5,
+}
 
 
 def check_same_run(saved: dict, current: dict) -> None:
     """Refuse to resume a run with settings that would make it another run.
+
+    A checkpoint of an earlier version, which does not describe the audio, only causes a warning.
 
     Args:
         saved: nested settings out of a checkpoint.
@@ -252,6 +259,13 @@ def check_same_run(saved: dict, current: dict) -> None:
     new = _flat(current)
     old = {name: value for name, value in ADDED.items() if name in new}
     old |= {RENAMED.get(name, name): value for name, value in _flat(saved).items()}
+    if "audio" not in old and new.get("audio"):
+        old["audio"] = new["audio"]
+        warnings.warn(
+            "the checkpoint is of an earlier version, which kept only the names of the songs: make "
+            "sure that their files are the same as then",
+            stacklevel=2,
+        )
     differing = [
         f"{name} was {old.get(name)}, is {new.get(name)}"
         for name in sorted(old.keys() | new.keys())

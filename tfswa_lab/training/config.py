@@ -26,7 +26,8 @@ class TrainingConfig:
         accumulate: forward passes whose gradients are averaged into one step.
         learning_rate: AdamW's, at its highest.
         weight_decay: AdamW's.
-        warmup_steps: steps in which the learning rate rises linearly; a cosine follows.
+        warmup_steps: steps in which the learning rate rises linearly; a cosine follows. None for
+            a twentieth of the run, at most 1000.
         gradient_clip_val: largest norm of all gradients together, 0 for any.
         ema_decay: of the averaged weights that are validated and saved, 0 for the last weights.
         precision: 32-true, bf16-mixed or 16-mixed.
@@ -37,7 +38,7 @@ class TrainingConfig:
         checkpoint_every_n_steps: steps between two checkpoints, None for once an epoch.
         checkpoint_every_n_minutes: and one whenever the last is this old.
         num_workers: processes that read audio ahead, for each device.
-        device: cpu, cuda, or auto.
+        device: cpu, cuda, or auto; not mps.
         devices: how many of them in this machine; torchrun and `fabric run` decide themselves.
         seed: of the order of the segments and of the augmentation.
 
@@ -56,7 +57,7 @@ class TrainingConfig:
     accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
-    warmup_steps: int = 100
+    warmup_steps: int | None = None
     gradient_clip_val: float = 5.0
     ema_decay: float = 0.999
     precision: str = "32-true"
@@ -114,3 +115,22 @@ class TrainingConfig:
         """
         epochs = self.max_epochs and self.max_epochs * self.steps_per_epoch(segments)
         return min(end for end in (self.max_steps, epochs) if end)
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps in which the learning rate rises, in a run of so many.
+
+        >>> TrainingConfig().warmup(400), TrainingConfig(warmup_steps=100).warmup(400)
+        (20, 100)
+
+        Raises:
+            ValueError: `warmup_steps` is more than the whole run.
+        """
+        if self.warmup_steps is None:
+            return min(total_steps // 20, 1000)
+        if self.warmup_steps > total_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}, but the run ends after step {total_steps}: "
+                "the learning rate would never reach its highest; lower warmup_steps, leave it "
+                "out, or raise max_steps or max_epochs"
+            )
+        return self.warmup_steps

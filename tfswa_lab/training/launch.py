@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision, Precision
-from torch import nn
+from torch import Tensor, nn
 
 from tfswa_lab.device import pick_device
+from tfswa_lab.stft import RunningSpectrogramNormalizer
 
 
 class Autocast(MixedPrecision):
@@ -38,10 +39,15 @@ def launch(device: str = "cpu", devices: int = 1, precision: str = "32-true") ->
     unless torchrun or `fabric run` has done that; then their number counts, not `devices`.
 
     Raises:
-        ValueError: the device is unknown or absent, there are not so many, or a GPU lacks the
-            precision.
+        ValueError: the device is unknown, absent or Apple's, there are not so many, or a GPU lacks
+            the precision.
     """
     chosen = pick_device(device)
+    if chosen.type == "mps":
+        raise ValueError(
+            f"device={device!r}: training was not measured on Apple's GPUs, which lack the float64 "
+            "of its scores; use cpu or cuda"
+        )
     present = torch.cuda.device_count() if chosen.type == "cuda" else math.inf
     if devices > (present if chosen.index is None else 1):
         raise ValueError(f"devices={devices}, but device={device!r} offers fewer; lower it")
@@ -92,11 +98,14 @@ def best_mixed_precision(device: str) -> str:
 
 
 def synchronised(separator: nn.Module, fabric: Fabric) -> nn.Module:
-    """Batch norms that see the whole batch where several GPUs share it.
+    """Normalisation by the whole batch where several devices share it.
 
-    Otherwise each normalises by its own part, and a run changes with the number of GPUs. torch
+    Otherwise each normalises by its own part, and a run changes with the number of devices. torch
     has no such batch norm for CPUs.
     """
+    if fabric.world_size > 1 and isinstance(separator.normalizer, RunningSpectrogramNormalizer):
+        # Not the bound method: the average of the weights is a deep copy, which would copy Fabric.
+        separator.normalizer.over_processes = lambda mean: fabric.all_reduce(mean, reduce_op="mean")
     if fabric.world_size > 1 and fabric.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(separator)
     return separator
@@ -120,6 +129,39 @@ def gathered(fabric: Fabric, item: Any) -> list:
     items = [None] * fabric.world_size
     torch.distributed.all_gather_object(items, item)
     return items
+
+
+def whole_batch(fabric: Fabric, batch: dict) -> dict:
+    """For every process, the batch of which each holds the share `[rank::processes]`.
+
+    Raises:
+        ValueError: the shares differ in shape.
+    """
+    if fabric.world_size == 1:
+        return batch
+    shares = gathered(fabric, {name: getattr(x, "shape", x) for name, x in batch.items()})
+    return {
+        name: _joined(fabric, value, [share[name] for share in shares])
+        for name, value in batch.items()
+    }
+
+
+def _joined(fabric: Fabric, value: Tensor | list, shares: list) -> Tensor | list:
+    """An entry of a whole batch, from one process's share, and the lists or shapes of all."""
+    if not isinstance(value, Tensor):
+        return [item for items in zip(*shares, strict=True) for item in items]
+    if len(set(shares)) > 1:  # the exchange would never end
+        raise ValueError(f"segments of one batch must be equally long, they are {shares}")
+    return fabric.all_gather(value).transpose(0, 1).flatten(0, 1)  # (processes, b, …) before
+
+
+def share_of(fabric: Fabric, batch: dict) -> dict:
+    """This process's share of a whole batch."""
+    if fabric.world_size == 1:
+        return batch
+    mine = slice(fabric.global_rank, None, fabric.world_size)
+    shares = {name: value[mine] for name, value in batch.items()}
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in shares.items()}
 
 
 def share_buffers(fabric: Fabric, module: nn.Module) -> None:

@@ -34,7 +34,9 @@ from tfswa_lab.training.launch import (
     checkpoint_activations,
     gathered,
     launch,
+    share_of,
     synchronised,
+    whole_batch,
 )
 from tfswa_lab.training.randomness import generator_for, random_state, set_random_state
 
@@ -49,12 +51,14 @@ class Learner:
         loss: maps estimates and targets `(b, n, c, s)` to a scalar and a dict of scalars.
         config: optimiser, precision, devices, seed.
         total_steps: where the learning rate reaches zero.
-        augment: maps a batch and a generator to another batch, on the batch's device.
+        augment: maps a batch and a generator to another batch, on the batch's device. It sees the
+            batch of all processes together.
         masking: hides a part of what the network sees.
         folder: where batches are written whose loss or gradient is not finite; None for nowhere.
 
     Raises:
-        ValueError: device or precision do not exist, or the network cannot be checkpointed.
+        ValueError: device or precision do not exist, the warm-up is longer than the run, or the
+            network cannot be checkpointed.
 
     To return, e.g. after an error in the middle of a step:
 
@@ -85,7 +89,7 @@ class Learner:
         )
         self.model, self.optimizer = self.fabric.setup(self.separator, optimizer)
         self.ema = averaged(self.separator, config.ema_decay)
-        self.scheduler = make_schedule(optimizer, config.warmup_steps, total_steps)
+        self.scheduler = make_schedule(optimizer, config.warmup(total_steps), total_steps)
         self.loss = self.fabric.to_device(loss)
 
     # One step -------------------------------------------------------------------------------
@@ -131,15 +135,23 @@ class Learner:
         return scalars
 
     def _prepared(self, batches: Sequence[dict], part: int) -> tuple[dict, Generator]:
-        """One of a step's batches, augmented on the device; the same whenever it is asked for."""
-        generator = generator_for(self.config.seed, self.fabric.global_rank, self.steps, part)
+        """One of a step's batches, augmented on the device; the same whenever it is asked for.
+
+        Each process augments the whole batch, with the same numbers, and keeps its share. So Remix
+        has all items to choose from, and the result is the same for any number of processes.
+        """
+        generator = generator_for(self.config.seed, 0, self.steps, part)
         batch = self.fabric.to_device(batches[part])
-        return (self.augment(batch, generator) if self.augment else batch), generator
+        if self.augment:
+            whole = whole_batch(self.fabric, batch)
+            batch = share_of(self.fabric, self.augment(whole, generator))
+        return batch, generator
 
     def _masked(self, generator: Generator) -> AbstractContextManager:
         if self.masking is None:
             return nullcontext()
-        return self.masking.applied(self.separator.model, generator)
+        rank, processes = self.fabric.global_rank, self.fabric.world_size
+        return self.masking.applied(self.separator.model, generator, rank, processes)
 
     def _refuse_non_finite(
         self, scalars: dict[str, float], terms: list[dict], batches: Sequence[dict]
@@ -149,7 +161,9 @@ class Learner:
         (broken,) = any_process(self.fabric, not (math.isfinite(loss) and math.isfinite(norm)))
         if not broken:
             return
-        broken_parts = [part for part, term in enumerate(terms) if not term["loss"].isfinite()]
+        broken_parts = {part for part, term in enumerate(terms) if not term["loss"].isfinite()}
+        if self.augment:  # it mixes the items of all processes
+            broken_parts = set().union(*gathered(self.fabric, broken_parts))
         losses = [loss for loss in gathered(self.fabric, loss) if not math.isfinite(loss)]
         if losses:
             what = f"the loss is {losses[0]}"
@@ -157,7 +171,7 @@ class Learner:
             return
         else:
             what, broken_parts = f"the norm of the gradients is {norm}", range(len(batches))
-        shown = [self._prepared(batches, part)[0] for part in broken_parts]
+        shown = [self._prepared(batches, part)[0] for part in sorted(broken_parts)]
         files = write_batches(self.folder, self.steps, self.fabric.global_rank, shown)
         songs = [describe_batch(batch) for batch in shown]
         songs, files = (chain.from_iterable(gathered(self.fabric, own)) for own in (songs, files))

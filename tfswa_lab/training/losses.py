@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from tfswa_lab.models.separator import check_stems
-from tfswa_lab.stft import STFTProcessor
+from tfswa_lab.stft import STFTProcessor, check_waveform
 
+MOST_CHANNELS = 64  # more than any recording of several stems has; a spectrogram has more bins
 SILENT_POWER = 1e-8  # mean square, 80 dB below full scale: less counts as silence
 
 
@@ -36,9 +37,9 @@ class StemLoss(nn.Module):
         """Losses `(b, n)` of estimates and targets, both `(b, n, c, s)`.
 
         Raises:
-            ValueError: the shapes differ, are not of this form, or hold no samples.
+            ValueError: these are not waveforms of this form, of real numbers and equal shapes.
         """
-        _check_shapes(estimates, targets)
+        _check_waveforms(estimates, targets)
         with torch.autocast(estimates.device.type, enabled=False):
             return self.per_stem(_float32(estimates), _float32(targets))
 
@@ -52,12 +53,19 @@ class StemLoss(nn.Module):
         raise NotImplementedError
 
 
-def _check_shapes(estimates: Tensor, targets: Tensor) -> None:
-    """Refuse shapes that broadcasting would silently combine."""
+def _check_waveforms(estimates: Tensor, targets: Tensor) -> None:
+    """Refuse spectrograms, whole numbers, and shapes that broadcasting would silently combine."""
+    check_waveform("estimates", estimates)
+    check_waveform("targets", targets)
     if estimates.shape != targets.shape or estimates.ndim != 4 or not estimates.numel():
         raise ValueError(
             f"estimates {tuple(estimates.shape)} and targets {tuple(targets.shape)} must have "
             "the same shape (batch, stems, channels, samples), none of them zero"
+        )
+    if estimates.shape[2] > MOST_CHANNELS:
+        raise ValueError(
+            f"{tuple(estimates.shape)} would be waveforms of {estimates.shape[2]} channels; if "
+            "these are magnitudes, pass waveforms: a loss makes its own spectrograms"
         )
 
 
@@ -317,9 +325,10 @@ class SourceSeparationLoss(nn.Module):
             `"vocals/l1"`, … over the batch, and `"l1"`, …, the weighted mean of these.
 
         Raises:
-            ValueError: the shapes differ, are not of this form, or have other stems.
+            ValueError: these are not waveforms of this form, of real numbers, equal shapes and
+                these stems.
         """
-        _check_shapes(estimates, targets)
+        _check_waveforms(estimates, targets)
         if estimates.shape[1] != len(self.stems):
             raise ValueError(f"{tuple(estimates.shape)} does not hold the stems {self.stems}")
         total, terms = 0.0, {}

@@ -1,6 +1,6 @@
 """Whole recipes by name: sizes of the network, its songs, its loss, and how it is trained.
 
-`dataclasses.replace(PRESETS["tiny"], batch_size=2)` changes a recipe. This file needs no torch.
+`dataclasses.replace(TINY, batch_size=2)` changes a recipe. This file needs no torch.
 
 Notebook: 07_training
 """
@@ -38,7 +38,9 @@ class Preset(TrainingConfig):
         sdr_weight: of `SDRLoss`.
         data_root: a tree of MUSDB18's shape, empty for the embedded band.
 
-    All others are those of `TrainingConfig`.
+    All others are those of `TrainingConfig`. There is no dropout: of these networks only
+    `TFLocoformer` has been published with it, and takes it as an argument; the recipes rely on
+    augmentation, weight decay and averaged weights instead.
     """
 
     model: str = "tfswa_unet"
@@ -63,50 +65,49 @@ class Preset(TrainingConfig):
     data_root: str = ""
 
 
-PRESETS = {
-    # Minutes on two CPU cores: the voice of the embedded band.
-    "tiny": Preset(
-        size="tiny",
-        dims=(8, 16, 24, 32),
-        depths=(1, 1, 1, 1),
-        num_heads=1,
-        n_fft=512,
-        hop_length=170,
-        sample_rate=11_025,
-        target_stems=("vocals", "other"),
-        segment_seconds=3.0,
-        samples_per_track=6,
-        batch_size=1,
-        max_epochs=8,
-        learning_rate=7e-3,
-        warmup_steps=20,
-        ema_decay=0.97,
-    ),
-    # Real songs at 44.1 kHz, all four stems, one GPU.
-    "small": Preset(
-        size="small",
-        dims=(16, 32, 64, 128),
-        depths=(1, 1, 1, 1),
-        num_heads=2,
-        batch_size=8,
-        max_epochs=200,
-        warmup_steps=500,
-        precision="bf16-mixed",
-        num_workers=4,
-        device="auto",
-    ),
-    # The published sizes, several GPUs.
-    "default": Preset(
-        batch_size=8,
-        max_epochs=500,
-        learning_rate=5e-4,
-        warmup_steps=1000,
-        precision="bf16-mixed",
-        activation_checkpointing=True,
-        num_workers=8,
-        device="auto",
-    ),
-}
+# Minutes on two CPU cores: the voice of the embedded band.
+TINY = Preset(
+    size="tiny",
+    dims=(8, 16, 24, 32),
+    depths=(1, 1, 1, 1),
+    num_heads=1,
+    n_fft=512,
+    hop_length=170,
+    sample_rate=11_025,
+    target_stems=("vocals", "other"),
+    segment_seconds=3.0,
+    samples_per_track=6,
+    batch_size=1,
+    max_epochs=8,
+    learning_rate=7e-3,
+    ema_decay=0.97,
+)
+
+# Real songs at 44.1 kHz, all four stems, one GPU.
+SMALL = Preset(
+    size="small",
+    dims=(16, 32, 64, 128),
+    depths=(1, 1, 1, 1),
+    num_heads=2,
+    batch_size=8,
+    max_epochs=200,
+    precision="bf16-mixed",
+    num_workers=4,
+    device="auto",
+)
+
+# The published sizes, several GPUs.
+DEFAULT = Preset(
+    batch_size=8,
+    max_epochs=500,
+    learning_rate=5e-4,
+    precision="bf16-mixed",
+    activation_checkpointing=True,
+    num_workers=8,
+    device="auto",
+)
+
+PRESETS = {"tiny": TINY, "small": SMALL, "default": DEFAULT}
 
 # The fields that differ where another network is trained. A step of "small" is predicted to take
 # 36 GiB of a GPU for the TFSWA-UNet, 13, 63 and 7 GiB for the others (`memory.predict`).

@@ -1,7 +1,8 @@
 """Every source of chance in a run: generators derived from a step's numbers, or saved and restored.
 
-Order and augmentation use generators that are derived from seed, epoch, step and rank. Dropout, and
-whatever else draws from the global generators, needs these saved and restored.
+Order and augmentation use generators that are derived from seed, epoch and step, the same in all
+processes. Dropout, and whatever else draws from the global generators, needs these saved and
+restored.
 
 Notebook: 07_training
 """

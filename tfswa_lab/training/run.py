@@ -124,8 +124,8 @@ def build_trainer(preset: Preset, output_dir: str | Path | None, progress: bool 
         progress=progress,
     )
     check_segment(preset, trainer.train_set)
-    learner, share = trainer.learner, preset.batch_size // trainer.fabric.world_size
-    learner.augment = augmentation_for(preset, share)
+    learner = trainer.learner
+    learner.augment = augmentation_for(preset)
     learner.masking = SpectrogramMasking() if preset.augment == "full" else None
     return trainer
 
@@ -197,15 +197,18 @@ def check_segment(preset: Preset, songs: MUSDB18Dataset) -> None:
         )
 
 
-def augmentation_for(preset: Preset, items: int) -> Augmentation | None:
+def augmentation_for(preset: Preset, share: int | None = None) -> Augmentation | None:
     """The augmentation that `preset.augment` names: none, the cheap effects, or all of them.
 
     "light" is gain, channel swap and polarity after stems of different songs were put together;
     "full" adds time stretch and pitch shift here, and `SpectrogramMasking` in the learner.
 
+    The recipe is the same for any number of devices, because the learner augments the batch of all
+    of them together. A batch of one segment has no other to be remixed with, as in "tiny".
+
     Args:
-        preset: its `augment` and `sample_rate` count.
-        items: in a process's share of a batch; one alone cannot be remixed.
+        preset: its `augment`, `batch_size` and `sample_rate` count.
+        share: of a batch on one device. It has no effect; earlier versions dropped Remix for one.
 
     Raises:
         ValueError: there is no such choice.
@@ -216,7 +219,7 @@ def augmentation_for(preset: Preset, items: int) -> Augmentation | None:
     effects = [Gain(), ChannelSwap(), Polarity()]
     if preset.augment == "full":
         effects = AudioAugmentation(n_fft=vocoder_window(preset.sample_rate)).augmentations
-    return Chain([Remix(), *effects] if items > 1 else effects)
+    return Chain([Remix(), *effects] if preset.batch_size > 1 else effects)
 
 
 def vocoder_window(sample_rate: int) -> int:

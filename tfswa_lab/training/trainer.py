@@ -5,7 +5,6 @@ Notebook: 07_training
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import signal
@@ -15,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -33,6 +33,12 @@ from tfswa_lab.training.learner import Augment, Learner, means
 from tfswa_lab.training.logbook import Logbook, Pace, advance, memory_mib, progress_bar
 from tfswa_lab.training.randomness import random_state
 from tfswa_lab.training.sampler import ShuffledBatches, TrainingLoader
+from tfswa_lab.training.songs import (
+    audio_of,
+    names_of,
+    refuse_silence,
+    refuse_silent_validation,
+)
 from tfswa_lab.training.validation import validate, validation_loader
 
 PROGRESS = ("best_sdr", "best_step", "stale")
@@ -56,7 +62,8 @@ class Trainer:
 
     Raises:
         OSError: nothing can be written to `output_dir`.
-        ValueError: the training set is smaller than a step, or device or precision do not exist.
+        ValueError: the training set is smaller than a step, the warm-up is longer than the run, or
+            device or precision do not exist.
     """
 
     def __init__(
@@ -120,7 +127,8 @@ class Trainer:
         Raises:
             FileExistsError: there is another run in `output_dir`, now or from before.
             FileNotFoundError: there is nothing to resume.
-            ValueError: the checkpoint is broken, or of another run.
+            ValueError: the checkpoint is broken, of another run, or beyond the end of this one; or
+                a stem is silent in all songs.
             NonFiniteError: loss or gradient is infinite or NaN, and then the batch is on disk; or
                 the loss in validation is.
         """
@@ -141,6 +149,9 @@ class Trainer:
                     break
 
     def _begin(self, resume: str | Path | None) -> None:
+        refuse_silence(self.train_set, self.separator.stems)
+        if self.valid_set is not None:
+            refuse_silent_validation(self.valid_set, self.separator.stems)
         if resume is not None:
             self._last_checkpoint = checkpoint.find_checkpoint(resume)
             self._restore(checkpoint.load_checkpoint(self._last_checkpoint))
@@ -204,7 +215,7 @@ class Trainer:
         scores = validate(self.ema.module, self.learner.loss, self._valid_loader(), self.fabric)
         self.logbook.scalars(self.step, {f"valid/{name}": x for name, x in scores.items()})
         self.stale += 1
-        if not scores["sdr"] <= self.best_sdr:  # NaN, where all stems are silent: the last is kept
+        if scores["sdr"] > self.best_sdr:
             self.best_sdr, self.best_step, self.stale = scores["sdr"], self.step, 0
             self._keep()
 
@@ -259,9 +270,14 @@ class Trainer:
         the packages only cause a warning: the run goes on, but perhaps not bit for bit.
 
         Raises:
-            ValueError: the state is of a run with other settings.
+            ValueError: the state is of a run with other settings, or of a step after the end.
         """
         check_same_run(state["settings"], self._settings())
+        if state["step"] > self.total_steps:
+            raise ValueError(
+                f"the checkpoint is of step {state['step']}, but the run ends after step "
+                f"{self.total_steps}; raise max_steps or max_epochs, or resume an earlier one"
+            )
         if state["versions"] != (present := checkpoint.versions()):
             warnings.warn(f"saved with {state['versions']}, this is {present}", stacklevel=2)
         random = dict(enumerate(state["random"])).get(self.fabric.global_rank)
@@ -279,15 +295,13 @@ class Trainer:
             **{part: spelled(getattr(self.learner, part)) for part in parts},
             "segments": len(self.train_set),
             "songs": names_of(self.train_set),
+            "audio": self._audio,
         }
 
-
-def names_of(songs: Dataset) -> str:
-    """How many songs, and a digest of their names, of a data set that has `track_names`."""
-    names = getattr(songs, "track_names", None)
-    if names is None:
-        return "without names"
-    return f"{len(names)}, of names {hashlib.sha256(repr(sorted(names)).encode()).hexdigest()[:8]}"
+    @cached_property
+    def _audio(self) -> str | None:
+        """The digest of the songs at its first use; it reads a little of every file."""
+        return audio_of(self.train_set)
 
 
 class Termination:
