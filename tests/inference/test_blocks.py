@@ -54,15 +54,6 @@ def test_the_caller_between_two_blocks_is_not_in_inference_mode():
     separate_track(as_module(identity), mixture, Segmentation(100)).mul_(2)  # an ordinary tensor
 
 
-@pytest.fixture
-def new_objects_only():
-    """What was there before is frozen, so `gc.get_objects` takes no time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def bytes_in_tensors():
     """What all new tensors of this process take, those in suspended generators too."""
     tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]

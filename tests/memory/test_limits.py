@@ -6,8 +6,11 @@ from collections import deque
 
 import pytest
 import torch
+import torch._dynamo  # before the heap is frozen
 
 from tfswa_lab.memory.leaks import diagnose
+
+pytestmark = pytest.mark.usefixtures("new_objects_only")
 
 FAR, NEAR = 10_000, 20  # out of reach of the 40 steps that a diagnosis runs, and within it
 

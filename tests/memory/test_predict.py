@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # before the heap is frozen
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +22,8 @@ from tfswa_lab.memory.predict.predict import compare, max_batch_size, to_markdow
 from tfswa_lab.memory.trace import trace
 from tfswa_lab.models.tf_locoformer import SIZES, TFLocoformer
 from tfswa_lab.models.tfswa_unet import TFSWAUNet
+
+pytestmark = pytest.mark.usefixtures("new_objects_only")
 
 MIB = 2**20
 

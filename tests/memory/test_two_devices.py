@@ -9,12 +9,15 @@ from weakref import finalize
 
 import pytest
 import torch
+import torch._dynamo  # before the heap is frozen
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from tfswa_lab.memory.predict import predict
+
+pytestmark = pytest.mark.usefixtures("new_objects_only")
 
 PROGRAMS = 200
 

@@ -6,7 +6,38 @@ from torch import nn
 
 from tfswa_lab.audio import SAMPLE_RATE
 from tfswa_lab.data.musdb import MUSDB18Dataset
-from tfswa_lab.teaching.lesson import fits, lesson_root, loudest_excerpt, versions
+from tfswa_lab.teaching.lesson import (
+    check_parameters,
+    fits,
+    lesson_root,
+    loudest_excerpt,
+    versions,
+)
+
+RIGHT = [
+    {"quick": True, "seed": 0, "device": "auto", "data_root": ""},
+    {"quick": False, "seed": 7, "device": "cuda:1", "data_root": "/songs", "gpu_gib": 8.0},
+    {"device": torch.device("cpu"), "gpu_gib": 8},  # the set-up cell has run before
+]
+# As papermill's -p reads `false`, `no`, `0`, `None`, `1.5`, `True`, `nan` and `80 GB`.
+WRONG = [
+    *(("quick", value) for value in ("false", "no", "", 0, 1.0, None)),
+    *(("seed", value) for value in ("0", 1.5, True, None)),
+    *(("device", value) for value in (0, None, True)),
+    *(("data_root", value) for value in (5, None, False)),
+    *(("gpu_gib", value) for value in ("80 GB", True, None, float("nan"), float("inf"))),
+]
+
+
+@pytest.mark.parametrize("parameters", RIGHT)
+def test_parameters_of_the_right_type_pass(parameters):
+    check_parameters(**parameters)
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_parameter_of_the_wrong_type_is_refused_with_the_fix(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}={value!r} .*must be .*: -p {name} \S"):
+        check_parameters(**RIGHT[0] | {name: value})
 
 
 def song(vocals: torch.Tensor) -> dict:

@@ -1,6 +1,7 @@
 """The strict runner: each way in which a lesson can break without papermill noticing."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tfswa_lab.teaching.runner import WidgetError, run_notebook
+from tfswa_lab.memory.gauges import process_peak
+from tfswa_lab.teaching import runner
+from tfswa_lab.teaching.runner import MissingOutputError, WidgetError, run_notebook
 
 SEED = "quick = True\ndevice = 'auto'\ndata_root = ''\nseed = 0  # of the random generator"
 
@@ -25,7 +28,7 @@ def write_notebook(path: Path, *sources: str) -> Path:
     return path
 
 
-def run(path: Path, timeout_seconds: float = 60, **parameters):
+def run(path: Path, timeout_seconds: float = 3600, **parameters):
     return run_notebook(path, path.parent / "out" / path.name, parameters, timeout_seconds)
 
 
@@ -113,10 +116,78 @@ def test_timeout_counts_for_the_whole_notebook(tmp_path):
         run(path, timeout_seconds=3)
 
 
-def test_dead_kernel_is_not_called_a_timeout(tmp_path):
-    path = write_notebook(tmp_path / "n.ipynb", "import os; os._exit(1)")
-    with pytest.raises(DeadKernelError, match="died"):
+def test_timeout_counts_while_the_kernel_starts(tmp_path):
+    path = write_notebook(tmp_path / "n.ipynb", "pass")
+    with pytest.raises(TimeoutError, match=r"n\.ipynb: not finished after 0 s"):
+        run(path, timeout_seconds=0)
+
+
+ENDS = {
+    "exit": "os._exit(1)",
+    "killed, as when memory runs out": "os.kill(os.getpid(), signal.SIGKILL)",
+    "segmentation fault": "ctypes.string_at(0)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_dead_kernel_tells_its_peak_memory_and_is_not_called_a_timeout(tmp_path, monkeypatch, end):
+    seen = tmp_path / "seen"
+
+    def look(process):
+        peak = process_peak(process)
+        if peak > 300e6:
+            seen.touch()
+        return peak
+
+    monkeypatch.setattr(runner, "process_peak", look)
+    spike = "x = b'x' * 300_000_000; del x"
+    wait = f"while not pathlib.Path({str(seen)!r}).exists(): pass"
+    imports = "import ctypes, os, pathlib, signal"
+    path = write_notebook(tmp_path / "n.ipynb", imports, spike, wait, end)
+    with pytest.raises(DeadKernelError, match=r"n\.ipynb: .*died; its kernel had taken") as died:
         run(path)
+    mebibytes = float(re.search(r"at least ([\d.]+) MiB", str(died.value))[1])
+    assert 0.9 * 300e6 < mebibytes * 2**20 < 3 * 300e6
+
+
+FIGURE = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
+
+
+def test_figures_appear_whatever_backend_the_user_has_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    run(write_notebook(tmp_path / "n.ipynb", FIGURE))
+    (output,) = nbformat.read(tmp_path / "out/n.ipynb", 4).cells[-1].outputs
+    assert "image/png" in output.data
+
+
+LOST = {
+    f"import matplotlib\nmatplotlib.use('agg')\n{FIGURE}": runner.PICTURE,
+    "widgets.explore(f, x=IntSlider(1));": runner.WIDGET,
+    "widgets.explore(f, x=IntSlider(1))\ny = 1": runner.WIDGET,
+    "play('<audio>');": runner.PLAYER,
+}
+
+
+def test_cells_that_lose_what_they_show_are_named(tmp_path):
+    first = "from IPython.display import HTML as play\nfrom ipywidgets import IntSlider\n"
+    first += "from tfswa_lab.teaching import widgets\nf = lambda x: None"
+    shown = "widgets.explore(f, x=IntSlider(1))", "x = play('<audio>')\ndisplay(x)"
+    path = write_notebook(tmp_path / "n.ipynb", first, *shown, *LOST)
+    cells = nbformat.read(path, 4).cells[-len(LOST) :]
+    with pytest.raises(MissingOutputError) as lost:
+        run(path)
+    each = zip(cells, LOST.values(), strict=True)
+    assert str(lost.value) == "n.ipynb: " + "; ".join(
+        f"cell {cell.id} shows no {kind}" for cell, kind in each
+    )
+
+
+def test_only_what_a_cell_shows_in_any_case_is_asked_for():
+    source = "def f():\n    plt.show()\nif full:\n    player.play({})\nshow = [explore]"
+    assert runner.expected_outputs(source) == set()
+    assert runner.expected_outputs("with x:\n    plot_peak(y);") == {runner.PICTURE}
+    assert runner.expected_outputs("%time 1\ndisplay(play(x))") == {runner.PLAYER}
+    assert runner.expected_outputs("w = widgets.explore(f)") == {runner.WIDGET}
 
 
 def test_missing_notebook_is_named(tmp_path):

@@ -80,7 +80,7 @@ def _html_widget() -> object:
         from ipywidgets import HTML
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the monitor needs ipywidgets: pip install 'tfswa-lab[lab]'; "
+            'the monitor needs ipywidgets: pip install "tfswa-lab[lab]"; '
             "without it, print(status()) reads the same gauges"
         ) from error
     return HTML()

@@ -1,4 +1,4 @@
-"""What lessons share: where the music is, which versions, which seconds of a song, what fits a GPU.
+"""What lessons share: parameters, where the music is, versions, a song's excerpt, what fits a GPU.
 
 Axis letters: `n` stems, `c` channels, `s` samples.
 
@@ -7,6 +7,7 @@ Notebook: 00_start_here
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -22,6 +23,15 @@ from tfswa_lab.audio import SAMPLE_RATE, STEMS, rms_db
 SILENCE_DB = -60.0  # a stem below this level has nothing to teach
 SHARE_OF_FREE = 0.9  # of a GPU's memory that a step may take: workspaces are in no prediction
 
+# Type of a lesson's parameter, the same in words, and a value for the command line.
+PARAMETERS = {
+    "quick": (bool, "True or False", "False"),
+    "seed": (int, "a whole number", "0"),
+    "device": (str | torch.device, "the name of a device", "cpu"),
+    "data_root": (str, "the name of a folder", "/data/MUSDB18-HQ"),
+}
+A_NUMBER = (int | float, "a finite number", "8.0")  # what only one lesson has
+
 
 class Excerpt(NamedTuple):
     """A few seconds of one track: `mixture` `(2, s)` and `stems` `(n, 2, s)`."""
@@ -30,6 +40,29 @@ class Excerpt(NamedTuple):
     start_seconds: float
     mixture: Tensor
     stems: Tensor
+
+
+def check_parameters(**parameters: object) -> None:
+    """Refuse a parameter of the wrong type, which would run another lesson than the one asked for.
+
+    papermill reads `-p quick false` as the text "false", and a text is true.
+
+    Args:
+        parameters: all of a lesson's, by name. Those that not all lessons have are numbers.
+
+    Raises:
+        ValueError: one has the wrong type, or is no finite number.
+
+    >>> check_parameters(quick=True, seed=0, device="auto", data_root="")
+    """
+    for name, value in parameters.items():
+        kind, in_words, example = PARAMETERS.get(name, A_NUMBER)
+        right_type = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not right_type or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(
+                f"{name}={value!r} ({type(value).__name__}) must be {in_words}, such as {example}; "
+                f"with papermill: -p {name} {example}"
+            )
 
 
 def lesson_root(data_root: str) -> Path:

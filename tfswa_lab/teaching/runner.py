@@ -1,7 +1,8 @@
 """Execute lessons strictly: whatever a reader would call broken fails here.
 
-papermill alone exits 0 when a parameter is misspelt (it runs with the defaults) and when a
-widget callback raises (the traceback lands in the widget's own output). Here both are errors.
+papermill alone exits 0 when a parameter is misspelt (it runs with the defaults), when a widget
+callback raises (the traceback lands in the widget's own output), and when a figure, a player or a
+widget never appears. Here all of these are errors.
 
     python -m tfswa_lab.teaching.runner --full --device cuda 03_tfswa_unet
 
@@ -10,8 +11,11 @@ Notebook: 00_start_here
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import os
+import re
 import sys
 import threading
 import time
@@ -26,6 +30,7 @@ import papermill
 import psutil
 import typer
 from ipykernel.kernelspec import get_kernel_dict
+from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.kernelspec import KernelSpec
@@ -38,7 +43,14 @@ from rich.text import Text
 from traitlets import Type
 
 from tfswa_lab.memory.gauges import process_peak
-from tfswa_lab.memory.sizes import MIB
+from tfswa_lab.memory.sizes import MIB, format_bytes
+
+UNLIMITED = 10**6  # seconds
+# The kernel draws into the notebook, whatever the user's environment or matplotlibrc says.
+INLINE = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+PICTURE, WIDGET, PLAYER = "image/png", "application/vnd.jupyter.widget-view+json", "text/html"
+OUTPUT_OF = {r"show|plot_\w+": PICTURE, "explore|interact": WIDGET, "play": PLAYER}
+MAYBE = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.If, ast.IfExp, ast.Try, ast.For, ast.While)
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,10 @@ class NotebookRun:
 
 class WidgetError(RuntimeError):
     """A widget callback raised while the notebook itself ran to the end."""
+
+
+class MissingOutputError(RuntimeError):
+    """A cell draws, or makes a player or a widget, and nothing of that kind appeared."""
 
 
 def run_notebook(
@@ -73,7 +89,9 @@ def run_notebook(
         ValueError: the notebook has no such parameter.
         papermill.PapermillExecutionError: a cell raised.
         WidgetError: a widget callback raised.
+        MissingOutputError: a figure, a player or a widget did not appear.
         TimeoutError: the notebook took longer than `timeout_seconds`.
+        DeadKernelError: the kernel ended, for instance because memory ran out.
     """
     path, output = Path(path), Path(output)
     refuse_unknown_parameters(path, parameters)
@@ -89,16 +107,20 @@ def run_notebook(
             kernel_name="python3",
             kernel_manager_class=_kernel_manager(watch),
             progress_bar=False,
+            start_timeout=UNLIMITED,  # the only limit is `timeout_seconds`
+            iopub_timeout=UNLIMITED,
         )
-    except DeadKernelError as error:
-        if watch.expired:
-            raise TimeoutError(f"{path.name}: not finished after {timeout_seconds} s") from error
+    except RuntimeError as error:  # nbclient's own, or a plain one while the kernel starts
+        if watch.expired or "died" in str(error):
+            raise watch.ending(path.name, error) from error
         raise
     finally:
         watch.stop()
     seconds = time.perf_counter() - start
     if errors := widget_errors(notebook):
         raise WidgetError(f"{path.name}: a widget callback raised {'; '.join(errors)}")
+    if missing := missing_outputs(notebook):
+        raise MissingOutputError(f"{path.name}: {'; '.join(missing)}")
     return NotebookRun(path.stem, seconds, watch.peak_bytes)
 
 
@@ -119,6 +141,38 @@ def widget_errors(notebook: NotebookNode) -> list[str]:
     states = [model["state"] for widgets in saved for model in widgets["state"].values()]
     outputs = [output for state in states for output in state.get("outputs", [])]
     return [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+
+
+def missing_outputs(notebook: NotebookNode) -> list[str]:
+    """Outputs that cells should have shown and did not: `cell fit-code shows no image/png`.
+
+    A semicolon behind a widget hides it, as does a line after it, and a matplotlib that draws
+    elsewhere shows no figure.
+    """
+    missing = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            shown = {kind for output in cell.outputs for kind in output.get("data", ())}
+            wanted = expected_outputs(cell.source) - shown
+            missing += [f"cell {cell.get('id', '?')} shows no {kind}" for kind in sorted(wanted)]
+    return missing
+
+
+def expected_outputs(source: str) -> set[str]:
+    """Kinds of output that a cell's calls must show, those in functions and branches left out.
+
+    >>> expected_outputs("%load_ext x\\nfig, ax = plots.plot_mask(mask)")
+    {'image/png'}
+    """
+    called, ahead = set(), [ast.parse(TransformerManager().transform_cell(source))]
+    while ahead:
+        node = ahead.pop()
+        if isinstance(node, ast.Call):
+            called.add(getattr(node.func, "attr", getattr(node.func, "id", "")))
+        ahead += [child for child in ast.iter_child_nodes(node) if not isinstance(child, MAYBE)]
+    return {
+        kind for name, kind in OUTPUT_OF.items() if any(re.fullmatch(name, call) for call in called)
+    }
 
 
 class _AttentiveChannel(AsyncZMQSocketChannel):
@@ -150,7 +204,7 @@ def _kernel_manager(watch: _KernelWatch) -> type[AsyncKernelManager]:
         client_factory = Type(_AttentiveClient)
 
         async def start_kernel(self, **options) -> None:
-            await super().start_kernel(**options)
+            await super().start_kernel(env=os.environ | INLINE, **options)
             watch.follow(self.provisioner.pid)
 
         async def shutdown_kernel(self, *arguments, **options) -> None:
@@ -180,7 +234,7 @@ class _KernelWatch(threading.Thread):
     def run(self) -> None:
         deadline = time.monotonic() + self._timeout_seconds
         try:
-            while not self._ended.wait(0.1):
+            while not self._ended.wait(0.02):  # a kernel that dies tells no peak afterwards
                 self.look()
                 if time.monotonic() > deadline:
                     self.expired = True
@@ -192,6 +246,13 @@ class _KernelWatch(threading.Thread):
         """Note the kernel's memory; once it has gone, there is nothing to note."""
         with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             self.peak_bytes = max(self.peak_bytes, process_peak(self._kernel))
+
+    def ending(self, name: str, error: Exception) -> Exception:
+        """The error for a kernel that ended too early, with its peak memory."""
+        had = f"its kernel had taken at least {format_bytes(self.peak_bytes)}"
+        if self.expired:
+            return TimeoutError(f"{name}: not finished after {self._timeout_seconds} s; {had}")
+        return DeadKernelError(f"{name}: {error}; {had}")
 
     def stop(self) -> None:
         self._ended.set()
