@@ -5,6 +5,8 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.signal
 import torch
 
 from tfswa_lab import audio
@@ -412,3 +414,44 @@ def test_taps_of_any_whole_type_and_notes_of_what_is_too_short():
     references[1] = references[1, :1]  # a mono stem
     result = bss_eval(references, estimates, math.inf, math.inf, np.int64(16), rate=1)
     assert any("repeat one another" in note for note in result.notes)
+
+
+def delayed_copy(samples):
+    """Low-passed stereo stems of floats, one of them another one a sample later; estimates."""
+    generator = torch.Generator().manual_seed(0)
+    filters = scipy.signal.butter(2, 3000, fs=44_100, output="sos")
+    noise = torch.randn(2, 2, samples, generator=generator).numpy()
+    voice, band = 0.1 * scipy.signal.sosfilt(filters, scipy.signal.sosfilt(filters, noise))
+    stems = np.float32([voice, band, np.pad(voice, ((0, 0), (1, 0)))[:, :-1]])
+    references = torch.from_numpy(stems).double()
+    estimates = references + 0.1 * (references.sum(0) - references)
+    return references, estimates + 0.003 * torch.randn(references.shape, generator=generator)
+
+
+def explained(signals, wanted, taps):
+    """The part of `wanted` that filters of the signals give, by QR with pivots; both `(…, s)`."""
+    samples = signals.shape[-1]
+    columns = [
+        np.pad(row, (delay, taps - 1 - delay))
+        for row in signals.reshape(-1, samples).numpy()
+        for delay in range(taps)
+    ]
+    basis, sizes, _ = scipy.linalg.qr(np.stack(columns, 1), mode="economic", pivoting=True)
+    basis = basis[:, np.abs(np.diag(sizes)) > 1e-13 * abs(sizes[0, 0])]
+    padded = np.pad(wanted.numpy(), ((0, 0), (0, taps - 1))).T
+    return padded, basis @ (basis.T @ padded)
+
+
+def test_a_copy_that_is_a_sample_late_and_has_no_treble_is_solved_as_qr_solves_it():
+    references, estimates = delayed_copy(9000)
+    taps, seconds = 32, 9000 / 44_100
+    result = bss_eval(references, estimates, seconds, seconds, filter_length=taps)
+    assert "solved in part" in result.notes[0]
+    for stem in range(3):
+        truth, _ = explained(references[stem], references[stem], taps)
+        estimate, own = explained(references[stem], estimates[stem], taps)
+        _, of_all = explained(references, estimates[stem], taps)
+        pairs = ((truth, own - truth), (own, of_all - own), (of_all, estimate - of_all))
+        expected = [10 * np.log10(np.sum(a**2) / np.sum(b**2)) for a, b in pairs]
+        found = [ratio[stem, 0].item() for ratio in (result.isr, result.sir, result.sar)]
+        np.testing.assert_allclose(found, expected, atol=2e-3)

@@ -24,6 +24,7 @@ LOADINGS = (0.0, *(10.0**exponent for exponent in range(-14, -5)))
 SMALL = 1e-13  # residual over right-hand side at which a solution is as good as double precision
 BAD = 1e-8  # relative residual above which a solution is rejected
 ROUNDS = 12  # of refinement
+CUT = 1e-14  # share of the largest eigenvalue below which `_solve_dense` leaves directions out
 
 
 def solve(blocks: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,10 +39,11 @@ def solve(blocks: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         sides: `(b, l, p, q)`; `[…, m, k, j]` is Σ x_k[t] y_j[t + m].
 
     Returns:
-        Filters `(b, l, p, q)`, and the loading `(b,)` of each system.
+        Filters `(b, l, p, q)`, and the loading `(b,)` of each system; infinite where none works
+        and the eigenvalues of T were needed.
 
     Raises:
-        ArithmeticError: no loading works: these are no correlations.
+        ArithmeticError: that does not work either: these are no correlations.
     """
     power = blocks[:, 0].diagonal(dim1=-2, dim2=-1)
     level = torch.where(power > 0, power, 1.0).sqrt()[:, None, :, None]  # (b, 1, p, 1)
@@ -55,8 +57,9 @@ def solve(blocks: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
         found, good = _solve_loaded(blocks[left], sides[left], loading)
         filters[left[good]] = found[good]
         loadings[left[good]] = loading
-    if loadings.isnan().any():
-        raise ArithmeticError("no filters fit, whatever is added: these are no correlations")
+    for system in loadings.isnan().nonzero()[:, 0].tolist():
+        filters[system] = _solve_dense(blocks[system : system + 1], sides[system : system + 1])
+        loadings[system] = torch.inf
     return filters / level, loadings
 
 
@@ -78,6 +81,24 @@ def _solve_loaded(blocks: Tensor, sides: Tensor, loading: float) -> tuple[Tensor
         if not (better & (lowest > SMALL)).any():
             break
     return best, inverse.exists & (lowest < BAD)
+
+
+def _solve_dense(blocks: Tensor, sides: Tensor) -> Tensor:
+    """Filters of one system from the eigenvalues of T: slow, and for the worst T.
+
+    A float32 stem without high frequencies and a delayed copy of it need that.
+    """
+    _, taps, channels, _ = blocks.shape
+    delays = torch.arange(taps)[:, None] - torch.arange(taps)
+    both = torch.cat([blocks[0, 1:].flip(0).mT, blocks[0]])  # delays from 1 − l to l − 1
+    dense = both[delays + taps - 1].transpose(1, 2).reshape(taps * channels, -1)
+    powers, directions = torch.linalg.eigh((dense + dense.mT) / 2)
+    inverted = torch.where(powers > CUT * powers[-1].abs(), 1 / powers, 0.0)[:, None]
+    wanted = sides[0].reshape(taps * channels, -1)
+    filters = directions @ (inverted * (directions.mT @ wanted))
+    if (dense @ filters - wanted).norm() > BAD * wanted.norm():
+        raise ArithmeticError("no filters fit, whatever is added: these are no correlations")
+    return filters.view_as(sides[0])
 
 
 class Inverse:

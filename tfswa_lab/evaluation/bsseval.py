@@ -179,7 +179,8 @@ def _note_of_loading(
         reason = f"too short to determine {stems * channels} filters of {taps} taps"
     else:
         reason = "the channels of the references repeat one another (a mono stem?)"
-    return (f"{reason}: solved with {loading:.0e} of their power added",)
+    way = f"with {loading:.0e} of their power added" if math.isfinite(loading) else "in part"
+    return (f"{reason}: solved {way}",)
 
 
 @dataclass(frozen=True)
