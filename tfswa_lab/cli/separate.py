@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FILES, STEMS, MODEL, MESSAGES = map(panel, ("Files", "Stems", "Model", "Messages"))
 LESS_MEMORY = "lower --segment-seconds, or close other programs that use memory"
+OF_BAND = "the model band has only heard synthetic songs; for real music, train one on real music"
 MIXTURE = "mixture"  # of MUSDB18-shaped trees, where the folder has the song's name
 FIELDS = ("track", "parent", "stem", "ext")
 
@@ -154,6 +155,8 @@ def separate(options: SeparateOptions) -> None:
             failed += "error" in facts
             if log:
                 print(json.dumps(facts), file=log, flush=True)
+    if options.model == "band" and failed < len(jobs) and not options.quiet:
+        say(f"Note: {OF_BAND}")
     if failed and len(jobs) > 1:
         say(f"Error: {failed} of {len(jobs)} songs failed")
     if failed:
