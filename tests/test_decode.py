@@ -32,6 +32,8 @@ FFMPEG = {
     "aac.m4a": ["-c:a", "aac", "-movflags", "+faststart"],
     "mka": ["-c:a", "flac"],
     "webm": ["-c:a", "libopus"],
+    "opus.ogg": ["-c:a", "libopus"],
+    "adpcm.wav": ["-c:a", "adpcm_ms"],
     "wma": ["-c:a", "wmav2"],
     "aac": ["-c:a", "aac"],
     "nothing-stated.mp3": ["-c:a", "libmp3lame", "-q:a", "4", "-write_xing", "0"],
@@ -87,7 +89,7 @@ def test_blocks_are_the_whole_in_pieces(files, ending):
 @pytest.mark.parametrize("ending", FFMPEG)
 def test_what_ffmpeg_reads_is_the_song(files, song, ending):
     samples, rate = decode.decode(files[ending])
-    assert rate == (48_000 if ending == "webm" else RATE)
+    assert rate == (48_000 if ending in ("webm", "opus.ogg") else RATE)
     expected = SAMPLES * rate / RATE
     if ending in ("alac.m4a", "mka"):
         assert np.array_equal(samples.T, song.astype(np.float32))
@@ -157,9 +159,69 @@ def test_a_recording_that_was_never_finished_is_read_to_its_end(files, tmp_path,
             decode.decode(tmp_path / "recorded.wav")
 
 
-def test_joined_mp3_files_are_read_to_the_last(files, tmp_path):
-    (tmp_path / "joined.mp3").write_bytes(2 * files["mp3"].read_bytes())
-    assert decode.decode(tmp_path / "joined.mp3")[0].shape[1] >= 2 * SAMPLES
+@pytest.mark.parametrize("ending", ["mp3", "ogg", "opus.ogg"])
+def test_joined_files_are_read_to_the_last(files, tmp_path, ending):
+    joined = tmp_path / f"joined.{ending}"
+    joined.write_bytes(2 * files[ending].read_bytes())
+    one, rate = decode.decode(files[ending])
+    both, _ = decode.decode(joined)
+    assert both.shape[1] == pytest.approx(2 * one.shape[1], abs=0.2 * rate)
+    assert read_header(joined).samples == both.shape[1]
+
+
+@pytest.mark.parametrize("ending", ["ogg", "opus.ogg", "mp3"])
+def test_segments_near_the_end_are_where_they_should_be(files, ending):
+    """libsndfile seeks amiss in the last pages of Ogg Vorbis."""
+    whole, _ = decode.decode(files[ending])
+    samples = whole.shape[1]
+    for start in (samples - 20_000, samples - 3000, samples - 50):
+        part, _ = decode.decode(files[ending], start, 300)
+        assert np.array_equal(part, whole[:, start : start + 300])
+
+
+def test_a_hole_in_an_ogg_file_is_noticed(files, tmp_path):
+    content = files["ogg"].read_bytes()
+    middle = len(content) // 2
+    (tmp_path / "hole.ogg").write_bytes(content[:middle] + content[middle + 900 :])
+    with pytest.raises(ValueError, match=r"hole\.ogg is truncated"):
+        decode.decode(tmp_path / "hole.ogg")
+
+
+def test_a_flac_stream_without_a_length_is_read_to_its_end(files, song, tmp_path):
+    content = bytearray(files["flac"].read_bytes())
+    content[21] &= 0xF0  # the 36 bits of the count in the first block
+    content[22:26] = bytes(4)
+    (tmp_path / "stream.flac").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"stream\.flac states no length"):
+        samples, _ = decode.decode(tmp_path / "stream.flac")
+    assert np.array_equal(samples.T, song.astype(np.float32))
+
+
+def test_a_tag_before_a_wav_file_costs_no_samples(files, song, tmp_path):
+    tag = b"ID3\x03\x00\x00\x00\x00\x00\x14" + bytes(20)
+    (tmp_path / "tagged.wav").write_bytes(tag + files["wav"].read_bytes())
+    samples, _ = decode.decode(tmp_path / "tagged.wav")
+    assert np.array_equal(samples.T, song.astype(np.float32))
+
+
+def test_a_size_that_32_bits_cannot_hold_is_refused(tmp_path):
+    path, samples = tmp_path / "long.wav", 2**30 + 441_000
+    soundfile.write(path, np.zeros((9, 2)), RATE)
+    with path.open("r+b") as file:  # sparse: it takes no disk
+        file.truncate(44 + 4 * samples)
+        file.seek(40)
+        file.write(struct.pack("<I", 4 * samples % 2**32))
+    with pytest.raises(ValueError, match=r"long\.wav is longer than a WAV header can say"):
+        read_header(path)
+
+
+def test_a_picture_may_last_longer_than_the_sound(files, tmp_path):
+    source = ["-f", "lavfi", "-i", "color=size=16x16:rate=5:duration=4", "-i", files["wav"]]
+    for ending, codecs in (("mkv", ["-c:a", "flac"]), ("mp4", ["-c:a", "alac"])):
+        film = tmp_path / f"film.{ending}"
+        command = ["ffmpeg", "-v", "error", *source, "-c:v", "mpeg4", *codecs, film]
+        subprocess.run(command, check=True)
+        assert np.array_equal(decode.decode(film)[0], decode.decode(files["wav"])[0])
 
 
 def test_names_of_other_bytes_and_long_paths_are_read(files, tmp_path):

@@ -1,7 +1,9 @@
-"""Decode sound files: libsndfile reads most kinds, ffmpeg the rest (MP3, m4a, mp4, webm, wma …).
+"""Decode sound files: libsndfile where it is right to the sample, ffmpeg for all the rest.
 
-Both decoders read a file that was cut off as a shorter one, without a word. So headers are read
-here as well, and the length that they promise is compared with the samples that are there.
+libsndfile is right for WAV, AIFF, FLAC and their like, and for Ogg from its beginning: there, it
+seeks to wrong places. MP3 files of some kinds it reads in part. Both decoders read a file that was
+cut off as a shorter one, without a word. So headers are read here as well, and the length that
+they promise is compared with the samples that are there.
 
 Axis letters: `c` channels, `s` samples.
 """
@@ -32,9 +34,12 @@ ENDINGS = re.compile(
     r"\.(aac|ac3|aif[cf]?|amr|ape|au|bwf|caf|dsf|flac|flv|m4[abv]|mk[av]|mov|mp[234c]|og[ag]|opus|"
     "rf64|snd|tta|w64|wave?|webm|wm[av]|wv)"
 )
+LINEAR = re.compile("PCM_.*|FLOAT|DOUBLE|ULAW|ALAW")  # subtypes whose samples lie side by side
+FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC"}
 RAW = {"aac", "ac3", "dts", "eac3"}  # no container: ffmpeg guesses their length
-SURE = 50  # of 100: ffmpeg's score for a format that it recognises by more than the name
-SLACK = {"mp3": 0.001, "others": 0.25}  # seconds by which healthy files state too much
+SURE = 26  # of 100: ffmpeg's score for a format that it does not merely guess
+SLACK = 0.25  # seconds by which healthy containers state too much
+LAYOUTS = {6: "5.1", 8: "7.1"}  # what so many channels are where a header does not say
 
 
 class Header(NamedTuple):
@@ -111,25 +116,36 @@ def open_sound(path: str | Path, channels: int | None = None) -> Iterator[Sound]
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a sound file in it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that can be read twice; copy the sound into one")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such audio file; {_neighbours(path)}")
-    with path.open("rb") as file:  # libsndfile refuses long paths and other bytes than UTF-8
-        chunk = sample_chunk(file)
-    try:
-        sound = SndfileSound(path, chunk)
-    except soundfile.LibsndfileError as error:
-        sound = FfmpegSound(path, chunk, error.error_string, channels)
-    else:
-        mixed = channels is not None and sound.channels > channels
-        if mixed or sound.misread:
-            sound.close()
-            sound = FfmpegSound(path, chunk, "", channels)
+    with opened(path) as file:
+        chunk, magic = sample_chunk(file), file.seek(0) or file.read(4)
+    sound = _sndfile_sound(path, chunk) if chunk or magic in (b"fLaC", b"OggS") else None
+    if sound is not None and channels is not None and sound.channels > channels:
+        sound = sound.close()
+    sound = sound or FfmpegSound(path, chunk, channels)
     try:
         if not sound.samples:
             raise ValueError(f"{path} holds no samples; export it again")
         yield sound
     finally:
         sound.close()
+
+
+def _sndfile_sound(path: Path, chunk: Chunk | None) -> SndfileSound | None:
+    """A file in libsndfile's hands, if these are right to the sample for it."""
+    if chunk is not None and chunk.wrapped:
+        raise ValueError(
+            f"{path} is longer than a WAV header can say, which states {chunk.stated} bytes; "
+            f'write it anew: ffmpeg -ignore_length 1 -i "{path.name}" -c:a copy -rf64 auto new.wav'
+        )
+    try:
+        sound = SndfileSound(path, chunk)
+    except soundfile.LibsndfileError:
+        return None
+    return sound if sound.is_right else sound.close()
 
 
 def _neighbours(path: Path) -> str:
@@ -205,15 +221,23 @@ class Sound:
         """Release the file."""
 
 
+class Onwards(soundfile.SoundFile):
+    """Without the seek after each read, by which soundfile loses its place in Ogg and MP3 files."""
+
+    def seekable(self) -> bool:
+        """What `read` asks."""
+        return False
+
+
 class SndfileSound(Sound):
-    """A file that libsndfile reads: WAV, AIFF, FLAC, Ogg, CAF, AU …"""
+    """A file that libsndfile reads, by seeking unless it is Ogg."""
 
     def __init__(self, path: Path, chunk: Chunk | None):
         self.path = path
         unknown = chunk is not None and chunk.unknown
-        self._bytes = Completed(path, chunk) if unknown else path.open("rb")
+        self._bytes = Completed(path, chunk) if unknown else opened(path)
         try:
-            self._file = file = soundfile.SoundFile(self._bytes)
+            self._file = file = Onwards(self._bytes)
         except BaseException:
             self._bytes.close()
             raise
@@ -225,16 +249,25 @@ class SndfileSound(Sound):
             )
         elif chunk is not None and not unknown and chunk.promises and self.samples:
             self.promised = self.promise_of(chunk)
-        elif file.format == "OGG" and not ends_marked(path):
+        elif file.format == "OGG" and not has_end(path):
             self.promised = self.samples
 
+    @property
+    def is_right(self) -> bool:
+        """Whether libsndfile reads such a file to the sample."""
+        if self._file.format == "OGG":
+            return is_one_stream(self.path)
+        linear = self._file.format in FORMATS and LINEAR.fullmatch(self._file.subtype)
+        return bool(linear) and self.samples < 2**62  # FLAC without a length
+
     def blocks(self, size: int = BLOCK, start: int = 0) -> Iterator[np.ndarray]:
-        """By seeking to the first, without decoding those before it."""
-        position = start
+        """Those before the first are only decoded in Ogg, where libsndfile seeks amiss."""
+        position = 0 if self._file.format == "OGG" else start
         try:
-            self._file.seek(min(start, self.samples))
+            self._file.seek(min(position, self.samples))
             while (block := self._next(size)).shape[1]:
-                yield block
+                if (wanted := block[:, max(0, start - position) :]).shape[1]:
+                    yield wanted
                 position += block.shape[1]
         except soundfile.LibsndfileError as error:
             if size > FINE:  # as far as possible; this handle cannot seek any more
@@ -243,13 +276,6 @@ class SndfileSound(Sound):
             raise self.truncated(position, error.error_string) from error
         if position < self.samples or self.promised is not None:
             raise self.truncated(position)
-
-    @property
-    def misread(self) -> bool:
-        """Whether soundfile gives other samples in blocks than at once, as of MP3 with a variable
-        bit rate: it seeks after each block, and libsndfile seeks to other places there.
-        """
-        return self._file.format == "MP3"
 
     def _next(self, size: int) -> np.ndarray:
         if self._file.subtype != "PCM_16":
@@ -272,27 +298,53 @@ class FfmpegSound(Sound):
         ValueError: there is no ffmpeg, or it cannot read the file either.
     """
 
-    def __init__(self, path: Path, chunk: Chunk | None, reason: str, channels: int | None):
+    def __init__(self, path: Path, chunk: Chunk | None, channels: int | None):
         self.path = path
-        facts = probe(path, reason)
+        facts = probe(path)
         stream, form = facts["streams"][0], facts["format"]
         self.rate, self.channels = int(stream["sample_rate"]), int(stream["channels"])
         self.mix = channels is not None and self.channels > channels
         if self.mix:
-            self.note = f"{path}: {self.channels} channels were mixed down to {channels}"
-            self.channels = channels
-        if stream.get("time_base") == f"1/{self.rate}" and "duration_ts" in stream:
+            self._mix_down(stream, channels)
+        self.kind = form["format_name"]
+        exact = self.kind.startswith("mov") and stream.get("time_base") == f"1/{self.rate}"
+        if exact and "duration_ts" in stream:  # without the padding at the end
             self.samples = int(stream["duration_ts"])
         else:
             self.samples = sum(block.shape[1] for block in self._decoded(BLOCK))
-        if chunk is not None and chunk.promises and self.samples:
-            self.promised = self.promise_of(chunk)
-        kind = form["format_name"]
-        seconds = float(stream.get("duration") or form.get("duration", 0))
-        guessed = kind in RAW or (kind == "mp3" and not states_length(path))
-        slack = SLACK["mp3" if kind == "mp3" else "others"]
-        if self.promised is None and not guessed and (seconds - slack) * self.rate > self.samples:
-            self.promised = round(seconds * self.rate)
+        if chunk is not None:
+            promised = self.promise_of(chunk) if chunk.promises and self.samples else 0
+        else:
+            promised = self._promise(stream, form)
+        self.promised = promised if promised > self.samples else None
+
+    def _mix_down(self, stream: dict, channels: int) -> None:
+        layout = stream.get("channel_layout", LAYOUTS.get(self.channels))
+        if layout is None:
+            raise ValueError(
+                f"{self.path} has {self.channels} channels and does not say for which "
+                "loudspeakers; mix them down to two first"
+            )
+        self.note = (
+            f"{self.path}: {self.channels} channels ({layout}) were mixed down to {channels}"
+        )
+        self.channels = channels
+
+    def _promise(self, stream: dict, form: dict) -> int:
+        """The least number of samples that the file states; 0 where ffmpeg guesses."""
+        alone = form["nb_streams"] == 1 and self.kind != "avi"  # a picture may last longer
+        seconds = float(stream.get("duration") or (form.get("duration", 0) if alone else 0))
+        if self.kind == "ogg":
+            if not has_end(self.path):
+                return self.samples + 1
+            seconds *= is_one_stream(self.path)  # of several, none speaks for all
+        if self.kind == "mp3":
+            return round(seconds * self.rate) if states_length(self.path) else 0
+        if not seconds and self.kind == "flac":
+            self.note = f"{self.path} states no length: all {self.samples} samples are read"
+        slack = 0.05 if self.kind == "ogg" else SLACK  # to warm an Opus decoder up
+        late = self.samples / self.rate < seconds - slack and self.kind not in RAW
+        return round(seconds * self.rate) if late else 0
 
     def blocks(self, size: int = BLOCK, start: int = 0) -> Iterator[np.ndarray]:
         """What ffmpeg decodes, without the padding that encoders add at the end."""
@@ -317,24 +369,24 @@ class FfmpegSound(Sound):
                 while content := process.stdout.read(size * width):
                     whole = content[: len(content) // width * width]
                     yield np.frombuffer(whole, "<f4").reshape(-1, self.channels).T.copy()
-                process.wait()
+                failed = process.wait() != 0
                 said.seek(0)
-                self.cut_off = CUT_OFF.search(said.read()) is not None
+                words = said.read().decode(errors="replace").strip()
+                self.cut_off = failed or CUT_OFF.search(words) is not None
             finally:
                 process.kill()
 
 
-CUT_OFF = re.compile(rb"ended prematurely|partial file|truncated")
+CUT_OFF = re.compile("ended prematurely|partial file|truncated|CRC mismatch")
 FFMPEG = ("ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file")
-PROBED = "stream=sample_rate,channels,time_base,duration_ts,duration"
+PROBED = "stream=sample_rate,channels,channel_layout,time_base,duration_ts,duration"
 
 
-def probe(path: Path, reason: str) -> dict[str, Any]:
+def probe(path: Path) -> dict[str, Any]:
     """What ffprobe says of a file and its first audio stream.
 
     Args:
         path: of the file.
-        reason: why libsndfile does not know it; nothing, if it does.
 
     Raises:
         ValueError: there is no ffmpeg, or no audio stream, or one that nobody is sure of.
@@ -342,20 +394,21 @@ def probe(path: Path, reason: str) -> dict[str, Any]:
     try:
         ensure_ffmpeg()
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{path} is not readable as audio without ffmpeg{reason and f' ({reason})'}: {error}"
-        ) from error
+        raise ValueError(f"{path} is not readable as audio without ffmpeg: {error}") from error
     command = ["ffprobe", "-v", "error", "-protocol_whitelist", "file", "-select_streams", "a:0"]
-    entries = ["-show_entries", f"{PROBED}:format=format_name,duration,probe_score", "-of", "json"]
-    done = subprocess.run(
-        [*command, *entries, f"file:{os.fspath(path)}"], capture_output=True, check=False
-    )
+    entries = f"{PROBED}:format=format_name,nb_streams,duration,probe_score"
+    command += ["-show_entries", entries, "-of", "json", f"file:{os.fspath(path)}"]
+    done = subprocess.run(command, capture_output=True, check=False)
     facts = {} if done.returncode else json.loads(done.stdout)
-    if not facts.get("streams") or (facts["format"]["probe_score"] < SURE and reason):
+    streams = facts.get("streams", [])
+    facts["streams"] = [each for each in streams if int(each.get("sample_rate", 0))]
+    form = facts.get("format", {"format_name": "no audio stream", "probe_score": 0})
+    short_mp3 = form["format_name"] == "mp3" and path.suffix.lower() == ".mp3"
+    if not facts.get("streams") or (form["probe_score"] < SURE and not short_mp3):
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise ValueError(
-            f"{path} is not readable as audio: {reason} {' '.join(said) or 'no audio stream'}; "
-            "export it again as WAV or FLAC"
+            f"{path} is not readable as audio ({' '.join(said) or form['format_name']}); export it "
+            "again as WAV or FLAC"
         )
     return facts
 
@@ -402,6 +455,11 @@ class Chunk(NamedTuple):
         """
         kept_free = not self.stated or self.stated >> 16 in (0x7FFF, 0x8000, 0xFFFF)
         return kept_free and self.stated != self.there > 0
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether 32 bits were too few for the size."""
+        return self.stated <= EVERY_BIT and self.there - self.stated >= 2**32
 
     @property
     def promises(self) -> bool:
@@ -457,6 +515,23 @@ def _walk_long(
     return None
 
 
+def opened(path: Path) -> io.BufferedIOBase:
+    """A file to read, without a tag before it, which libsndfile counts as samples of a WAV file."""
+    file = path.open("rb")
+    start = file.read(10)
+    if start[:3] != b"ID3":
+        file.seek(0)
+        return file
+    with file:
+        file.seek(_tag_bytes(start), 1)
+        return io.BytesIO(file.read())
+
+
+def _tag_bytes(start: bytes) -> int:
+    """Size of an ID3 tag after its first 10 bytes: four times seven bits."""
+    return sum(byte << 7 * place for place, byte in enumerate(start[:5:-1]))
+
+
 class Completed(io.FileIO):
     """A file that is read as if its header stated the size that is there."""
 
@@ -483,8 +558,8 @@ def states_length(path: Path) -> bool:
     """
     with path.open("rb") as file:
         start = file.read(10)
-        if start[:3] == b"ID3":  # a tag, whose size has four times seven bits
-            file.seek(sum(byte << 7 * place for place, byte in enumerate(start[:5:-1])), 1)
+        if start[:3] == b"ID3":
+            file.seek(_tag_bytes(start), 1)
         begins, frame = file.tell(), file.read(4096)
     place = max(frame.find(b"Xing"), frame.find(b"Info"))
     if place < 0:
@@ -493,13 +568,17 @@ def states_length(path: Path) -> bool:
     return flags & 3 == 3 and path.stat().st_size - begins < 1.1 * size + 4096
 
 
-def ends_marked(path: Path) -> bool:
-    """Whether the last page of an Ogg file says that it is the last."""
+def is_one_stream(path: Path) -> bool:
+    """Whether an Ogg file is not several that were joined: each begins with a page that says so."""
+    return path.read_bytes().count(b"OggS\0\2") == 1
+
+
+def has_end(path: Path) -> bool:
+    """Whether the last page of an Ogg file is complete and says that it is the last."""
     with path.open("rb") as file:
         file.seek(-min(2**16 + 512, path.stat().st_size), os.SEEK_END)
         pages = file.read()
     last = pages[pages.rfind(b"OggS") :] if b"OggS" in pages else b""
-    if len(last) < 27 or not last[5] & 4:
-        return False
-    sizes = last[27 : 27 + last[26]]
-    return len(sizes) == last[26] and len(last) >= 27 + len(sizes) + sum(sizes)
+    sizes = last[27 : 27 + last[26]] if len(last) > 26 else b""
+    complete = bool(sizes) and len(last) >= 27 + len(sizes) + sum(sizes)
+    return complete and bool(last[5] & 4)

@@ -290,6 +290,7 @@ def test_a_template_names_the_files(copies, tmp_path, template, name):
     [
         (["--out", "{track}.wav"], "a template has {stem} and other fields"),
         (["--out", "{stem}{album}"], "a template has {stem} and other fields"),
+        (["--jsonl", "/nowhere/x"], "/nowhere/x"),
         (["--out", "{stem"], "write a field as {stem}"),
         (["--out", "{stem}.mp3", "--format", "wav"], "ends in .mp3, but --format is wav"),
         (["--format", "wma"], "use wav, flac, mp3, ogg"),
@@ -312,6 +313,56 @@ def test_what_cannot_be_is_one_line_and_status_1(copies, tmp_path, monkeypatch, 
     assert line.startswith("Error: ")
     assert message in line
     assert written(tmp_path) == ["song.wav"]
+
+
+@pytest.mark.parametrize("out", ["separated", "."])
+def test_a_folder_with_its_own_stems_in_it_is_separated_once(copies, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    for name in ("1.wav", "2.wav"):
+        write_song(Path(name))
+    for more in ((), ("--skip-existing",), ("--overwrite",)):
+        result = run(".", "--out", out, *more)
+        assert result.exit_code == 0, result.output
+    stems = [f"{track}/{stem}.wav" for track in "12" for stem in ("other", "vocals")]
+    ours = [(Path(out) / stem).as_posix() for stem in stems]
+    assert written(tmp_path) == sorted(["1.wav", "2.wav", *ours])
+
+
+def test_a_song_is_never_replaced_by_its_stem(copies, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = write_song(Path("vocals.wav")).read_bytes()
+    result = run("vocals.wav", "--out", ".", "--overwrite")
+    assert result.exit_code == 1
+    assert "vocals.wav is one of the songs" in result.stderr
+    assert Path("vocals.wav").read_bytes() == before
+
+
+def test_a_song_some_of_whose_stems_are_there_does_not_stop_the_others(copies, tmp_path):
+    songs = [write_song(tmp_path / name) for name in ("1.wav", "2.wav")]
+    assert run(songs[0], "--out", tmp_path / "out" / "1", "--stem", "vocals").exit_code == 0
+    result = run(*songs, "--out", tmp_path / "out", "--skip-existing")
+    assert result.exit_code == 1
+    assert "1/vocals.wav exists" in result.stderr
+    assert written(tmp_path / "out") == ["1/vocals.wav", "2/other.wav", "2/vocals.wav"]
+
+
+@pytest.mark.parametrize("name", ["", "...wav", "..wav"])
+def test_a_name_that_is_no_name_is_refused(copies, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if name:
+        write_song(Path("a.wav")).rename(name)
+    result = run(name, write_song(Path("b.wav")), "--out", "out")
+    assert result.exit_code == 1
+    assert "empty" in result.stderr or "rename the song" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_two_kinds_of_one_song_are_told_apart_by_the_advised_template(copies, tmp_path):
+    songs = [write_song(tmp_path / name) for name in ("x.wav", "x.flac")]
+    assert "{trackext}" in run(*songs, "--out", tmp_path / "out").stderr
+    out = tmp_path / "out" / "{parent}" / "{track}.{trackext}" / "{stem}.{ext}"
+    assert run(*songs, "--out", out).exit_code == 0
+    assert len(written(tmp_path / "out")) == 4
 
 
 def test_two_stems_are_the_stem_and_the_rest(copies, tmp_path):

@@ -213,7 +213,7 @@ def test_more_than_two_channels_are_mixed_down_by_what_knows_their_places(tmp_pa
     assert stem.shape == (2, 30_000)
     left, right = stem[:, 15_000].tolist()
     assert left == right > 0.1
-    assert "6 channels were mixed down to 2" in done.notes[0]
+    assert "6 channels (5.1) were mixed down to 2" in done.notes[0]
 
 
 def test_a_part_of_a_song_is_that_part_of_its_stems(tmp_path):
@@ -281,6 +281,21 @@ def test_a_rate_that_a_format_lacks_is_refused_before_the_work(tmp_path):
     song = write_song(tmp_path / "song.wav", 2, 9000, rate=96_000)
     with pytest.raises(ValueError, match="mp3 cannot hold 96000 Hz"):
         separate_to(tmp_path / "out", song, Failing(AssertionError()), writing=Writing("mp3"))
+
+
+def test_a_rate_that_ends_libsndfile_is_refused_before_it_is_asked(tmp_path):
+    song = write_song(tmp_path / "song.wav", 2, 9000, rate=384_000)
+    with pytest.raises(ValueError, match="ogg cannot hold 384000 Hz"):
+        separate_to(tmp_path / "out", song, writing=Writing("ogg"))
+
+
+def test_channels_without_known_places_are_refused_by_name(tmp_path):
+    for channels in (3, 9, 12):
+        song = write_song(tmp_path / "song.wav", channels, 9000)
+        with pytest.raises(
+            ValueError, match=rf"song\.wav has {channels} channels"
+        ):
+            separate_to(tmp_path / "out", song)
 
 
 def test_stems_that_are_there_are_replaced_only_if_wanted(tmp_path):

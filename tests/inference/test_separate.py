@@ -267,6 +267,31 @@ def test_numpy_and_a_single_channel_are_waveforms():
     assert torch.equal(line["one"], separate(song[:1], 8000, Halves())["one"])
 
 
+def test_half_precision_loses_no_more_than_its_rounding():
+    quiet = torch.full((2, 20_000), 1e-3)
+    stem = separate(quiet.half(), 8000, Halves())["one"]
+    assert stem.dtype == torch.float16
+    assert (stem.float() - 1e-3).abs().max() < 1e-6
+    stem = separate_track(Identity(), quiet.half(), Segmentation(64))[0]
+    assert (stem.float() - 1e-3).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("way", ["reversed", "big-endian", "long double", "read-only", "fortran"])
+def test_arrays_of_every_kind_are_read_as_they_are(way):
+    song = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 9000)).astype(np.float32)
+    expected = separate(song, 8000, Halves())["one"].float()
+    if way == "reversed":
+        given = song[::-1, :][::-1, :]
+    elif way == "read-only":
+        given = song.copy()
+        given.setflags(write=False)
+    elif way == "fortran":
+        given = np.asfortranarray(song)
+    else:
+        given = song.astype(">f4" if way == "big-endian" else np.longdouble)
+    torch.testing.assert_close(separate(given, 8000, Halves())["one"].float(), expected)
+
+
 def test_one_call_separates_with_the_model_that_ships():
     stems = separate(0.1 * torch.randn(2, 20_000), 48_000)
     assert list(stems) == ["vocals", "drums", "bass", "other"]

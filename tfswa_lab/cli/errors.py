@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -83,8 +83,9 @@ def _in_short(error: Exception) -> str:
 
 
 def say(text: object, err: bool = True) -> None:
-    """Print a line on stderr, or on stdout."""
-    typer.echo(printable(text), err=err)
+    """Print a line on stderr, or on stdout; nobody may be listening, and the work goes on."""
+    with suppress(OSError):
+        typer.echo(printable(text), err=err)
 
 
 def printable(text: object) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import glob
 import json
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ FILES, STEMS, MODEL, MESSAGES = map(panel, ("Files", "Stems", "Model", "Messages
 LESS_MEMORY = "lower --segment-seconds, or close other programs that use memory"
 OF_BAND = "the model band has only heard synthetic songs; for real music, train one on real music"
 MIXTURE = "mixture"  # of MUSDB18-shaped trees, where the folder has the song's name
-FIELDS = ("track", "parent", "stem", "ext")
+FIELDS = ("track", "trackext", "parent", "stem", "ext")
 
 
 def _show_models(wanted: bool) -> None:
@@ -54,9 +55,9 @@ class SeparateOptions:
         list[str],
         typer.Argument(help="Sound or video files, folders, patterns.", metavar="SONG…"),
     ]
-    out: Annotated[
-        str, FILES("--out", "-o", help="Folder, or a template of {track}, {parent}, {stem}, {ext}.")
-    ] = "separated"
+    out: Annotated[str, FILES("--out", "-o", help="Folder, or a template; default separated.")] = (
+        "separated"
+    )
     format: Annotated[str | None, FILES(help="wav, flac, mp3 or ogg; default wav.")] = None
     bits: Annotated[str | None, FILES(help="16, 24, or 32f for floats; default 16.")] = None
     clip: Annotated[
@@ -114,18 +115,22 @@ class Song(NamedTuple):
 
     path: Path
     track: str
+    parent: str
 
     @classmethod
     def at(cls, path: Path) -> Song:
-        """The file's own name, or that of its folder where the file is called mixture."""
-        name = path.name.removesuffix(path.suffix).removesuffix(".stem")
-        return cls(path, path.resolve().parent.name if name == MIXTURE else name)
+        """The file's own name, or that of its folder where the file is called mixture.
 
-    @property
-    def parent(self) -> str:
-        """Name of the folder above what `track` is named after."""
-        folder = self.path.resolve().parent
-        return folder.parent.name if self.path.stem == MIXTURE else folder.name
+        Raises:
+            ValueError: the name, without its ending, names a folder and not a song.
+        """
+        name = path.name.removesuffix(path.suffix).removesuffix(".stem")
+        folder = path.resolve().parent
+        if name == MIXTURE:
+            name, folder = folder.name, folder.parent
+        if name in ("", ".", ".."):
+            raise ValueError(f"{path}: no stems can be named after {name!r}; rename the song")
+        return cls(path, name, folder.name)
 
 
 @takes(SeparateOptions)
@@ -143,12 +148,14 @@ def separate(options: SeparateOptions) -> None:
 
     failed = 0
     with one_line_errors(lambda: LESS_MEMORY), ended_by_signals(), ExitStack() as stack:
-        songs = find_songs(options.songs)
+        songs = find_songs(options.songs, output_root(options.out))
         segmentation = Segmentation(**given(options, Segmentation))
         reading = Reading(**given(options, Reading))
         separator = load_separator(options.model).to(pick_device(options.device))
         root, jobs = plan(options, songs, separator.stems)
-        log = options.jsonl and stack.enter_context(options.jsonl.open("a", encoding="utf-8"))
+        log = options.jsonl and stack.enter_context(
+            options.jsonl.expanduser().open("a", encoding="utf-8")
+        )
         for song, writing in jobs.items():
             how = (separator, song.path, root, segmentation, reading, writing)
             facts = {"song": str(song.path), "model": options.model, **_one(how, options.quiet)}
@@ -170,7 +177,7 @@ def _one(how: tuple, quiet: bool) -> dict[str, Any]:
     from tfswa_lab.inference.files import separate_file
 
     began, song = time.perf_counter(), how[1]
-    bar = partial(tqdm, desc=printable(song.name), disable=quiet)
+    bar = partial(tqdm, desc=printable(song.name), disable=quiet or sys.stderr is None)
     try:
         done = separate_file(*how, bar)
     except Exception as error:
@@ -202,34 +209,39 @@ def _tell(done: SeparatedFile) -> None:
 # Which songs, and where their stems go -------------------------------------------------------
 
 
-def find_songs(wanted: Iterable[str]) -> list[Song]:
+def find_songs(wanted: Iterable[str], out: Path) -> list[Song]:
     """The songs that files, folders and patterns name, each once.
 
     A folder stands for the files called mixture below it, or where there are none, for all sound
-    files below it.
+    files below it, without those in the output folder.
 
     Raises:
         FileNotFoundError: a folder or a pattern holds none.
+        ValueError: a name is empty, as of a variable that a script forgot.
     """
     found = {}
     for text in wanted:
+        if not text:
+            raise ValueError("the name of a song is empty")
         path = Path(text).expanduser()
-        for song in _in_folder(path) if path.is_dir() else _matching(path):
+        for song in _in_folder(path, out.resolve()) if path.is_dir() else _matching(path):
             found.setdefault(song.resolve(), Song.at(song))
     return list(found.values())
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path, out: Path) -> list[Path]:
     below = ((path, path.relative_to(folder).parts) for path in folder.rglob("*"))
     hidden = (".", "__MACOSX")
-    files = sorted(
+    songs = sorted(
         path
         for path, parts in below
         if is_sound_file(path) and not any(part.startswith(hidden) for part in parts)
     )
-    if not files:
+    if out != folder.resolve():
+        songs = [path for path in songs if out not in path.resolve().parents]
+    if not songs:
         raise FileNotFoundError(f"{folder} holds no sound file")
-    return [path for path in files if path.stem == MIXTURE] or files
+    return [path for path in songs if path.stem == MIXTURE] or songs
 
 
 def _matching(path: Path) -> list[Path]:
@@ -250,26 +262,43 @@ def plan(
 
     Raises:
         FileExistsError: a stem is there, and is neither to be replaced nor to be left out.
-        ValueError: two songs would have the same files, or a choice makes no sense.
+        ValueError: two songs would have the same files, a stem would replace a song, or a choice
+            makes no sense.
     """
     several = len(songs) > 1 or any(Path(text).is_dir() for text in options.songs)
     root, pattern = split_template(options.out, several)
     writing = options.writing()
     jobs = {song: replace(writing, pattern=filled(pattern, song)) for song in songs}
+    paths = {song: [*how.paths(root, stems).values()] for song, how in jobs.items()}
+    typed = {Path(text).expanduser().resolve() for text in options.songs}
+    stems_there = {path.resolve() for own in paths.values() for path in own} - typed
+    paths = {x: own for x, own in paths.items() if x.path.resolve() not in stems_there}
+    _refuse_clashes(paths)
+    if options.skip_existing:
+        paths = {x: own for x, own in paths.items() if not all(path.exists() for path in own)}
+    elif not options.overwrite:
+        refuse_existing(path for own in paths.values() for path in own)
+    return root, {song: jobs[song] for song in paths}
+
+
+def _refuse_clashes(paths: Mapping[Song, list[Path]]) -> None:
+    """Refuse a file that two songs would become, and one that is a song."""
     taken: dict[Path, Song] = {}
-    for song, how in list(jobs.items()):
-        paths = how.paths(root, stems).values()
-        for path in paths:
+    sources = {song.path.resolve() for song in paths}
+    for song, own in paths.items():
+        for path in own:
+            if path.resolve() in sources:
+                raise ValueError(f"{path} is one of the songs; choose another --out")
             if taken.setdefault(path, song) is not song:
                 raise ValueError(
                     f"{taken[path].path} and {song.path} would both become {path}; tell them "
-                    'apart, as with --out "separated/{parent}/{track}/{stem}.{ext}"'
+                    'apart, as with --out "separated/{parent}/{track}.{trackext}/{stem}.{ext}"'
                 )
-        if options.skip_existing and all(path.exists() for path in paths):
-            del jobs[song]
-        elif not options.overwrite:
-            refuse_existing(paths)
-    return root, jobs
+
+
+def output_root(out: str) -> Path:
+    """The folder above everything that is written."""
+    return split_template(out, several=True)[0]
 
 
 def is_template(out: str) -> bool:
@@ -306,11 +335,9 @@ def split_template(out: str, several: bool) -> tuple[Path, str]:
 def filled(pattern: str, song: Song) -> str:
     """A pattern with the song's names, and with the stem's still to be filled in.
 
-    >>> filled("{track}/{stem}.{ext}", Song(Path("a/live {2}.mp3"), "live {2}"))
+    >>> filled("{track}/{stem}.{ext}", Song(Path("a/live {2}.mp3"), "live {2}", "a"))
     'live {{2}}/{stem}.{ext}'
     """
-    names = {
-        name: value.replace("{", "{{").replace("}", "}}")
-        for name, value in {"track": song.track, "parent": song.parent}.items()
-    }
-    return pattern.format(**names, stem="{stem}", ext="{ext}")
+    names = {"track": song.track, "parent": song.parent, "trackext": song.path.suffix[1:]}
+    quoted = {x: name.replace("{", "{{").replace("}", "}}") for x, name in names.items()}
+    return pattern.format(**quoted, stem="{stem}", ext="{ext}")

@@ -110,8 +110,12 @@ def write_blocks(
         ValueError: a block contains NaN or infinite samples, or all are too short together.
     """
     peak, missing = 0.0, shape[1]
-    with ExitStack() as stack:
-        files = [stack.enter_context(_new_file(path, rate, shape, subtype, form)) for path in paths]
+    form = _large_enough(form, shape, subtype)
+    with _named_failure(paths[0].parent), ExitStack() as stack:
+        files = [
+            stack.enter_context(audio.new_file(path, rate, shape[0], form, subtype))
+            for path in paths
+        ]
         for block in blocks:
             if not missing:
                 break
@@ -136,19 +140,18 @@ def _as_written(stem: Tensor, subtype: str) -> Tensor:
     return stem
 
 
+def _large_enough(form: str, shape: tuple[int, int], subtype: str) -> str:
+    """A WAV format that can count the bytes: RF64 does it with 64 bits."""
+    size = shape[0] * shape[1] * {"PCM_16": 2, "PCM_24": 3}.get(subtype, 4)
+    return "RF64" if form == "WAV" and size >= WAV_BYTES else form
+
+
 @contextmanager
-def _new_file(
-    path: Path, rate: int, shape: tuple[int, int], subtype: str, form: str
-) -> Iterator[soundfile.SoundFile]:
-    channels, samples = shape
-    size = channels * samples * {"PCM_16": 2, "PCM_24": 3}.get(subtype, 4)
-    if form == "WAV" and size >= WAV_BYTES:
-        form = "RF64"  # counts its bytes with 64 bits
+def _named_failure(folder: Path) -> Iterator[None]:
     try:
-        with audio.new_file(path, rate, channels, form, subtype) as file:
-            yield file
+        yield
     except (soundfile.LibsndfileError, OSError) as error:
         raise OSError(
-            f"a stem cannot be written into {path.parent} ({error}); is the disk full, or the "
-            "folder read-only?"
+            f"a stem cannot be written into {folder} ({error}); is the disk full, or the folder "
+            "read-only?"
         ) from error

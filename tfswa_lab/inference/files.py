@@ -31,6 +31,7 @@ SUBTYPES = {
     "mp3": {None: "MPEG_LAYER_III"},
     "ogg": {None: "VORBIS"},
 }
+OGG_RATE = 200_000  # Hz; above it, libsndfile ends the whole process
 CLIPS = ("rescale", "clamp", "none")
 
 
@@ -139,14 +140,17 @@ class Writing:
             ValueError: names both.
         """
         try:
-            soundfile.SoundFile(
-                io.BytesIO(), "w", rate, 2, self.subtype, format=self.format.upper()
-            ).close()
-        except soundfile.LibsndfileError as error:
+            fits = self.format != "ogg" or rate <= OGG_RATE
+            if fits:
+                form = self.format.upper()
+                soundfile.SoundFile(io.BytesIO(), "w", rate, 2, self.subtype, format=form).close()
+        except soundfile.LibsndfileError:
+            fits = False
+        if not fits:
             raise ValueError(
-                f"a file of {self.format} cannot hold {rate} Hz ({error.error_string}); write wav "
-                "or flac, or resample the song first"
-            ) from error
+                f"a file of {self.format} cannot hold {rate} Hz; write wav or flac, or resample "
+                "the song first"
+            )
 
 
 class SeparatedFile(NamedTuple):

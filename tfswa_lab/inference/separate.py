@@ -8,6 +8,7 @@ Notebook: 03_tfswa_unet
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from inspect import signature
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from tfswa_lab import audio
+from tfswa_lab.decode import open_sound
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
 from tfswa_lab.models import storage
 
@@ -97,7 +99,7 @@ def separate(
 
     Args:
         song: a waveform `(c, s)` of floats, mono or stereo, or `(s,)`, on any device; or the path
-            of a sound file.
+            of a sound file, whose channels are mixed down to two.
         sample_rate: of a waveform, in Hz; the model's own if None. A file states its own.
         model: what `load_separator` takes, or a separator in evaluation mode. The song is resampled
             to its rate, and the stems back.
@@ -118,19 +120,37 @@ def separate(
     if isinstance(song, str | Path):
         if sample_rate is not None:
             raise ValueError(f"{song} states its sample rate: leave sample_rate out")
-        song, sample_rate = audio.read(song)
+        song, sample_rate = _read(Path(song))
     if isinstance(song, np.ndarray):
-        song = torch.from_numpy(song)
+        song = _from_numpy(song)
     if isinstance(song, Tensor) and song.ndim == 1:
         song = song[None]
     _check_waveform(song)
     separator = model if isinstance(model, nn.Module) else storage.load_separator(model)
     own = separator.sample_rate
     rate = own if sample_rate is None else sample_rate
-    heard = audio.resample(audio.to_channels(song, separator.audio_channels), rate, own)
+    precise = audio.to_channels(song.to(_at_least_float32(song.dtype)), separator.audio_channels)
+    heard = audio.resample(precise, rate, own)
     estimates = separate_track(separator, heard, segmentation, progress)
-    estimates = audio.resample(estimates, own, rate)[..., : song.shape[-1]]
+    estimates = audio.resample(estimates, own, rate)[..., : song.shape[-1]].to(song.dtype)
     return dict(zip(separator.stems, estimates, strict=True))
+
+
+def _read(path: Path) -> tuple[Tensor, int]:
+    """A file, mixed down to two channels where it has more."""
+    with open_sound(path, channels=2) as sound:
+        sound.check()
+        if sound.note:
+            warnings.warn(sound.note, stacklevel=3)
+        samples = sound.read()
+    audio.check_finite(samples, path)
+    return torch.from_numpy(samples), sound.rate
+
+
+def _from_numpy(song: np.ndarray) -> Tensor:
+    """A copy in this machine's order of bytes, whatever the array's strides; integers stay so."""
+    native = np.dtype(np.float64) if song.dtype.itemsize > 8 else song.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(song, native, order="C"))
 
 
 def separate_track(
@@ -164,7 +184,7 @@ def separate_track(
     _check_waveform(mixture)
     length = mixture.shape[1]
     estimates = separate_stream(separator, [mixture], length, segmentation, progress)
-    return torch.cat(list(estimates), dim=-1)
+    return torch.cat(list(estimates), dim=-1).to(mixture.dtype)
 
 
 def _check_waveform(mixture: Tensor) -> None:
@@ -220,7 +240,8 @@ def separate_stream(
     segment, fade = segmentation.samples(separator.sample_rate)
     starts = segment_starts(length, segment, fade, max(segmentation.shifts, 1))
     window = fade_window(min(segment, length), fade)
-    segments = cut_segments(blocks, starts, len(window))
+    precise = (block.to(_at_least_float32(block.dtype)) for block in blocks)
+    segments = cut_segments(precise, starts, len(window))
     estimates = separate_batches(separator, segments, segmentation.batch_size)
     return overlap_add(progress(starts), estimates, window)
 
@@ -344,7 +365,7 @@ def separate_batches(
 def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
     """Estimates `(b, n, c, s)` on the batch's device, in its precision; None if memory runs out."""
     weights = next(separator.parameters(), batch)
-    precise = torch.promote_types(weights.dtype, torch.float32)  # the transform needs that much
+    precise = _at_least_float32(weights.dtype)  # the transform needs that much
     try:
         return separator(batch.to(weights.device, precise)).to(batch)
     except Exception as error:
@@ -356,6 +377,11 @@ def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
                 "shorten the segments, or close other programs that use memory"
             ) from error
     return None  # outside the handler: there the error no longer keeps the memory alive
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What fades and transforms need: in float16, the first weights of a fade are 0."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _Callable(ModuleType):
