@@ -183,8 +183,17 @@ def test_a_hole_in_an_ogg_file_is_noticed(files, tmp_path):
     content = files["ogg"].read_bytes()
     middle = len(content) // 2
     (tmp_path / "hole.ogg").write_bytes(content[:middle] + content[middle + 900 :])
-    with pytest.raises(ValueError, match=r"hole\.ogg is truncated"):
+    with pytest.raises(ValueError, match=r"hole\.ogg is damaged"):
         decode.decode(tmp_path / "hole.ogg")
+
+
+def test_the_checksum_of_a_page_is_a_division_of_polynomials():
+    page, rest = b"OggS" + bytes(range(40)), 0
+    for byte in page[:22] + bytes(4) + page[26:]:
+        rest ^= byte << 24
+        for _ in range(8):
+            rest = rest << 1 ^ (0x1_04C1_1DB7 if rest >> 31 else 0)
+    assert decode.ogg_checksum(page) == rest
 
 
 def test_a_flac_stream_without_a_length_is_read_to_its_end(files, song, tmp_path):

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -158,7 +159,8 @@ def _neighbours(path: Path) -> str:
 class Sound:
     """An open file: `rate` in Hz, `channels`, `samples` by its header, a `note` for the reader.
 
-    `promised` is the number of samples that the header states where that is more than there are.
+    `promised` is the number of samples that the header states where that is more than there are,
+    and `fault` another reason to believe that some are missing.
     """
 
     path: Path
@@ -166,6 +168,7 @@ class Sound:
     channels: int
     samples: int
     promised: int | None = None
+    fault: str = ""
     note: str = ""
 
     def check(self) -> None:
@@ -174,8 +177,8 @@ class Sound:
         Raises:
             TruncatedError: names both lengths.
         """
-        if self.promised is not None:
-            raise self.truncated(self.samples)
+        if self.promised is not None or self.fault:
+            raise self.truncated(self.samples, self.fault)
 
     def promise_of(self, chunk: Chunk) -> int:
         """Samples that a chunk would hold if it were as long as stated."""
@@ -249,14 +252,14 @@ class SndfileSound(Sound):
             )
         elif chunk is not None and not unknown and chunk.promises and self.samples:
             self.promised = self.promise_of(chunk)
-        elif file.format == "OGG" and not has_end(path):
-            self.promised = self.samples
+        elif file.format == "OGG":
+            self._streams, self.fault = read_ogg(path)
 
     @property
     def is_right(self) -> bool:
         """Whether libsndfile reads such a file to the sample."""
         if self._file.format == "OGG":
-            return is_one_stream(self.path)
+            return self._streams == 1
         linear = self._file.format in FORMATS and LINEAR.fullmatch(self._file.subtype)
         return bool(linear) and self.samples < 2**62  # FLAC without a length
 
@@ -274,8 +277,8 @@ class SndfileSound(Sound):
                 with closing(SndfileSound(self.path, None)) as again:
                     yield from again.blocks(FINE, position)
             raise self.truncated(position, error.error_string) from error
-        if position < self.samples or self.promised is not None:
-            raise self.truncated(position)
+        if position < self.samples or self.promised is not None or self.fault:
+            raise self.truncated(position, self.fault)
 
     def _next(self, size: int) -> np.ndarray:
         if self._file.subtype != "PCM_16":
@@ -335,9 +338,8 @@ class FfmpegSound(Sound):
         alone = form["nb_streams"] == 1 and self.kind != "avi"  # a picture may last longer
         seconds = float(stream.get("duration") or (form.get("duration", 0) if alone else 0))
         if self.kind == "ogg":
-            if not has_end(self.path):
-                return self.samples + 1
-            seconds *= is_one_stream(self.path)  # of several, none speaks for all
+            streams, self.fault = read_ogg(self.path)
+            seconds *= streams == 1  # of several, none speaks for all
         if self.kind == "mp3":
             return round(seconds * self.rate) if states_length(self.path) else 0
         if not seconds and self.kind == "flac":
@@ -354,8 +356,8 @@ class FfmpegSound(Sound):
             if (wanted := block[:, max(0, start - position) :]).shape[1]:
                 yield wanted
             position += block.shape[1]
-        if position < self.samples or self.promised is not None or self.cut_off:
-            raise self.truncated(position)
+        if position < self.samples or self.promised is not None or self.fault or self.cut_off:
+            raise self.truncated(position, self.fault)
 
     def _decoded(self, size: int) -> Iterator[np.ndarray]:
         command = [*FFMPEG, "-i", f"file:{os.fspath(self.path)}", "-map", "0:a:0", "-f", "f32le"]
@@ -377,7 +379,7 @@ class FfmpegSound(Sound):
                 process.kill()
 
 
-CUT_OFF = re.compile("ended prematurely|partial file|truncated|CRC mismatch")
+CUT_OFF = re.compile("ended prematurely|partial file|truncated")
 FFMPEG = ("ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file")
 PROBED = "stream=sample_rate,channels,channel_layout,time_base,duration_ts,duration"
 
@@ -568,17 +570,37 @@ def states_length(path: Path) -> bool:
     return flags & 3 == 3 and path.stat().st_size - begins < 1.1 * size + 4096
 
 
-def is_one_stream(path: Path) -> bool:
-    """Whether an Ogg file is not several that were joined: each begins with a page that says so."""
-    return path.read_bytes().count(b"OggS\0\2") == 1
+class OggPages(NamedTuple):
+    """What the pages of an Ogg file say: how many streams it has, and what is wrong with it."""
+
+    streams: int
+    fault: str
 
 
-def has_end(path: Path) -> bool:
-    """Whether the last page of an Ogg file is complete and says that it is the last."""
-    with path.open("rb") as file:
-        file.seek(-min(2**16 + 512, path.stat().st_size), os.SEEK_END)
-        pages = file.read()
-    last = pages[pages.rfind(b"OggS") :] if b"OggS" in pages else b""
-    sizes = last[27 : 27 + last[26]] if len(last) > 26 else b""
-    complete = bool(sizes) and len(last) >= 27 + len(sizes) + sum(sizes)
-    return complete and bool(last[5] & 4)
+def read_ogg(path: Path) -> OggPages:
+    """Walk over the pages; each holds a checksum, and the last says that it is the last.
+
+    Source: RFC 3533, section 6.
+    """
+    content, position, streams, is_last = path.read_bytes(), 0, 0, False
+    while content[position : position + 4] == b"OggS" and position + 27 <= len(content):
+        flags, sizes = content[position + 5], content[position + 26]
+        end = position + 27 + sizes + sum(content[position + 27 : position + 27 + sizes])
+        page = content[position:end]
+        if ogg_checksum(page) != struct.unpack("<I", page[22:26])[0]:
+            return OggPages(streams, f"the page at byte {position} is damaged")
+        streams += flags >> 1 & 1
+        is_last, position = bool(flags & 4), end
+    if position < len(content) and b"OggS" in content[position:]:
+        return OggPages(streams, f"there is no page at byte {position}")
+    return OggPages(streams, "" if is_last else "its end is missing")
+
+
+def ogg_checksum(page: bytes) -> int:
+    """The checksum of a page, as if it held none: zlib's, with all bits in the other order."""
+    bare = page[:22] + bytes(4) + page[26:]
+    turned = ~zlib.crc32(bare.translate(TURNED), EVERY_BIT) & EVERY_BIT
+    return int(f"{turned:032b}"[::-1], 2)
+
+
+TURNED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))

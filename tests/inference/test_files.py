@@ -292,9 +292,7 @@ def test_a_rate_that_ends_libsndfile_is_refused_before_it_is_asked(tmp_path):
 def test_channels_without_known_places_are_refused_by_name(tmp_path):
     for channels in (3, 9, 12):
         song = write_song(tmp_path / "song.wav", channels, 9000)
-        with pytest.raises(
-            ValueError, match=rf"song\.wav has {channels} channels"
-        ):
+        with pytest.raises(ValueError, match=rf"song\.wav has {channels} channels"):
             separate_to(tmp_path / "out", song)
 
 
