@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -81,9 +82,9 @@ def test_lossy_coding_is_no_alarm_and_neither_is_mastering_a_refusal():
     noise = torch.randn(2, 5000, generator=torch.Generator().manual_seed(1))
     for db in (-41.5, -32, -17.9, -15, -5.2, -4.1):  # what real songs leave
         total = mixture - noise * 10 ** (db / 20) * mixture.norm() / noise.norm()
-        (note,) = residual_notes(mixture, total, WAV)
+        (note,) = residual_notes(mixture, total, WAV, RATE)
         assert f"{db:+.1f} dB of it are left" in note
-        coded = residual_notes(mixture, total, [Path("A.stem.mp4")])
+        coded = residual_notes(mixture, total, [Path("A.stem.mp4")], RATE)
         assert coded == ((note,) if db > -10 else ())
 
 
@@ -142,3 +143,23 @@ def test_the_other_stems_are_among_the_files_that_a_song_is_known_by(folders):
     write(data / "test/A - B", {"drums": four_stems(3)["drums"]})
     with pytest.raises(ValueError, match=r"drums\.wav was \w{8}… and is"):
         evaluate(FolderEstimates(guesses, ("vocals",)), data, out, QUICK)
+
+
+@pytest.mark.parametrize(("gain", "lag"), [(0.5, 0), (0.25, 300), (-1.0, 0), (2.5, -40)])
+def test_a_mixture_at_another_level_or_time_is_told_and_not_refused(gain, lag):
+    total = torch.from_numpy(sum(four_stems(0, seconds=8).values())).T
+    (note,) = residual_notes(gain * total.roll(lag, -1), total, WAV, RATE)
+    assert ("early" in note) == (lag > 0)  # the stems, where the mixture is late
+    assert ("late" in note) == (lag < 0)
+    assert ("inverted" in note) == (gain < 0)
+    told = re.search(r"a gain of ([-+.\d]+) dB", note)
+    assert (told is None) == (abs(gain) == 1)
+    assert told is None or float(told[1]) == pytest.approx(20 * math.log10(abs(gain)), abs=0.2)
+
+
+def test_another_song_is_refused_at_every_level():
+    other = torch.from_numpy(sum(four_stems(1).values())).T
+    total = torch.from_numpy(sum(four_stems(0).values())).T
+    for level in (0.1, 1.0, 10.0):
+        with pytest.raises(ValueError, match="is not the sum of its stems"):
+            residual_notes(level * other, total, WAV, RATE)

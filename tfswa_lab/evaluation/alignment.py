@@ -82,7 +82,7 @@ def alignment_note(reference: Tensor, estimate: Tensor, rate: int) -> str:
     if there.usdr_with(there.gain) < here.usdr_with(here.gain) + LAG_DB:
         lag, there = 0, here
     gain = there.correction
-    faults = _faults(lag, gain, rate)
+    faults = faults_of(lag, gain, rate)
     if not faults:
         return ""
     return (
@@ -91,14 +91,15 @@ def alignment_note(reference: Tensor, estimate: Tensor, rate: int) -> str:
     )
 
 
-def _faults(lag: int, gain: float, rate: int) -> list[str]:
+def faults_of(lag: int, gain: float, rate: int) -> list[str]:
+    """A lag in samples and a gain in words; nothing for 0 and 1."""
     faults = []
     if lag:
         manner = "late" if lag > 0 else "early"
         faults += [f"is {abs(lag)} samples ({1000 * abs(lag) / rate:.1f} ms) {manner}"]
     if gain < 0:
         faults += ["is inverted (of opposite polarity)"]
-    if decibels := 20 * math.log10(abs(gain)):
+    if decibels := round(20 * math.log10(abs(gain)), 1):
         faults += [f"fits best with a gain of {decibels:+.1f} dB"]
     return faults
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tfswa_lab.audio import decibels, rms_db
+from tfswa_lab.evaluation.alignment import best_lag, faults_of, match
 
 # Five files, each rounded to 16 bits, leave 0.65 steps of 2⁻¹⁵ (RMS); with dither, 1.1 steps.
 ROUNDING_DB = -80.8  # three steps
@@ -43,7 +44,7 @@ def residual_db(mixture: Tensor, total: Tensor) -> float:
 
 
 def residual_notes(
-    mixture: Tensor, total: Tensor, files: Sequence[Path], allow: bool = False
+    mixture: Tensor, total: Tensor, files: Sequence[Path], rate: int, allow: bool = False
 ) -> tuple[str, ...]:
     """A note if something is left of the mixture without its stems.
 
@@ -51,12 +52,16 @@ def residual_notes(
         mixture: `(c, s)`.
         total: sum of all stems, `(c, s)`.
         files: of the song; lossy ones may leave more.
+        rate: samples per second.
         allow: whatever is left.
 
     Raises:
-        ValueError: so much is left that this must be the mixture of another song.
+        ValueError: so much is left, also at the best lag and gain, that this must be the mixture
+            of another song.
     """
     left = residual_db(mixture, total)
+    if left > LIMIT_DB and (shifted := _shifted_note(mixture, total, rate)):
+        return (shifted,)
     if left > LIMIT_DB and not allow:
         raise ValueError(
             f"{files[0]} is not the sum of its stems: without them, {left:+.1f} dB of it are left "
@@ -69,3 +74,16 @@ def residual_notes(
     return (
         f"the mixture is not the sum of its stems: without them, {left:+.1f} dB of it are left",
     )
+
+
+def _shifted_note(mixture: Tensor, total: Tensor, rate: int) -> str:
+    """A note if the mixture is the sum of its stems at another time or level; else nothing."""
+    if not (mixture.any() and total.any()):
+        return ""
+    lag = best_lag(mixture, total, rate)
+    fit = match(mixture, total, lag)
+    left = -fit.usdr_with(fit.gain)
+    if left > LIMIT_DB:
+        return ""
+    faults = " and ".join(faults_of(lag, fit.gain, rate))
+    return f"the sum of the stems {faults}: without it, {left:+.1f} dB of the mixture are left"

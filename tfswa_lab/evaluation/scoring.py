@@ -172,7 +172,8 @@ class Scoring:
         mixture, notes = waveforms["mixture"], song.notes
         if waveforms.keys() > set(STEMS):
             total = sum(waveforms[stem] for stem in STEMS)
-            notes += residual_notes(mixture, total, song.track.files(), self.how.allow_mismatch)
+            files, allow = song.track.files(), self.how.allow_mismatch
+            notes += residual_notes(mixture, total, files, track.rate, allow)
         stems = [sum(waveforms[part] for part in parts) for parts in self.parts.values()]
         device = pick_device(self.how.device)
         return mixture.to(device), torch.stack(stems).to(device), notes
