@@ -150,7 +150,17 @@ FLOORS = (
     {"evaluation", "training"},
     {"inference", "data"},
     {"memory", "models"},
-    {"stft", "audio", "decode", "durable", "device", "weights", "repair", "__version__"},
+    {
+        "stft",
+        "audio",
+        "decode",
+        "headers",
+        "durable",
+        "device",
+        "weights",
+        "repair",
+        "__version__",
+    },
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
