@@ -34,12 +34,14 @@ LARGEST_FACTOR = 400_000  # the same where only one of its sides counts
 # The filter of `resample`: it is flat up to 0.93 of the lower rate's limit and ends below 1.02.
 # torchaudio's own choice, 6 zero crossings, passes a tone 10 % above the limit at −14 dB.
 ZERO_CROSSINGS, ROLLOFF, KAISER_BETA = 96, 0.95, 12.0
-REACH = 102  # periods of the lower rate that it sees to either side: ZERO_CROSSINGS / ROLLOFF
+REACH = math.ceil(ZERO_CROSSINGS / ROLLOFF)  # periods of the lower rate to either side
 SHORTEST, LONGEST = 0.001, 1e6  # seconds: some samples of any song, and more than one can have
 
 
 def read(path: str | Path, start: int = 0, frames: int = -1) -> tuple[Tensor, int]:
-    """Read a part of an audio file by seeking, without decoding the samples before it.
+    """Read a part of a sound file.
+
+    WAV, AIFF and FLAC are read from there on, all others are decoded from their beginning.
 
     Args:
         path: any file that libsndfile reads (WAV, AIFF, FLAC, Ogg, MP3 …) or ffmpeg (m4a, webm …).
@@ -148,8 +150,8 @@ def _resampler(
 def resample(waveform: Tensor, rate_in: int, rate_out: int) -> Tensor:
     """Change the sample rate of `(…, s)` with one cached windowed-sinc filter per pair of rates.
 
-    To another rate and back, a tone at two thirds of the lower rate's limit keeps 130 dB of SNR,
-    one at 0.9 of it 118 dB; a tone 10 % above the limit is 137 dB lower (`benchmarks/resamplers.py`
+    To another rate and back, a tone at two thirds of the lower rate's limit keeps 129 dB of SNR,
+    one at 0.9 of it 117 dB; a tone 10 % above the limit is 136 dB lower (`benchmarks/resamplers.py`
     compares others). Rates without a small ratio, such as 44 099 Hz, pass no gradient, and go
     through scipy on the CPU: torchaudio's filter would take GiB.
 

@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,24 +30,25 @@ import soundfile
 from tfswa_lab.headers import (
     EVERY_BIT,
     Chunk,
-    Completed,
-    opened,
+    WithLength,
+    open_without_tag,
     read_ogg,
     sample_chunk,
     states_length,
 )
 
 BLOCK = 2**18  # samples; 6 s
-FINE = 2**12  # samples, to come close to where a file is damaged
+SMALL_BLOCK = 2**12  # samples, to come close to where a file is damaged
 ENDINGS = re.compile(
-    r"\.(aac|ac3|aif[cf]?|amr|ape|au|bwf|caf|dsf|flac|flv|m4[abv]|mk[av]|mov|mp[234c]|og[ag]|opus|"
-    "rf64|snd|tta|w64|wave?|webm|wm[av]|wv)"
+    r"\.(3gp|aac|ac3|aif[cf]?|amr|ape|au|avi|bwf|caf|dsf|flac|flv|m4[abv]|mk[av]|mov|mp[234c]|mpe?g|"
+    "og[ag]|opus|rf64|snd|spx|tta|w64|wave?|webm|wm[av]|wv)"
 )
 LINEAR = re.compile("PCM_.*|FLOAT|DOUBLE|ULAW|ALAW")  # subtypes whose samples lie side by side
 FORMATS = {"WAV", "WAVEX", "RF64", "W64", "AIFF", "CAF", "AU", "FLAC"}
 RAW = {"aac", "ac3", "dts", "eac3"}  # no container: ffmpeg guesses their length
-SURE = 26  # of 100: ffmpeg's score for a format that it does not merely guess
-SLACK = 0.25  # seconds by which healthy containers state too much
+LEAST_SCORE = 26  # of 100: ffmpeg's score for a format that it does not merely guess
+# Seconds by which healthy files state too much; an Opus decoder warms up.
+SLACK = {"mp3": 0.001, "ogg": 0.05, "others": 0.25}
 LAYOUTS = {6: "5.1", 8: "7.1"}  # what so many channels are where a header does not say
 
 
@@ -87,21 +89,26 @@ def read_header(path: str | Path) -> Header:
         return Header(sound.rate, sound.channels, sound.samples)
 
 
-def decode(path: str | Path, start: int = 0, frames: int = -1) -> tuple[np.ndarray, int]:
+def decode(
+    path: str | Path, start: int = 0, frames: int = -1, channels: int | None = None
+) -> tuple[np.ndarray, int]:
     """A part of a sound file.
 
     Args:
         path: any file that libsndfile or ffmpeg reads.
         start: first sample.
         frames: number of samples, -1 for the rest; fewer where the file ends.
+        channels: more than so many are mixed down by ffmpeg; None keeps them.
 
     Returns:
         Samples `(c, s)`, float32, and the sample rate in Hz.
 
     Raises:
-        The errors of `read_header`.
+        ValueError: `start` is negative; and the errors of `read_header`.
     """
-    with open_sound(path) as sound:
+    if start < 0:
+        raise ValueError(f"start={start} must be 0 or more samples")
+    with open_sound(path, channels) as sound:
         sound.check()
         if sound.note:
             warnings.warn(sound.note, stacklevel=3)
@@ -119,31 +126,30 @@ def open_sound(path: str | Path, channels: int | None = None) -> Iterator[Sound]
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: neither library can read it, or it holds no samples.
+        ValueError: neither library can read it.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a sound file in it")
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file that can be read twice; copy the sound into one")
+        raise ValueError(f"{path} is not a regular file; copy the sound into one")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such audio file; {_neighbours(path)}")
-    with opened(path) as file:
+    with open_without_tag(path) as file:
         chunk, magic = sample_chunk(file), file.seek(0) or file.read(4)
     sound = _sndfile_sound(path, chunk) if chunk or magic in (b"fLaC", b"OggS") else None
     if sound is not None and channels is not None and sound.channels > channels:
-        sound = sound.close()
+        sound.close()
+        sound = None
     sound = sound or FfmpegSound(path, chunk, channels)
     try:
-        if not sound.samples:
-            raise ValueError(f"{path} holds no samples; export it again")
         yield sound
     finally:
         sound.close()
 
 
 def _sndfile_sound(path: Path, chunk: Chunk | None) -> SndfileSound | None:
-    """A file in libsndfile's hands, if these are right to the sample for it."""
+    """A file opened by libsndfile, if it reads such files exactly."""
     if chunk is not None and chunk.wrapped:
         raise ValueError(
             f"{path} is longer than a WAV header can say, which states {chunk.stated} bytes; "
@@ -153,7 +159,10 @@ def _sndfile_sound(path: Path, chunk: Chunk | None) -> SndfileSound | None:
         sound = SndfileSound(path, chunk)
     except soundfile.LibsndfileError:
         return None
-    return sound if sound.is_right else sound.close()
+    if sound.is_right:
+        return sound
+    sound.close()
+    return None
 
 
 def _neighbours(path: Path) -> str:
@@ -179,11 +188,14 @@ class Sound:
     note: str = ""
 
     def check(self) -> None:
-        """Refuse a file that is shorter than its header says.
+        """Refuse a file that is empty, or shorter than its header says.
 
         Raises:
             TruncatedError: names both lengths.
+            ValueError: it holds no samples.
         """
+        if not self.samples:
+            raise ValueError(f"{self.path} holds no samples; export it again")
         if self.promised is not None or self.fault:
             raise self.truncated(self.samples, self.fault)
 
@@ -217,7 +229,7 @@ class Sound:
         there = max(0, self.samples - start)
         missing = there if frames < 0 else min(frames, there)
         parts = []
-        with closing(self.blocks(max(missing, 1), start)) as blocks:
+        with closing(self.blocks(max(missing, SMALL_BLOCK), start)) as blocks:
             while missing > 0 and (block := next(blocks, None)) is not None:
                 parts.append(block[:, :missing])
                 missing -= block.shape[1]
@@ -231,7 +243,7 @@ class Sound:
         """Release the file."""
 
 
-class Onwards(soundfile.SoundFile):
+class ForwardSoundFile(soundfile.SoundFile):
     """Without the seek after each read, by which soundfile loses its place in Ogg and MP3 files."""
 
     def seekable(self) -> bool:
@@ -245,9 +257,9 @@ class SndfileSound(Sound):
     def __init__(self, path: Path, chunk: Chunk | None):
         self.path = path
         unknown = chunk is not None and chunk.unknown
-        self._bytes = Completed(path, chunk) if unknown else opened(path)
+        self._bytes = WithLength(path, chunk) if unknown else open_without_tag(path)
         try:
-            self._file = file = Onwards(self._bytes)
+            self._file = file = ForwardSoundFile(self._bytes)
         except BaseException:
             self._bytes.close()
             raise
@@ -271,18 +283,20 @@ class SndfileSound(Sound):
         return bool(linear) and self.samples < 2**62  # FLAC without a length
 
     def blocks(self, size: int = BLOCK, start: int = 0) -> Iterator[np.ndarray]:
-        """Those before the first are only decoded in Ogg, where libsndfile seeks amiss."""
-        position = 0 if self._file.format == "OGG" else start
+        """By seeking to the first, but in Ogg, where libsndfile seeks to wrong places."""
+        if start and self._file.format == "OGG":
+            yield from _after(start, self.blocks(size))
+            return
+        position = start
         try:
-            self._file.seek(min(position, self.samples))
+            self._file.seek(min(start, self.samples))
             while (block := self._next(size)).shape[1]:
-                if (wanted := block[:, max(0, start - position) :]).shape[1]:
-                    yield wanted
+                yield block
                 position += block.shape[1]
         except soundfile.LibsndfileError as error:
-            if size > FINE:  # as far as possible; this handle cannot seek any more
+            if size > SMALL_BLOCK:  # as far as possible; from the beginning, as it cannot seek now
                 with closing(SndfileSound(self.path, None)) as again:
-                    yield from again.blocks(FINE, position)
+                    yield from _after(position, again.blocks(SMALL_BLOCK))
             raise self.truncated(position, error.error_string) from error
         if position < self.samples or self.promised is not None or self.fault:
             raise self.truncated(position, self.fault)
@@ -301,6 +315,16 @@ class SndfileSound(Sound):
         self._bytes.close()
 
 
+def _after(position: int, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Blocks `(c, s)` from a position on."""
+    seen = 0
+    with closing(blocks):
+        for block in blocks:
+            if (wanted := block[:, max(0, position - seen) :]).shape[1]:
+                yield wanted
+            seen += block.shape[1]
+
+
 class FfmpegSound(Sound):
     """The first audio stream of a file, decoded by ffmpeg from its beginning, whatever is wanted.
 
@@ -309,60 +333,74 @@ class FfmpegSound(Sound):
     """
 
     def __init__(self, path: Path, chunk: Chunk | None, channels: int | None):
-        self.path = path
+        self.path, self._chunk = path, chunk
         facts = probe(path)
-        stream, form = facts["streams"][0], facts["format"]
-        self.rate, self.channels = int(stream["sample_rate"]), int(stream["channels"])
+        self._stream, self._form = facts["streams"][0], facts["format"]
+        self.rate = int(self._stream["sample_rate"])
+        self.channels = int(self._stream["channels"])
         self.mix = channels is not None and self.channels > channels
         if self.mix:
-            self._mix_down(stream, channels)
-        self.kind = form["format_name"]
-        exact = self.kind.startswith("mov") and stream.get("time_base") == f"1/{self.rate}"
-        if exact and "duration_ts" in stream:  # without the padding at the end
-            self.samples = int(stream["duration_ts"])
-        else:
-            self.samples = sum(block.shape[1] for block in self._decoded(BLOCK))
-        if chunk is not None:
-            promised = self.promise_of(chunk) if chunk.promises and self.samples else 0
-        else:
-            promised = self._promise(stream, form)
-        self.promised = promised if promised > self.samples else None
+            self._mix_down(channels)
+        self.kind = self._form["format_name"]
+        if self.kind == "ogg":
+            self._streams, self.fault = read_ogg(path)
+        if self.kind == "flac" and not self._seconds:
+            self.note = f"{path} states no length: all samples that are there are read"
 
-    def _mix_down(self, stream: dict, channels: int) -> None:
-        layout = stream.get("channel_layout", LAYOUTS.get(self.channels))
+    def _mix_down(self, channels: int) -> None:
+        layout = self._stream.get("channel_layout", LAYOUTS.get(self.channels))
         if layout is None:
             raise ValueError(
                 f"{self.path} has {self.channels} channels and does not say for which "
                 "loudspeakers; mix them down to two first"
             )
-        self.note = (
-            f"{self.path}: {self.channels} channels ({layout}) were mixed down to {channels}"
-        )
+        count = f"{self.channels} channels ({layout})"
+        self.note = f"{self.path}: {count} were mixed down to {channels}"
         self.channels = channels
 
-    def _promise(self, stream: dict, form: dict) -> int:
-        """The least number of samples that the file states; 0 where ffmpeg guesses."""
-        alone = form["nb_streams"] == 1 and self.kind != "avi"  # a picture may last longer
-        seconds = float(stream.get("duration") or (form.get("duration", 0) if alone else 0))
-        if self.kind == "ogg":
-            streams, self.fault = read_ogg(self.path)
-            seconds *= streams == 1  # of several, none speaks for all
-        if self.kind == "mp3":
-            return round(seconds * self.rate) if states_length(self.path) else 0
-        if not seconds and self.kind == "flac":
-            self.note = f"{self.path} states no length: all {self.samples} samples are read"
-        slack = 0.05 if self.kind == "ogg" else SLACK  # to warm an Opus decoder up
-        late = self.samples / self.rate < seconds - slack and self.kind not in RAW
-        return round(seconds * self.rate) if late else 0
+    @cached_property
+    def samples(self) -> int:
+        """As the header of an mp4 states them, without the padding at the end; else by decoding."""
+        if self._exact is not None:
+            return self._exact
+        return sum(block.shape[1] for block in self._decoded(BLOCK))
+
+    @property
+    def _exact(self) -> int | None:
+        exact = self.kind.startswith("mov") and self._stream.get("time_base") == f"1/{self.rate}"
+        return int(self._stream["duration_ts"]) if exact and "duration_ts" in self._stream else None
+
+    @property
+    def promised(self) -> int | None:
+        """What the file states, if it is more than there is; None where ffmpeg guesses."""
+        if self._chunk is not None:
+            return self.promise_of(self._chunk) if self._chunk.promises and self.samples else None
+        least = self._seconds - SLACK.get(self.kind, SLACK["others"])
+        return round(self._seconds * self.rate) if self.samples < least * self.rate else None
+
+    @property
+    def _seconds(self) -> float:
+        """Seconds that the file states of its sound alone."""
+        alone = self._form["nb_streams"] == 1 and self.kind != "avi"  # a picture may last longer
+        others = self._form.get("duration", 0) if alone else 0
+        if self.kind in RAW or (self.kind == "mp3" and not states_length(self.path)):
+            return 0.0
+        if self.kind == "ogg" and self._streams != 1:  # of several, none speaks for all
+            return 0.0
+        return float(self._stream.get("duration") or others)
 
     def blocks(self, size: int = BLOCK, start: int = 0) -> Iterator[np.ndarray]:
         """What ffmpeg decodes, without the padding that encoders add at the end."""
+        return _after(start, self._from_start(size))
+
+    def _from_start(self, size: int) -> Iterator[np.ndarray]:
         position = 0
-        for block in self._decoded(size):
-            block = block[:, : self.samples - position]
-            if (wanted := block[:, max(0, start - position) :]).shape[1]:
-                yield wanted
-            position += block.shape[1]
+        with closing(self._decoded(size)) as decoded:
+            for block in decoded:
+                yield block if self._exact is None else block[:, : max(0, self._exact - position)]
+                position += block.shape[1]
+        if self._exact is None:
+            self.samples = position
         if position < self.samples or self.promised is not None or self.fault or self.cut_off:
             raise self.truncated(position, self.fault)
 
@@ -413,7 +451,7 @@ def probe(path: Path) -> dict[str, Any]:
     facts["streams"] = [each for each in streams if int(each.get("sample_rate", 0))]
     form = facts.get("format", {"format_name": "no audio stream", "probe_score": 0})
     short_mp3 = form["format_name"] == "mp3" and path.suffix.lower() == ".mp3"
-    if not facts.get("streams") or (form["probe_score"] < SURE and not short_mp3):
+    if not facts.get("streams") or (form["probe_score"] < LEAST_SCORE and not short_mp3):
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise ValueError(
             f"{path} is not readable as audio ({' '.join(said) or form['format_name']}); export it "
@@ -423,7 +461,7 @@ def probe(path: Path) -> dict[str, Any]:
 
 
 def ensure_ffmpeg() -> None:
-    """Make sure ffmpeg and ffprobe are on PATH: `import musdb` fails without them.
+    """Make sure ffmpeg and ffprobe are on PATH: musdb and `decode` need them.
 
     The set-up links them beside the interpreter where the system has none, and that folder is
     only on PATH in an activated environment, so it is added here.
@@ -438,6 +476,6 @@ def ensure_ffmpeg() -> None:
         if shutil.which(program, path=beside) is None:
             raise FileNotFoundError(
                 f"{program} is not on PATH; install it with your system's package manager, or: "
-                'pip install "tfswa-lab[ffmpeg]" && python -m tfswa_lab.repair'
+                'pip install "tfswa-lab[ffmpeg]", then: python -m tfswa_lab.repair'
             )
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), beside])

@@ -94,7 +94,9 @@ def refuse_existing(paths: Iterable[Path]) -> None:
     """
     for path in paths:
         if path.exists():
-            raise FileExistsError(f"{path} exists; use --overwrite, or choose another name")
+            raise FileExistsError(
+                f"{path} exists; use --overwrite (overwrite=True), or choose another name"
+            )
 
 
 def _publish(parts: Sequence[Path], paths: Sequence[Path], overwrite: bool) -> None:

@@ -92,16 +92,17 @@ def _walk_long(
     return None
 
 
-def opened(path: Path) -> io.BufferedIOBase:
-    """A file to read, without a tag before it, which libsndfile counts as samples of a WAV file."""
+def open_without_tag(path: Path) -> io.BufferedIOBase:
+    """A file to read, without an ID3 tag that libsndfile would count as samples of a WAV file."""
     file = path.open("rb")
     start = file.read(10)
-    if start[:3] != b"ID3":
-        file.seek(0)
-        return file
-    with file:
+    if start[:3] == b"ID3":
         file.seek(_tag_bytes(start), 1)
-        return io.BytesIO(file.read())
+        if (magic := file.read(4)) in (b"RIFF", b"RF64", b"BW64", b"RIFX", b"FORM", b"fLaC"):
+            with file:
+                return io.BytesIO(magic + file.read())
+    file.seek(0)
+    return file
 
 
 def _tag_bytes(start: bytes) -> int:
@@ -109,7 +110,7 @@ def _tag_bytes(start: bytes) -> int:
     return sum(byte << 7 * place for place, byte in enumerate(start[:5:-1]))
 
 
-class Completed(io.FileIO):
+class WithLength(io.FileIO):
     """A file that is read as if its header stated the size that is there."""
 
     def __init__(self, path: Path, chunk: Chunk):
@@ -130,8 +131,9 @@ class Completed(io.FileIO):
 
 
 def states_length(path: Path) -> bool:
-    """Whether an MP3 file has a Xing header that speaks of all of it, not of the first of several
-    files that were joined. Without it, the length can only be guessed.
+    """Whether an MP3 file's Xing header states the length of the whole file.
+
+    Without it, the length can only be guessed; of joined files it speaks of the first.
     """
     with path.open("rb") as file:
         start = file.read(10)

@@ -257,7 +257,7 @@ def test_peaks_are_clamped_or_refused_as_wanted(tmp_path):
     expected = (20 * audio.read(song)[0]).clamp(-1, 32_767 / 32_768)
     assert gain == 1
     torch.testing.assert_close(audio.read(files[0])[0], expected, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match=r"reaches .* 16 bits end at 1: use --clip rescale"):
+    with pytest.raises(ValueError, match=r"reaches .* 16 bits end at 1: use clip rescale"):
         separate_to(tmp_path / "none", song, loud, writing=Writing(clip="none"))
     assert files_in(tmp_path / "none") == []
 
@@ -266,8 +266,8 @@ def test_peaks_are_clamped_or_refused_as_wanted(tmp_path):
     ("options", "message"),
     [
         ({"format": "wma"}, "use wav, flac, mp3, ogg"),
-        ({"format": "flac", "bits": "32f"}, "flac takes 16, 24"),
-        ({"format": "mp3", "bits": "16"}, "mp3 takes no number of bits"),
+        ({"format": "flac", "bits": "32f"}, "flac files take 16, 24"),
+        ({"format": "mp3", "bits": "16"}, "mp3 files take no number of bits"),
         ({"clip": "soft"}, "use rescale, clamp, none"),
         ({"stems": "vocals"}, r"write \['vocals'\]"),
     ],
@@ -279,13 +279,13 @@ def test_a_choice_that_does_not_exist_is_named(options, message):
 
 def test_a_rate_that_a_format_lacks_is_refused_before_the_work(tmp_path):
     song = write_song(tmp_path / "song.wav", 2, 9000, rate=96_000)
-    with pytest.raises(ValueError, match="mp3 cannot hold 96000 Hz"):
+    with pytest.raises(ValueError, match="mp3 files cannot hold 96000 Hz"):
         separate_to(tmp_path / "out", song, Failing(AssertionError()), writing=Writing("mp3"))
 
 
 def test_a_rate_that_ends_libsndfile_is_refused_before_it_is_asked(tmp_path):
     song = write_song(tmp_path / "song.wav", 2, 9000, rate=384_000)
-    with pytest.raises(ValueError, match="ogg cannot hold 384000 Hz"):
+    with pytest.raises(ValueError, match="ogg files cannot hold 384000 Hz"):
         separate_to(tmp_path / "out", song, writing=Writing("ogg"))
 
 

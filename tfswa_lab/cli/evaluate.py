@@ -35,7 +35,7 @@ class EvaluateOptions:
     """What can be typed; None stands for "not given"."""
 
     model: Annotated[
-        str | None, SONGS(help="A name, a run, or a folder of save_separator; default: band.")
+        str | None, SONGS(help="A name, or the folder of a model or a run; default band.")
     ] = None
     estimates: Annotated[
         Path | None, SONGS(help="Or a folder with SONG/STEM.wav or SPLIT/SONG/STEM.flac.")
@@ -44,12 +44,16 @@ class EvaluateOptions:
     data_root: Annotated[Path | None, SONGS(help="MUSDB18-shaped; default: the band.")] = None
     split: Annotated[str, SONGS(help="train, valid or test.")] = "test"
     allow_mismatch: Annotated[
-        bool, SONGS(help="Also score songs whose mixture is far from the sum of its stems.")
+        bool,
+        SONGS(
+            "--allow-mismatch",
+            help="Also score songs whose mixture is far from the sum of its stems.",
+        ),
     ] = False
     output_dir: Annotated[
         Path | None, SCORES(help="Default: evaluations/PARENT/NAME, for a source at PARENT/NAME.")
     ] = None
-    overwrite: Annotated[bool, SCORES(help="Remove the scores there and begin anew.")] = False
+    overwrite: Annotated[bool, SCORES("--overwrite", help="Score again what is there.")] = False
     window: Annotated[float | None, SCORES(help="Seconds per frame; default 1.")] = None
     hop: Annotated[float | None, SCORES(help="Seconds between frame starts; default 1.")] = None
     seconds: Annotated[float | None, SCORES(help="Score only these first seconds of songs.")] = None
@@ -119,8 +123,9 @@ class EvaluateOptions:
 def evaluate(options: EvaluateOptions) -> None:
     """Score a model, or estimates in files; with no option at all, what ships with the package.
 
-    After a kill, run it again without --overwrite: it continues where it stopped. museval's
-    EvalStore reads the scores.
+    After a kill, run it again without --overwrite: it continues where it stopped.
+
+    museval's EvalStore reads the scores.
     """
     # Imported here: `tfswa-lab --help` should not wait for torch.
     from tqdm import tqdm

@@ -53,40 +53,45 @@ class SeparateOptions:
 
     songs: Annotated[
         list[str],
-        typer.Argument(help="Sound or video files, folders, patterns.", metavar="SONG…"),
+        typer.Argument(help="Sound or video files, folders, patterns in quotes.", metavar="SONG"),
     ]
-    out: Annotated[str, FILES("--out", "-o", help="Folder, or a template; default separated.")] = (
-        "separated"
-    )
+    out: Annotated[
+        str,
+        FILES("--out", "-o", help="Folder; or a template as out/{track}/{stem}.{ext}."),
+    ] = "separated"
     format: Annotated[str | None, FILES(help="wav, flac, mp3 or ogg; default wav.")] = None
     bits: Annotated[str | None, FILES(help="16, 24, or 32f for floats; default 16.")] = None
     clip: Annotated[
-        str | None, FILES(help="rescale all stems (default), clamp peaks, or none.")
+        str | None, FILES(help="rescale, clamp or none; default rescale, none with 32f.")
     ] = None
-    overwrite: Annotated[bool, FILES("--overwrite", help="Replace stems that are there.")] = False
+    overwrite: Annotated[bool, FILES("--overwrite", help="Replace existing stems.")] = False
     skip_existing: Annotated[
-        bool, FILES("--skip-existing", help="Leave out songs whose stems are there.")
+        bool, FILES("--skip-existing", help="Skip songs whose stems exist.")
     ] = False
     allow_truncated: Annotated[
         bool, FILES("--allow-truncated", help="Separate what there is of songs that are cut off.")
     ] = False
-    start: Annotated[float | None, FILES(help="Seconds into each song.")] = None
-    duration: Annotated[float | None, FILES(help="Seconds of each song.")] = None
+    start: Annotated[float | None, FILES(help="Start so many seconds into each song.")] = None
+    duration: Annotated[float | None, FILES(help="Separate only so many seconds.")] = None
     stem: Annotated[tuple | None, STEMS(help="Only these: vocals,drums.", **list_of(str))] = None
-    two_stems: Annotated[str | None, STEMS(help="This one, and the rest as no_STEM.")] = None
+    two_stems: Annotated[
+        str | None, STEMS(help="This stem, and the rest of the song as no_STEM.")
+    ] = None
     model: Annotated[
         str, MODEL("--model", "-m", help="A name, or the folder of a model or a run; default band.")
     ] = "band"
     list_models: Annotated[
         bool,
-        MODEL("--list-models", help="Show them and stop.", callback=_show_models, is_eager=True),
+        MODEL(
+            "--list-models", help="List the models and exit.", callback=_show_models, is_eager=True
+        ),
     ] = False
     segment_seconds: Annotated[float | None, MODEL(help="Length of segments; default 6.")] = None
     overlap: Annotated[float | None, MODEL(help="Share of a segment; default 0.25.")] = None
     shifts: Annotated[int | None, MODEL(help="Number of estimates to average; default 1.")] = None
     batch_size: Annotated[int | None, MODEL(help="Segments at once; default 1.")] = None
     device: Annotated[str, MODEL("--device", "-d", help="cpu, cuda, mps, or auto.")] = "auto"
-    jsonl: Annotated[Path | None, MESSAGES(help="Add a line of JSON for each song.")] = None
+    jsonl: Annotated[Path | None, MESSAGES(help="Append a line of JSON per song to a file.")] = None
     quiet: Annotated[bool, MESSAGES("--quiet", "-q", help="Print errors only.")] = False
 
     def writing(self) -> Writing:
@@ -137,8 +142,9 @@ class Song(NamedTuple):
 def separate(options: SeparateOptions) -> None:
     """Separate songs of any length, sample rate and kind of file into one file per stem.
 
-    One song: OUT/STEM.wav. Several, or a folder: OUT/TRACK/STEM.wav, which evaluate --estimates
-    reads; a file called mixture has the name of its folder. Stems that are there are kept.
+    One song: OUT/STEM.wav. Several, or a folder: OUT/TRACK/STEM.wav.
+
+    A file called mixture takes the name of its folder. Existing stems are kept.
     """
     # Imported here: `tfswa-lab --help` should not wait for torch.
     from tfswa_lab.device import pick_device
@@ -148,29 +154,33 @@ def separate(options: SeparateOptions) -> None:
 
     failed = 0
     with one_line_errors(lambda: LESS_MEMORY), ended_by_signals(), ExitStack() as stack:
-        songs = find_songs(options.songs, output_root(options.out))
         segmentation = Segmentation(**given(options, Segmentation))
         reading = Reading(**given(options, Reading))
         separator = load_separator(options.model).to(pick_device(options.device))
-        root, jobs = plan(options, songs, separator.stems)
+        root, jobs = plan(options, separator.stems)
         log = options.jsonl and stack.enter_context(
             options.jsonl.expanduser().open("a", encoding="utf-8")
         )
         for song, writing in jobs.items():
             how = (separator, song.path, root, segmentation, reading, writing)
-            facts = {"song": str(song.path), "model": options.model, **_one(how, options.quiet)}
+            facts = _separate_one(how, options.quiet)
             failed += "error" in facts
             if log:
-                print(json.dumps(facts), file=log, flush=True)
-    if options.model == "band" and failed < len(jobs) and not options.quiet:
+                line = {"song": str(song.path), "model": options.model} | facts
+                print(json.dumps(line), file=log, flush=True)
+    _finish(options, len(jobs), failed)
+
+
+def _finish(options: SeparateOptions, count: int, failed: int) -> None:
+    if options.model == "band" and failed < count and not options.quiet:
         say(f"Note: {OF_BAND}")
-    if failed and len(jobs) > 1:
-        say(f"Error: {failed} of {len(jobs)} songs failed")
+    if failed and count > 1:
+        say(f"Error: {failed} of {count} songs failed")
     if failed:
         raise typer.Exit(1)
 
 
-def _one(how: tuple, quiet: bool) -> dict[str, Any]:
+def _separate_one(how: tuple, quiet: bool) -> dict[str, Any]:
     """Separate a song, print what a user should know, and return it for the log."""
     from tqdm import tqdm
 
@@ -184,10 +194,11 @@ def _one(how: tuple, quiet: bool) -> dict[str, Any]:
         message = explain(error, lambda: LESS_MEMORY)
         if message is None:
             raise
+        message = message if str(song) in message else f"{message} ({song})"
         say(f"Error: {message}")
         return {"error": message}
     if not quiet:
-        _tell(done)
+        _print_result(done)
     return {
         "files": {stem: str(path) for stem, path in done.files.items()},
         "seconds": round(done.seconds, 3),
@@ -197,7 +208,7 @@ def _one(how: tuple, quiet: bool) -> dict[str, Any]:
     }
 
 
-def _tell(done: SeparatedFile) -> None:
+def _print_result(done: SeparatedFile) -> None:
     for note in done.notes:
         say(f"Note: {note}")
     if done.gain < 1:
@@ -237,7 +248,7 @@ def _in_folder(folder: Path, out: Path) -> list[Path]:
         for path, parts in below
         if is_sound_file(path) and not any(part.startswith(hidden) for part in parts)
     )
-    if out != folder.resolve():
+    if folder.resolve() in out.parents:
         songs = [path for path in songs if out not in path.resolve().parents]
     if not songs:
         raise FileNotFoundError(f"{folder} holds no sound file")
@@ -249,36 +260,49 @@ def _matching(path: Path) -> list[Path]:
     if path.exists() or not glob.has_magic(str(path)):
         return [path]
     base = Path(path.anchor)  # a pattern must be relative to a folder
-    files = sorted(file for file in base.glob(str(path.relative_to(base))) if file.is_file())
+    found = base.glob(str(path.relative_to(base)))
+    files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
     if not files:
         raise FileNotFoundError(f"{path}: no file has such a name")
     return files
 
 
-def plan(
-    options: SeparateOptions, songs: list[Song], stems: Sequence[str]
-) -> tuple[Path, dict[Song, Writing]]:
+def plan(options: SeparateOptions, stems: Sequence[str]) -> tuple[Path, dict[Song, Writing]]:
     """The output folder, and how each song is written there, of those that are left to do.
 
     Raises:
         FileExistsError: a stem is there, and is neither to be replaced nor to be left out.
+        FileNotFoundError: a folder or a pattern holds no song.
         ValueError: two songs would have the same files, a stem would replace a song, or a choice
             makes no sense.
     """
-    several = len(songs) > 1 or any(Path(text).is_dir() for text in options.songs)
+    typed = [Path(text).expanduser() for text in options.songs if text]
+    songs = find_songs(options.songs, output_root(options.out))
+    several = len(songs) > 1 or any(path.is_dir() for path in typed)
     root, pattern = split_template(options.out, several)
     writing = options.writing()
     jobs = {song: replace(writing, pattern=filled(pattern, song)) for song in songs}
     paths = {song: [*how.paths(root, stems).values()] for song, how in jobs.items()}
-    typed = {Path(text).expanduser().resolve() for text in options.songs}
-    stems_there = {path.resolve() for own in paths.values() for path in own} - typed
-    paths = {x: own for x, own in paths.items() if x.path.resolve() not in stems_there}
+    paths = _without_stems(paths, {path.resolve() for path in typed})
     _refuse_clashes(paths)
     if options.skip_existing:
-        paths = {x: own for x, own in paths.items() if not all(path.exists() for path in own)}
+        left = {x: own for x, own in paths.items() if not all(path.exists() for path in own)}
+        if len(left) < len(paths) and not options.quiet:
+            say(f"Note: the stems of {len(paths) - len(left)} songs exist and are skipped")
+        paths = left
     elif not options.overwrite:
         refuse_existing(path for own in paths.values() for path in own)
     return root, {song: jobs[song] for song in paths}
+
+
+def _without_stems(paths: dict[Song, list[Path]], typed: set[Path]) -> dict[Song, list[Path]]:
+    """Leave out what is in a folder of songs only because it is a stem of another one of them."""
+    made = {path.resolve(): song for song, own in paths.items() for path in own}
+    return {
+        song: own
+        for song, own in paths.items()
+        if song.path.resolve() in typed or made.get(song.path.resolve(), song) is song
+    }
 
 
 def _refuse_clashes(paths: Mapping[Song, list[Path]]) -> None:

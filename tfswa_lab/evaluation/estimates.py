@@ -153,9 +153,9 @@ class FolderEstimates:
     def _lengths(self, track: Track) -> dict[Path, int]:
         """The files of a song, and how many samples each has."""
         folder = self._folder_of(track)
-        there = [stem for stem in STEMS if any(p.stem == stem for p in audio_files(folder))]
+        names = [path.name for path in audio_files(folder)]
+        there = [stem for stem in STEMS if stem in {Path(name).stem for name in names}]
         if missing := [stem for stem in self.stems if stem not in there]:
-            names = [path.name for path in audio_files(folder)]
             suffix = Path(names[0]).suffix if names else ".wav"
             raise FileNotFoundError(
                 f"{folder / missing[0]}{suffix} is missing (the folder lacks {', '.join(missing)} "

@@ -83,7 +83,7 @@ def _shifted_note(mixture: Tensor, total: Tensor, rate: int) -> str:
     lag = best_lag(mixture, total, rate)
     fit = match(mixture, total, lag)
     left = -fit.usdr_with(fit.gain)
-    if left > LIMIT_DB:
-        return ""
     faults = " and ".join(faults_of(lag, fit.gain, rate))
-    return f"the sum of the stems {faults}: without it, {left:+.1f} dB of the mixture are left"
+    if left > LIMIT_DB or not faults:
+        return ""
+    return f"the sum of the stems {faults}; corrected, {left:+.1f} dB of the mixture would be left"

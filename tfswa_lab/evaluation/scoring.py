@@ -148,15 +148,15 @@ class Scoring:
         own = _digests(self.estimator.files(track)) if ESTIMATES in methods else {}
         return {method: song | own if method == ESTIMATES else song for method in methods}
 
-    def song(self, track: Track) -> Song:
+    def song(self, track: Track) -> TrackSources:
         """The track with all stems that are there: its mixture is compared with their sum."""
         try:
-            return Song(track.adding(STEMS), tuple(dict.fromkeys((*self.sources, *STEMS))))
+            return TrackSources(track.adding(STEMS), tuple(dict.fromkeys((*self.sources, *STEMS))))
         except FileNotFoundError:  # a tree of other stems
-            return Song(track, self.sources)
+            return TrackSources(track, self.sources)
         except ValueError as error:
             note = f"the mixture was not compared with the sum of its stems: {error}"
-            return Song(track, self.sources, (note,))
+            return TrackSources(track, self.sources, (note,))
 
     def read(self, track: Track) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         """Mixture `(2, s)`, stems `(n, 2, s)`, and notes on whether they fit each other.
@@ -180,7 +180,7 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Song:
+class TrackSources:
     """A track, what is read of it, and notes for the reader."""
 
     track: Track
@@ -217,7 +217,7 @@ def score_track(
     how, scores = scoring.how, {}
     with compute_threads(threads or torch.get_num_threads()):
         digests = scoring.digests(track, methods)
-        mixture, stems, doubts = scoring.read(track)
+        mixture, stems, mixture_notes = scoring.read(track)
         stems = _accompanied(mixture, stems)
         for method in methods:
             estimates, notes = _estimates(scoring, track, method, mixture, stems)
@@ -234,7 +234,7 @@ def score_track(
                 how.hop,
                 scoring.settings(method),
                 digests[method],
-                (*doubts, *notes, *(_named(note, names) for note in result.notes)),
+                (*mixture_notes, *notes, *(_named(note, names) for note in result.notes)),
                 stems.shape[-1] / track.rate,
             )
     return scores

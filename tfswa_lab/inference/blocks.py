@@ -19,6 +19,7 @@ from torch import Tensor
 from tfswa_lab import audio
 from tfswa_lab.decode import BLOCK, open_sound
 
+VORBIS_BLOCK = 2**12  # samples; more at once overflow the stack of small threads in libvorbis
 WAV_BYTES = 2**32 - 2**16  # a plain WAV file counts its bytes with 32 bits
 
 
@@ -125,7 +126,8 @@ def write_blocks(
                 raise ValueError(f"{paths[0].parent}: a stem would contain NaN or infinite samples")
             peak = max(peak, block.abs().max().item())
             for file, stem in zip(files, block, strict=True):
-                file.write(_as_written(stem, subtype).T.numpy())
+                for part in stem.split(VORBIS_BLOCK if subtype == "VORBIS" else BLOCK, dim=-1):
+                    file.write(_as_written(part, subtype).T.numpy())
     if missing:
         raise ValueError(f"{paths[0].parent}: the stems lack {missing} of {shape[1]} samples")
     return peak

@@ -94,11 +94,13 @@ class Writing:
             object.__setattr__(self, "bits", "16")
         if self.bits not in known:
             choice = ", ".join(filter(None, known)) or "no number of bits"
-            raise ValueError(f"bits={self.bits!r}: a file of {self.format} takes {choice}")
+            raise ValueError(f"bits={self.bits!r}: {self.format} files take {choice}")
         if self.clip is None:
             object.__setattr__(self, "clip", "none" if self.bits == "32f" else "rescale")
         if self.clip not in CLIPS:
             raise ValueError(f"clip={self.clip!r} is unknown; use {', '.join(CLIPS)}")
+        if self.stems is not None and not self.stems:
+            raise ValueError("stems is empty; leave it out for all")
         if isinstance(self.stems, str):
             raise ValueError(f"stems={self.stems!r} is a string; write [{self.stems!r}]")
 
@@ -148,7 +150,7 @@ class Writing:
             fits = False
         if not fits:
             raise ValueError(
-                f"a file of {self.format} cannot hold {rate} Hz; write wav or flac, or resample "
+                f"{self.format} files cannot hold {rate} Hz; write wav or flac, or resample "
                 "the song first"
             )
 
@@ -203,16 +205,17 @@ def separate_file(
     paths = writing.paths(out, separator.stems)
     if not writing.overwrite:
         refuse_existing(paths.values())
-    part = _look(song, reading)
-    writing.check_rate(part.rate)
-    stems = _stems_of(separator, song, part, segmentation, writing, progress)
+    excerpt = _check_song(song, reading)
+    writing.check_rate(excerpt.rate)
+    stems = _stems_of(separator, song, excerpt, segmentation, writing, progress)
     out.mkdir(parents=True, exist_ok=True)
+    shape = separator.audio_channels, excerpt.length
     with parts_of(list(paths.values()), writing.overwrite, out) as parts:
-        gain = _write(parts, stems, part.rate, (separator.audio_channels, part.length), writing)
-    return SeparatedFile(paths, gain, part.length / part.rate, part.notes)
+        gain = _write(parts, stems, excerpt.rate, shape, writing)
+    return SeparatedFile(paths, gain, excerpt.length / excerpt.rate, excerpt.notes)
 
 
-class Part(NamedTuple):
+class Excerpt(NamedTuple):
     """The samples of a song that are separated, from `start` on, and what is said of the song."""
 
     rate: int
@@ -221,52 +224,57 @@ class Part(NamedTuple):
     notes: tuple[str, ...]
 
 
-def _look(song: Path, reading: Reading) -> Part:
+def _check_song(song: Path, reading: Reading) -> Excerpt:
     """Decode the whole song, so that damage is found before the work."""
+    there = 0
     with open_sound(song, channels=2) as sound:
         rate, notes = sound.rate, tuple(filter(None, [sound.note]))
-    there = 0
-    try:
-        for block in read_blocks(song, channels=2):
-            there += block.shape[-1]
-    except TruncatedError as error:
-        if not (reading.allow_truncated and there):
-            raise ValueError(f"{error}, or separate what is there: --allow-truncated") from error
-        notes += (f"{error}",)
+        try:
+            for block in sound.blocks():
+                audio.check_finite(block, song)
+                there += block.shape[-1]
+        except TruncatedError as error:
+            if not (reading.allow_truncated and there):
+                raise ValueError(
+                    f"{error}, or separate what is there: --allow-truncated (allow_truncated=True)"
+                ) from error
+            notes += (f"{error}",)
+    if not there:
+        raise ValueError(f"{song} holds no samples; export it again")
     start = round(reading.start * rate)
     length = max(0, there - start)
     if reading.duration is not None:
         length = min(length, round(reading.duration * rate))
     if not length:
         raise ValueError(f"{song} ends at {there / rate:.2f} s, before start={reading.start} s")
-    return Part(rate, start, length, notes)
+    return Excerpt(rate, start, length, notes)
 
 
 def _stems_of(
     separator: Separator,
     song: Path,
-    part: Part,
+    excerpt: Excerpt,
     segmentation: Segmentation,
     writing: Writing,
     progress: Progress,
 ) -> Iterator[Tensor]:
     """Blocks `(n, c, s)` of the files to write, at the song's rate."""
     own, channels = separator.sample_rate, separator.audio_channels
-    mixture = resample_blocks(_heard(song, part, channels), part.rate, own)
-    samples = -(-part.length * own // part.rate)
+    mixture = resample_blocks(_mixture(song, excerpt, channels), excerpt.rate, own)
+    samples = -(-excerpt.length * own // excerpt.rate)
     estimates = separate_stream(separator, mixture, samples, segmentation, progress)
     wanted = separator.stems if writing.stems is None else tuple(dict.fromkeys(writing.stems))
     rows = [separator.stems.index(stem) for stem in wanted]
     chosen = (block[rows] for block in estimates)
-    stems = resample_blocks(chosen, own, part.rate)
-    return _with_residual(stems, _heard(song, part, channels)) if writing.residual else stems
+    stems = resample_blocks(chosen, own, excerpt.rate)
+    return _with_residual(stems, _mixture(song, excerpt, channels)) if writing.residual else stems
 
 
-def _heard(song: Path, part: Part, channels: int) -> Iterator[Tensor]:
+def _mixture(song: Path, excerpt: Excerpt, channels: int) -> Iterator[Tensor]:
     """The part as blocks `(c, s)` in mono or stereo."""
-    missing = part.length
-    with suppress(TruncatedError):  # which `_look` has found, and was allowed
-        for block in read_blocks(song, start=part.start, channels=2):
+    missing = excerpt.length
+    with suppress(TruncatedError):  # which `_check_song` has found, and was allowed
+        for block in read_blocks(song, start=excerpt.start, channels=2):
             block = block[:, :missing]
             missing -= block.shape[-1]
             yield audio.to_channels(block, channels)
@@ -305,8 +313,8 @@ def _write(
         peak = write_blocks(floats, stems, rate, shape, "FLOAT")
         if writing.clip == "none" and peak > 1 and writing.bits in ("16", "24"):
             raise ValueError(
-                f"a stem reaches {peak:.3f}, and {writing.bits} bits end at 1: use --clip rescale, "
-                "--clip clamp or --bits 32f"
+                f"a stem reaches {peak:.3f}, and {writing.bits} bits end at 1: use clip rescale or "
+                "clamp, or 32f bits"
             )
         gain = 1 / max(1.0, peak) if writing.clip == "rescale" else 1.0
         limit = 1.0 if writing.clip == "clamp" else torch.inf

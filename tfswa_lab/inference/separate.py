@@ -8,7 +8,6 @@ Notebook: 03_tfswa_unet
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from inspect import signature
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from tfswa_lab import audio
-from tfswa_lab.decode import open_sound
+from tfswa_lab.decode import decode
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
 from tfswa_lab.models import storage
 
@@ -120,7 +119,9 @@ def separate(
     if isinstance(song, str | Path):
         if sample_rate is not None:
             raise ValueError(f"{song} states its sample rate: leave sample_rate out")
-        song, sample_rate = _read(Path(song))
+        path = Path(song)
+        song, sample_rate = decode(path, channels=2)
+        audio.check_finite(song, path)
     if isinstance(song, np.ndarray):
         song = _from_numpy(song)
     if isinstance(song, Tensor) and song.ndim == 1:
@@ -134,17 +135,6 @@ def separate(
     estimates = separate_track(separator, heard, segmentation, progress)
     estimates = audio.resample(estimates, own, rate)[..., : song.shape[-1]].to(song.dtype)
     return dict(zip(separator.stems, estimates, strict=True))
-
-
-def _read(path: Path) -> tuple[Tensor, int]:
-    """A file, mixed down to two channels where it has more."""
-    with open_sound(path, channels=2) as sound:
-        sound.check()
-        if sound.note:
-            warnings.warn(sound.note, stacklevel=3)
-        samples = sound.read()
-    audio.check_finite(samples, path)
-    return torch.from_numpy(samples), sound.rate
 
 
 def _from_numpy(song: np.ndarray) -> Tensor:

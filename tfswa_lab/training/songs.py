@@ -1,7 +1,7 @@
 """The songs of a run: how a resumed run recognises them, and a look for stems that are silent.
 
-A data set whose attribute `tracks` lists `data.tracks.Track`s, as that of `MUSDB18Dataset`, is
-asked for its files; any other for its items.
+A data set whose `tracks` are `data.tracks.Track`s and whose `parts` say which files add up to a
+stem, such as `MUSDB18Dataset`, is asked for its files; any other for its items.
 
 Axis letters: `n` stems, `c` channels, `s` samples.
 
@@ -23,7 +23,7 @@ from tfswa_lab.data.tracks import Track
 from tfswa_lab.training.losses import SILENT_POWER
 
 LOOK_SECONDS = 30  # read at once in the look for silence
-GLIMPSE = 4096  # bytes that are compared at each of three places of a file
+SAMPLED_BYTES = 4096  # bytes that are compared at each of three places of a file
 
 # The same songs ------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def audio_of(songs: Dataset) -> str | None:
     for track in sorted(tracks, key=lambda track: track.name):
         digest.update(repr((track.name, track.rate, track.samples)).encode())
         for path in sorted(track.files()):
-            digest.update(path.name.encode() + _glimpse(path))
+            digest.update(path.name.encode() + _sampled(path))
     seconds = sum(track.samples / track.rate for track in tracks)
     return f"{seconds:.1f} s with digest {digest.hexdigest()[:8]}"
 
@@ -59,17 +59,17 @@ def tracks_of(songs: Dataset) -> list[Track]:
     """The tracks of a data set that has some, else none."""
     tracks = getattr(songs, "tracks", None)
     known = isinstance(tracks, list) and all(isinstance(track, Track) for track in tracks)
-    return tracks if known else []
+    return tracks if known and hasattr(songs, "parts") else []
 
 
-def _glimpse(path: Path) -> bytes:
+def _sampled(path: Path) -> bytes:
     """The size of a file, and some bytes at a quarter, at half and at three quarters of it."""
     size = path.stat().st_size
     seen = [str(size).encode()]
     with path.open("rb") as file:
         for quarter in (1, 2, 3):
             file.seek(size * quarter // 4)
-            seen.append(file.read(GLIMPSE))
+            seen.append(file.read(SAMPLED_BYTES))
     return b" ".join(seen)
 
 
