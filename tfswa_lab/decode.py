@@ -10,6 +10,7 @@ Axis letters: `c` channels, `s` samples.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -243,6 +244,12 @@ class Sound:
         """Release the file."""
 
 
+def _handle(file: io.IOBase) -> io.IOBase | int:
+    """A descriptor where there is one: cffi swallows what a signal raises in a file's methods."""
+    is_plain = type(file) is io.FileIO and os.name != "nt"  # Windows knows no foreign descriptors
+    return file.fileno() if is_plain else file
+
+
 class ForwardSoundFile(soundfile.SoundFile):
     """Without the seek after each read, by which soundfile loses its place in Ogg and MP3 files."""
 
@@ -259,7 +266,7 @@ class SndfileSound(Sound):
         unknown = chunk is not None and chunk.unknown
         self._bytes = WithLength(path, chunk) if unknown else open_without_tag(path)
         try:
-            self._file = file = ForwardSoundFile(self._bytes)
+            self._file = file = ForwardSoundFile(_handle(self._bytes), closefd=False)
         except BaseException:
             self._bytes.close()
             raise

@@ -92,9 +92,9 @@ def _walk_long(
     return None
 
 
-def open_without_tag(path: Path) -> io.BufferedIOBase:
+def open_without_tag(path: Path) -> io.IOBase:
     """A file to read, without an ID3 tag that libsndfile would count as samples of a WAV file."""
-    file = path.open("rb")
+    file = path.open("rb", buffering=0)
     start = file.read(10)
     if start[:3] == b"ID3":
         file.seek(_tag_bytes(start), 1)

@@ -402,7 +402,11 @@ def test_names_that_are_no_text_and_long_paths_are_separated(copies, tmp_path):
 def test_kills_at_random_moments_leave_whole_stems_of_one_song_or_nothing(tmp_path):
     script = Path(__file__).with_name("killed_separate.py")
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "10"], capture_output=True, text=True, check=False
+        [sys.executable, script, tmp_path, "10"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 faults" in done.stdout
