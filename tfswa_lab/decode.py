@@ -341,8 +341,7 @@ class FfmpegSound(Sound):
 
     def __init__(self, path: Path, chunk: Chunk | None, channels: int | None):
         self.path, self._chunk = path, chunk
-        facts = probe(path)
-        self._stream, self._form = facts["streams"][0], facts["format"]
+        self._stream, self._form = probe(path)
         self.rate = int(self._stream["sample_rate"])
         self.channels = int(self._stream["channels"])
         self.mix = channels is not None and self.channels > channels
@@ -372,7 +371,7 @@ class FfmpegSound(Sound):
             return self._exact
         return sum(block.shape[1] for block in self._decoded(BLOCK))
 
-    @property
+    @cached_property
     def _exact(self) -> int | None:
         exact = self.kind.startswith("mov") and self._stream.get("time_base") == f"1/{self.rate}"
         return int(self._stream["duration_ts"]) if exact and "duration_ts" in self._stream else None
@@ -385,7 +384,7 @@ class FfmpegSound(Sound):
         least = self._seconds - SLACK.get(self.kind, SLACK["others"])
         return round(self._seconds * self.rate) if self.samples < least * self.rate else None
 
-    @property
+    @cached_property
     def _seconds(self) -> float:
         """Seconds that the file states of its sound alone."""
         alone = self._form["nb_streams"] == 1 and self.kind != "avi"  # a picture may last longer
@@ -436,8 +435,8 @@ FFMPEG = ("ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file")
 PROBED = "stream=sample_rate,channels,channel_layout,time_base,duration_ts,duration"
 
 
-def probe(path: Path) -> dict[str, Any]:
-    """What ffprobe says of a file and its first audio stream.
+def probe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ffprobe says of the first audio stream of a file, and of the file.
 
     Args:
         path: of the file.
@@ -454,17 +453,16 @@ def probe(path: Path) -> dict[str, Any]:
     command += ["-show_entries", entries, "-of", "json", f"file:{os.fspath(path)}"]
     done = subprocess.run(command, capture_output=True, check=False)
     facts = {} if done.returncode else json.loads(done.stdout)
-    streams = facts.get("streams", [])
-    facts["streams"] = [each for each in streams if int(each.get("sample_rate", 0))]
+    streams = [each for each in facts.get("streams", []) if int(each.get("sample_rate", 0))]
     form = facts.get("format", {"format_name": "no audio stream", "probe_score": 0})
     short_mp3 = form["format_name"] == "mp3" and path.suffix.lower() == ".mp3"
-    if not facts.get("streams") or (form["probe_score"] < LEAST_SCORE and not short_mp3):
+    if not streams or (form["probe_score"] < LEAST_SCORE and not short_mp3):
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise ValueError(
             f"{path} is not readable as audio ({' '.join(said) or form['format_name']}); export it "
             "again as WAV or FLAC"
         )
-    return facts
+    return streams[0], form
 
 
 def ensure_ffmpeg() -> None:

@@ -220,7 +220,7 @@ def _print_result(done: SeparatedFile) -> None:
 # Which songs, and where their stems go -------------------------------------------------------
 
 
-def find_songs(wanted: Iterable[str], out: Path) -> list[Song]:
+def find_songs(wanted: Iterable[Path], out: Path) -> list[Song]:
     """The songs that files, folders and patterns name, each once.
 
     A folder stands for the files called mixture below it, or where there are none, for all sound
@@ -228,13 +228,9 @@ def find_songs(wanted: Iterable[str], out: Path) -> list[Song]:
 
     Raises:
         FileNotFoundError: a folder or a pattern holds none.
-        ValueError: a name is empty, as of a variable that a script forgot.
     """
     found = {}
-    for text in wanted:
-        if not text:
-            raise ValueError("the name of a song is empty")
-        path = Path(text).expanduser()
+    for path in wanted:
         for song in _in_folder(path, out.resolve()) if path.is_dir() else _matching(path):
             found.setdefault(song.resolve(), Song.at(song))
     return list(found.values())
@@ -276,10 +272,13 @@ def plan(options: SeparateOptions, stems: Sequence[str]) -> tuple[Path, dict[Son
         ValueError: two songs would have the same files, a stem would replace a song, or a choice
             makes no sense.
     """
-    typed = [Path(text).expanduser() for text in options.songs if text]
-    songs = find_songs(options.songs, output_root(options.out))
+    if "" in options.songs:
+        raise ValueError("the name of a song is empty")  # as of a variable that a script forgot
+    typed = [Path(text).expanduser() for text in options.songs]
+    root, pattern = split_template(options.out)
+    songs = find_songs(typed, root)
     several = len(songs) > 1 or any(path.is_dir() for path in typed)
-    root, pattern = split_template(options.out, several)
+    pattern = pattern or ("{track}/{stem}.{ext}" if several else "{stem}.{ext}")
     writing = options.writing()
     jobs = {song: replace(writing, pattern=filled(pattern, song)) for song in songs}
     paths = {song: [*how.paths(root, stems).values()] for song, how in jobs.items()}
@@ -320,28 +319,23 @@ def _refuse_clashes(paths: Mapping[Song, list[Path]]) -> None:
                 )
 
 
-def output_root(out: str) -> Path:
-    """The folder above everything that is written."""
-    return split_template(out, several=True)[0]
-
-
 def is_template(out: str) -> bool:
     """Whether an output names its files, with braces, rather than a folder."""
     return "{" in out and not Path(out).is_dir()
 
 
-def split_template(out: str, several: bool) -> tuple[Path, str]:
-    """The folder above everything that differs, and the pattern of the files below it.
+def split_template(out: str) -> tuple[Path, str]:
+    """The folder above everything that differs, and the pattern of the files below it, if any.
 
     Raises:
         ValueError: a template has other fields, or does not tell stems apart.
 
-    >>> root, pattern = split_template("out/{track}_{stem}", several=True)
+    >>> root, pattern = split_template("out/{track}_{stem}")
     >>> root.as_posix(), pattern
     ('out', '{track}_{stem}.{ext}')
     """
     if not is_template(out):
-        return Path(out).expanduser(), "{track}/{stem}.{ext}" if several else "{stem}.{ext}"
+        return Path(out).expanduser(), ""
     try:
         fields = {name for _, name, _, _ in Formatter().parse(out) if name is not None}
     except ValueError as error:

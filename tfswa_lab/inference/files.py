@@ -109,6 +109,10 @@ class Writing:
         """libsndfile's name for the samples."""
         return SUBTYPES[self.format][self.bits]
 
+    def chosen(self, stems: Sequence[str]) -> tuple[str, ...]:
+        """Those of a separator's stems that are wanted, each once."""
+        return tuple(stems) if self.stems is None else tuple(dict.fromkeys(self.stems))
+
     def names(self, stems: Sequence[str]) -> tuple[str, ...]:
         """Names of the files that are written of a separator with these stems.
 
@@ -118,7 +122,7 @@ class Writing:
         >>> Writing(stems=["vocals"], residual=True).names(("vocals", "drums", "bass", "other"))
         ('vocals', 'no_vocals')
         """
-        chosen = tuple(stems) if self.stems is None else tuple(dict.fromkeys(self.stems))
+        chosen = self.chosen(stems)
         for stem in chosen:
             if stem not in stems:
                 raise ValueError(f"the model has no stem {stem!r}; it has {', '.join(stems)}")
@@ -263,8 +267,7 @@ def _stems_of(
     mixture = resample_blocks(_mixture(song, excerpt, channels), excerpt.rate, own)
     samples = -(-excerpt.length * own // excerpt.rate)
     estimates = separate_stream(separator, mixture, samples, segmentation, progress)
-    wanted = separator.stems if writing.stems is None else tuple(dict.fromkeys(writing.stems))
-    rows = [separator.stems.index(stem) for stem in wanted]
+    rows = [separator.stems.index(stem) for stem in writing.chosen(separator.stems)]
     chosen = (block[rows] for block in estimates)
     stems = resample_blocks(chosen, own, excerpt.rate)
     return _with_residual(stems, _mixture(song, excerpt, channels)) if writing.residual else stems

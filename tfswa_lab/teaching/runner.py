@@ -234,7 +234,7 @@ class _KernelWatch(threading.Thread):
     def run(self) -> None:
         deadline = time.monotonic() + self._timeout_seconds
         try:
-            while not self._ended.wait(0.02):  # a kernel that dies tells no peak afterwards
+            while not self._ended.wait(0.02):  # the peak of a dead kernel cannot be read
                 self.look()
                 if time.monotonic() > deadline:
                     self.expired = True
