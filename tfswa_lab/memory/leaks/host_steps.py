@@ -9,6 +9,7 @@ import gc
 import math
 import sys
 import tracemalloc
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -81,13 +82,13 @@ class HostSteps:
     """
 
     def __init__(self, call: StepCaller, old: list[ref], kinds: Iterable[str] = LEAST):
-        self.levels: dict[str, list[int]] = {name: [] for name in LEAST}
+        self.levels = {name: _levels() for name in LEAST}
         self.outcome, self.kernels, self.line = COMPLETED, 0.0, None
         self.call = call
         self._old, self.kinds = old, kinds
         self.children: tuple[dict[int, int], dict[int, int]] = ({}, {})
-        self._alive: list[int] = []  # number of child processes
-        self._blocks: list[int] = []  # of Python's allocator for objects up to 512 bytes
+        self._alive = _levels()  # number of child processes
+        self._blocks = _levels()  # of Python's allocator for objects up to 512 bytes
 
     def run(self, steps: int, longest: int) -> None:
         """Run some steps, and on to `longest` if something grows."""
@@ -182,7 +183,7 @@ class HostSteps:
     def _run_without_onednn(self, steps: int) -> None:
         """Without oneDNN, does the process still grow? If not, its cache of kernels did."""
         grew = slope(self.levels["process"])
-        self.levels["process"] = []
+        self.levels["process"] = _levels()
         with torch.backends.mkldnn.flags(False, None, None, None):
             self._run(SETTLING)
             self._run(steps, self._measure)
@@ -199,6 +200,13 @@ class HostSteps:
         self.levels["children"].append(sum(children.values()))
         old = [thing for each in self._old if isinstance(thing := each(), Tensor)]
         self.levels["nodes"].append(len(graph_of([*old, *of_types((Tensor,)), *kept_nodes()])))
+
+
+def _levels() -> array:
+    """Whole numbers of 8 bytes: a list of Python's would grow by 40 bytes more in each step, and
+    would be counted among what it measures.
+    """
+    return array("q")
 
 
 @contextmanager
