@@ -35,7 +35,7 @@ KINDS = {
     "separation": (
         "separation",
         ("way", "batch", "precision"),
-        ("times_real_time", "fused", "written out", "share"),
+        ("times_real_time", "torch's fused kernel", "scores written out", "share"),
     ),
     "bsseval": (
         "bsseval",

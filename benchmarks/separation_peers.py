@@ -2,6 +2,8 @@
 
     python benchmarks/separation_peers.py [--seconds 10.5] [--threads 1]
 
+BS-RoFormer (`pip install BS-RoFormer`) is measured where it is installed.
+
 Each system separates the same stereo song in memory as its own program does by default, in a
 process of its own, after a second of warm-up. All but ours have random weights, which take the same
 time as trained ones; so do our two presets. Speed is all that is compared: networks of random
@@ -15,6 +17,7 @@ import random
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from importlib.util import find_spec
 
 import torch
 from record import record, table
@@ -22,7 +25,7 @@ from subprocess_benchmark import peak_gib, run, start
 from torch import Tensor, nn
 
 from tfswa_lab.audio import SAMPLE_RATE, STEMS
-from tfswa_lab.inference.separate import separate_track
+from tfswa_lab.inference.separate import Segmentation, separate_track
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.training.presets import PRESETS
 from tfswa_lab.training.run import separator_of
@@ -56,6 +59,17 @@ def open_unmix(name: str) -> System:
     return separator, lambda song: separate(song, SAMPLE_RATE, separator=separator)
 
 
+def bs_roformer() -> System:
+    """The six layers of its paper, which trains a network for each stem; segments of about 8 s."""
+    from bs_roformer import BSRoformer
+
+    plain = {"time_transformer_depth": 1, "freq_transformer_depth": 1, "num_residual_streams": 1}
+    model = BSRoformer(384, depth=6, stereo=True, **plain).eval()
+    segmentation = Segmentation(689 * 512 / SAMPLE_RATE)  # it drops what is less than a hop
+    model.sample_rate = SAMPLE_RATE
+    return model, lambda song: separate_track(model, song, segmentation)
+
+
 SYSTEMS = {
     "ours, shipped weights": lambda: ours(load_separator(BAND)),
     "ours, preset small": lambda: ours(separator_of(PRESETS["small"])),
@@ -64,6 +78,8 @@ SYSTEMS = {
     "Open-Unmix, umxhq": lambda: open_unmix("umxhq"),
     "Open-Unmix, umxl": lambda: open_unmix("umxl"),
 }
+if find_spec("bs_roformer"):
+    SYSTEMS["BS-RoFormer, 6 layers, one stem"] = bs_roformer
 
 
 def song(seconds: float) -> Tensor:

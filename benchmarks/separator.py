@@ -1,11 +1,13 @@
-"""How fast does the small separator run, and which block takes the time?
+"""How fast does the small separator run, how fast could it, and which block takes the time?
 
-    python benchmarks/separator.py
+    python benchmarks/separator.py [--seconds 6] [--threads 1]
     python benchmarks/separator.py --device cuda    also by batch and precision, started by gpu.py
 
-One process, evaluation mode, float32, a segment of three seconds. The peer is the same network
-with the attention scores written out (`ScaledDotProductAttention`) in place of torch's fused
-kernel; the two are timed in turns. On a GPU, the shipped separator from file to file as well.
+One process, evaluation mode, float32, one segment. The peers are the same network with torch's
+fused attention kernel, and with the scores written out (`ScaledDotProductAttention`); all are timed
+in turns, and their outputs compared. The floor is what the multiplications, the exponentials and
+the memory traffic would take at rates measured here. On a GPU, the shipped separator from file to
+file as well.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,23 +28,27 @@ import torch
 from events import REHEARSAL, attempt
 from record import record, table
 from separate_stream import SEGMENT_SECONDS, write_song
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from tfswa_lab.audio import SAMPLE_RATE, STEMS
 from tfswa_lab.device import pick_device
 from tfswa_lab.inference.files import Writing, separate_file
 from tfswa_lab.inference.separate import Segmentation
 from tfswa_lab.models.attention import (
+    AttentionUnit,
     FrequencySequenceAttention,
     ScaledDotProductAttention,
     ShiftedWindowAttention,
     TemporalSequenceAttention,
 )
+from tfswa_lab.models.cpu_kernel import softmax
 from tfswa_lab.models.separator import Separator, build_separator
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.models.tfswa_unet import SIZES
 from tfswa_lab.weights import BAND
 
-STEMS = ("vocals", "drums", "bass", "other")
-SECONDS = 0.05 if REHEARSAL else 3.0
+SECONDS = 0.05 if REHEARSAL else 3.0  # of a segment on a GPU
 REPEATS = 1 if REHEARSAL else 5
 BATCHES = (1,) if REHEARSAL else (1, 8, 32)
 MINUTES = 0.05 if REHEARSAL else 4.0  # of the song that is separated from file to file
@@ -59,11 +66,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds_of(separator: Separator, mixture: torch.Tensor) -> float:
-    """Seconds of one separation."""
+def separation(separator: Separator, mixture: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Estimates, and the seconds that they took."""
     start = now(mixture.device)
-    separator(mixture)
-    return now(mixture.device) - start
+    estimates = separator(mixture)
+    return estimates, now(mixture.device) - start
 
 
 @contextmanager
@@ -77,18 +84,121 @@ def written_out_attention():
         yield
 
 
-def real_time_factors(separator: Separator, mixture: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Median, least and most of seconds computed per second of sound; the first round warms up."""
-    times = defaultdict(list)
+def torchs_operators():
+    """Leave the compiled kernel out."""
+    return mock.patch("tfswa_lab.models.attention.runs_lean", return_value=False)
+
+
+WAYS = {  # the first is what a user gets
+    "compiled kernel": nullcontext,
+    "torch's fused kernel": torchs_operators,
+    "scores written out": written_out_attention,
+}
+
+
+def in_turns(separator: Separator, mixture: torch.Tensor) -> dict[str, dict[str, float]]:
+    """CPU and wall seconds of each way per second of sound; the first round warms up."""
+    cpu, wall, outputs = defaultdict(list), defaultdict(list), {}
     for _ in range(REPEATS + 1):
-        times["fused"].append(seconds_of(separator, mixture))
-        with written_out_attention():
-            times["written out"].append(seconds_of(separator, mixture))
-    summaries = {"median": statistics.median, "least": min, "most": max}
+        for name, way in WAYS.items():
+            with way():
+                began = time.process_time()
+                outputs[name], seconds = separation(separator, mixture)
+                cpu[name].append((time.process_time() - began) / seconds_of_sound(mixture))
+                wall[name].append(seconds / seconds_of_sound(mixture))
+    right = outputs["scores written out"]
     return {
-        kind: {name: round(f(spent[1:]) / SECONDS, 4) for name, f in summaries.items()}
-        for kind, spent in times.items()
+        name: {
+            "cpu_seconds_per_second": statistics.median(cpu[name][1:]),
+            "least": min(cpu[name][1:]),
+            "most": max(cpu[name][1:]),
+            "times_real_time": 1 / statistics.median(wall[name][1:]),
+            "largest_difference": ((outputs[name] - right).abs().max() / right.abs().max()).item(),
+        }
+        for name in WAYS
     }
+
+
+def seconds_of_sound(mixture: torch.Tensor) -> float:
+    """Of all examples together."""
+    return len(mixture) * mixture.shape[-1] / SAMPLE_RATE
+
+
+# The floor ---------------------------------------------------------------------------------------
+
+
+def work_of(separator: Separator, mixture: torch.Tensor) -> dict[str, float]:
+    """FLOPs of all products, exponentials of softmax and GELU, bytes in and out of each layer.
+
+    A layer is a module without children, or an attention unit, whose inside stays in the cache.
+    """
+    work = {"flops": 0, "exponentials": 0, "bytes": 0}
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, key, value, **options):
+        work["exponentials"] += query.shape[:-1].numel() * key.shape[-2]
+        return kernel(query, key, value, **options)
+
+    def count(module, inputs, output):
+        if isinstance(module, nn.GELU):
+            work["exponentials"] += output.numel()
+        if module in layers:
+            work["bytes"] += 4 * (inputs[0].numel() + output.numel())
+
+    units = {module for module in separator.modules() if isinstance(module, AttentionUnit)}
+    inside = {module for unit in units for module in unit.modules()} - units
+    leaves = {module for module in separator.modules() if not list(module.children())}
+    layers = units | (leaves - inside - {separator.stft})
+    handles = [module.register_forward_hook(count) for module in separator.model.modules()]
+    patched = mock.patch("torch.nn.functional.scaled_dot_product_attention", counted)
+    with patched, FlopCounterMode(display=False) as flops:
+        separator(mixture)
+    for handle in handles:
+        handle.remove()
+    return work | {"flops": flops.get_total_flops()}
+
+
+def rates() -> dict[str, float]:
+    """FLOPs per second of a large product, the kernel's exponentials, bytes of a copy."""
+    matrix, row, large = torch.randn(1024, 1024), torch.zeros(1024), torch.randn(2**25)
+    scores = row.numpy()
+    return {
+        "flops": 2 * 1024**3 / fastest(lambda: matrix @ matrix),
+        "exponentials": 100 * len(row) / fastest(lambda: repeat(softmax, scores, len(row), True)),
+        "bytes": 8 * len(large) / fastest(large.clone),
+    }
+
+
+def repeat(work: Callable, *inputs) -> None:
+    """A hundred times, because a clock is too coarse for once."""
+    for _ in range(100):
+        work(*inputs)
+
+
+def fastest(work: Callable[[], object]) -> float:
+    """Least CPU seconds of a few runs, the first one left out."""
+    times = []
+    for _ in range(10):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return min(times[1:])
+
+
+def floor_of(separator: Separator, mixture: torch.Tensor) -> dict[str, dict[str, float]]:
+    """What is to be done per second of sound, the rate of each kind, and seconds for both."""
+    work, possible = work_of(separator, mixture), rates()
+    return {
+        kind: {
+            "per_second_of_sound": amount / seconds_of_sound(mixture),
+            "rate_per_second": possible[kind],
+            "seconds": amount / seconds_of_sound(mixture) / possible[kind],
+        }
+        for kind, amount in work.items()
+    }
+
+
+# Where the time goes -----------------------------------------------------------------------------
 
 
 def seconds_inside(separator: Separator, modules: dict, mixture: torch.Tensor) -> dict[str, float]:
@@ -104,7 +214,7 @@ def seconds_inside(separator: Separator, modules: dict, mixture: torch.Tensor) -
             spent[name] += now(device) - module.started
 
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    spent["all"] = seconds_of(separator, mixture)
+    _, spent["all"] = separation(separator, mixture)
     for handle in handles:
         handle.remove()
     return spent
@@ -143,7 +253,7 @@ def on_gpu(separator: Separator, mixture: torch.Tensor) -> None:
         attempt("separation", row, way=way, batch=batch, precision=precision)
         torch.cuda.empty_cache()
     for name, row in {
-        "attention": lambda: real_time_factors(separator, mixture),
+        "attention": lambda: in_turns(separator, mixture),
         "stages": lambda: {"share": shares(separator, by_stage(separator), mixture)},
         "kinds": lambda: {"share": shares(separator, by_kind(separator), mixture)},
     }.items():
@@ -154,7 +264,7 @@ def network_alone(separator: Separator, mixture: torch.Tensor, batch: int, preci
     """Seconds of sound per second, from waveforms to waveforms on the GPU."""
     many = mixture.expand(batch, -1, -1).contiguous()
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
-        times = [seconds_of(separator, many) for _ in range(1 + REPEATS)][1:]
+        times = [separation(separator, many)[1] for _ in range(1 + REPEATS)][1:]
     return {"times_real_time": round(batch * SECONDS / statistics.median(times), 1)}
 
 
@@ -179,25 +289,48 @@ def main() -> None:
     """Measure, record, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    device = pick_device(parser.parse_args().device)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of the segment, on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    asked = parser.parse_args()
+    device = pick_device(asked.device)
     torch.manual_seed(0)
     separator = build_separator(STEMS, **SIZES["small"]).eval().to(device)
-    mixture = 0.1 * torch.randn(1, 2, round(SECONDS * separator.sample_rate), device=device)
-    if device.type == "cuda":
+    on_cpu = device.type == "cpu"
+    samples = round((asked.seconds if on_cpu else SECONDS) * SAMPLE_RATE)
+    mixture = 0.1 * torch.randn(1, 2, samples, device=device)
+    if not on_cpu:
         return on_gpu(separator, mixture)
-    factors = real_time_factors(separator, mixture)
+    torch.set_num_threads(asked.threads)
     result = {
         "parameters": separator.model.get_num_parameters(),
         "sizes": separator.model.sizes,
-        "segment_seconds": SECONDS,
-        "threads": torch.get_num_threads(),
-        "real_time_factor": factors,
+        "segment_seconds": asked.seconds,
+        "threads": asked.threads,
+        "ways": in_turns(separator, mixture),
+        "floor": floor_of(separator, mixture),
         "share_by_stage": shares(separator, by_stage(separator), mixture),
         "share_by_kind": shares(separator, by_kind(separator), mixture),
     }
     record("separator", "cpu", result)
-    rows = [(kind, *(f"{each:.3g}" for each in f.values())) for kind, f in factors.items()]
-    print(table(["attention", "real-time factor", "least", "most"], rows))
+    show(result)
+
+
+def show(result: dict) -> None:
+    """Print the tables."""
+    rows = [(name, *(f"{way[key]:.3g}" for key in way)) for name, way in result["ways"].items()]
+    columns = [
+        "attention",
+        "CPU s per s of audio",
+        "least",
+        "most",
+        "times real time",
+        "difference",
+    ]
+    print(table(columns, rows))
+    floor = result["floor"].items()
+    rows = [(kind, *(f"{part[key]:.3g}" for key in part)) for kind, part in floor]
+    rows += [("floor", "", "", f"{sum(part['seconds'] for _, part in floor):.3g}")]
+    print("\n" + table(["work", "per s of audio", "rate per s", "seconds"], rows))
     parts = result["share_by_stage"] | result["share_by_kind"]
     print("\n" + table(["part", "share"], [(name, f"{x:.1%}") for name, x in parts.items()]))
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tfswa_lab.models.lean_inference import in_rectangles, runs_lean
+
 # The most sequences that CUDA's fused kernels take at once: with more, cuDNN's kernel fails
 # (PyTorch issue 181235), and so does flash attention (issue 146704).
 MOST_SEQUENCES = 65_535
@@ -132,6 +134,9 @@ class TemporalSequenceAttention(AttentionUnit):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, c, t, f)` to the same shape."""
+        if runs_lean(self, x):
+            t, f = x.shape[2:]
+            return in_rectangles(self, x.mT, range(f + 1), (0, t)).mT
         tokens = rearrange(x, "b c t f -> (b f) t c")
         return rearrange(self.attend(tokens), "(b f) t c -> b c t f", f=x.shape[3])
 
@@ -144,6 +149,9 @@ class FrequencySequenceAttention(AttentionUnit):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, c, t, f)` to the same shape."""
+        if runs_lean(self, x):
+            t, f = x.shape[2:]
+            return in_rectangles(self, x, range(t + 1), (0, f))
         tokens = rearrange(x, "b c t f -> (b t) f c")
         return rearrange(self.attend(tokens), "(b t) f c -> b c t f", t=x.shape[2])
 
@@ -188,6 +196,14 @@ class ShiftedWindowAttention(AttentionUnit):
         """`(b, c, t, f)` to the same shape, for any `t` and `f`."""
         b, _, t, f = x.shape
         shift_t, shift_f = self.shift_size
+        if runs_lean(self, x):  # the regions of the mask are the rectangles of the shifted grid
+            borders = (
+                sorted({0, *range(shift, size, window), size})
+                for size, window, shift in zip(
+                    (t, f), self.window_size, self.shift_size, strict=True
+                )
+            )
+            return in_rectangles(self, x, *borders)
         x = pad_to_windows(x, self.window_size)
         x = x.roll((-shift_t, -shift_f), dims=(2, 3))
         tokens = self.attend(window_partition(x, self.window_size), self._mask(b, t, f, x.device))

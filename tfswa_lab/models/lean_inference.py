@@ -1,0 +1,90 @@
+"""When an attention unit runs through the compiled kernel of `cpu_kernel`, and how.
+
+Notebook: 09_running_lean
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+if TYPE_CHECKING:
+    from tfswa_lab.models.attention import AttentionUnit
+
+LEAST_NUMBERS = 2**18  # in a plane; below, nothing is gained
+TORCHS_KERNEL = F.scaled_dot_product_attention
+
+
+def runs_lean(unit: AttentionUnit, x: Tensor) -> bool:
+    """Whether the compiled kernel gives what the unit would give for `x`, and sooner.
+
+    It knows float32 on a CPU and no gradients. Whoever looks inside the unit, or has changed
+    something in it, gets torch's operators.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.numel() >= LEAST_NUMBERS
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and _is_plain(unit, x)
+        and not _is_watched(unit)
+        and _kernel() is not None
+    )
+
+
+def _is_plain(unit: AttentionUnit, x: Tensor) -> bool:
+    """Whether all parts are torch's own, in float32, with channels that come in fours."""
+    kinds = [nn.LayerNorm, type(unit.attention), nn.Linear, nn.Linear]
+    kinds += [nn.LayerNorm, nn.Sequential, nn.Linear, nn.GELU, nn.Linear]
+    tensors = [x, *unit.parameters()]
+    return (
+        [type(module) for module in unit.modules()][1:] == kinds
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and all(tensor.dtype is torch.float32 for tensor in tensors)
+        and x.shape[1] // unit.attention.num_heads % 4 == 0
+        and F.scaled_dot_product_attention is TORCHS_KERNEL
+    )
+
+
+def _is_watched(unit: AttentionUnit) -> bool:
+    """Whether hooks, modes or a compiler want to see each operator."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    inner = list(unit.modules())[1:]
+    return (
+        any(getattr(module, name) for module in inner for name in hooks)
+        or nn.modules.module._has_any_global_hook()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # of torch.func
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    )
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    """The kernel, if numba is installed for this Python."""
+    try:
+        from tfswa_lab.models import cpu_kernel
+    except ImportError:
+        return None
+    return cpu_kernel
+
+
+def in_rectangles(
+    unit: AttentionUnit, x: Tensor, rows: Sequence[int], columns: Sequence[int]
+) -> Tensor:
+    """`unit` inside each rectangle of `x` `(b, c, t, f)` between neighbouring borders.
+
+    Args:
+        rows: borders along t, from 0 to t.
+        columns: borders along f, from 0 to f.
+    """
+    return _kernel().attention_unit(unit, x.contiguous(), list(rows), list(columns))
