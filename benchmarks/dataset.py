@@ -9,8 +9,8 @@ page cache, in one process, in turns. Samples are compared, so that both do the 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import musdb
@@ -21,6 +21,7 @@ from record import record, table
 
 from tfswa_lab import audio
 from tfswa_lab.data.musdb import MUSDB18Dataset
+from tfswa_lab.performance.timing import seconds_of
 
 MINUTES = 3
 SECONDS = 6.0
@@ -42,19 +43,13 @@ def make_tree(root: Path) -> None:
     soundfile.write(folder / "mixture.wav", mixture, audio.SAMPLE_RATE)
 
 
-def seconds_of(read: Reader, index: int) -> float:
-    """Wall-clock seconds of one call."""
-    begin = time.perf_counter()
-    read(index)
-    return time.perf_counter() - begin
-
-
 def compare(ours: Reader, theirs: Reader) -> dict:
     """Time both readers at the same random places, once each, in turns; medians over the places."""
     for index in range(CHUNKS):
         for our_samples, their_samples in zip(ours(index), theirs(index), strict=True):
             np.testing.assert_array_equal(our_samples, their_samples.T)
-    times = [(seconds_of(ours, index), seconds_of(theirs, index)) for index in range(CHUNKS)]
+    readers = ours, theirs
+    times = [[seconds_of(partial(f, place)) for f in readers] for place in range(CHUNKS)]
     our_seconds, their_seconds = np.median(times, axis=0)
     return {
         "tfswa_lab_ms": round(1000 * our_seconds, 2),

@@ -31,6 +31,14 @@ KINDS = {
         (*CHOICES, "gpu", "claim"),
         ("predicted", "measured", "workspace", "error", "error_gross", "milliseconds"),
     ),
+    "lean": (
+        "lean",
+        ("run",),
+        (
+            *("seconds_per_step", "audio_seconds_per_second", "peak_gib"),
+            *("largest", "value", "knee", "true"),
+        ),
+    ),
     "leak": ("leaks", ("set", "script"), ("verdict", "right", "named", "leak or not", "seconds")),
     "separation": (
         "separation",

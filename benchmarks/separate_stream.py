@@ -70,7 +70,7 @@ def measure(minutes: float, way: str, batch_size: int) -> dict:
         write_song(song, minutes)
         result = run(__file__, song=str(song), way=way, batch_size=batch_size)
     return {
-        "real_time_factor": round(result["seconds"] / (60 * minutes), 4),
+        "seconds_per_second": round(result["seconds"] / (60 * minutes), 4),
         "peak_rss_gib": result["peak_rss_gib"],
     }
 
@@ -92,7 +92,7 @@ def main() -> None:
     lines = []
     for name, row in rows.items():
         memory = (f"{each['peak_rss_gib']} GiB" for each in row.values())
-        speed = (each["real_time_factor"] for each in row.values())
+        speed = (each["seconds_per_second"] for each in row.values())
         lines.append((name, *memory, *speed))
     columns = "song", "RSS, streamed", "RSS, whole", "s per s, streamed", "s per s, whole"
     print(table(columns, lines))

@@ -19,6 +19,7 @@ from tfswa_lab.cli import main as cli
 from tfswa_lab.cli.train import TrainOptions
 from tfswa_lab.models.separator import HEADS as separator_heads
 from tfswa_lab.models.storage import load_separator
+from tfswa_lab.performance import diagnose
 from tfswa_lab.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from tfswa_lab.training.launch import checkpoint_activations
 from tfswa_lab.training.losses import SourceSeparationLoss
@@ -204,6 +205,16 @@ def test_stems_are_listed_with_commas_and_amp_picks_what_fits(songs, tmp_path):
     assert training["precision"] == "bf16-mixed"
 
 
+@pytest.mark.parametrize(("ratio", "said"), [(2.84, True), (1.02, False), (0.5, False)])
+def test_mixed_precision_that_is_slower_says_so(songs, tmp_path, monkeypatch, ratio, said):
+    monkeypatch.setattr(diagnose, "mixed_precision_ratio", lambda device: ratio)
+    usual = ["--data-root", songs, "--output-dir", tmp_path, *QUICK, "--max-steps", 1]
+    result = run(*usual, "--use-amp")
+    assert result.exit_code == 0, result.output
+    assert ("takes 2.8 times as long as float32" in words(result)) == said
+    assert ("times as long" in words(result)) == said
+
+
 @pytest.mark.parametrize("model", NETWORKS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_networks_that_exist(name, model):
@@ -217,7 +228,7 @@ def test_presets_are_networks_that_exist(name, model):
 
 
 def test_the_options_are_the_fields_of_a_preset():
-    own = {"preset", "output_dir", "resume", "use_amp"}
+    own = {"preset", "output_dir", "resume", "use_amp", "survive_oom"}
     options = {field.name for field in fields(TrainOptions)}
     # The size of a network comes with the preset; the TFSWA-UNet's can be changed one by one.
     assert options - own == {field.name for field in fields(Preset)} - {"size"}
@@ -339,6 +350,68 @@ def test_where_memory_runs_out_in_a_step_the_run_goes_on_from_its_checkpoint_bit
         for name, tensor in first[part].items():
             assert torch.equal(tensor, second[part][name]), name
     assert first["history"]["train/loss"] == second["history"]["train/loss"]
+
+
+def test_a_run_that_is_to_survive_goes_on_with_parts_and_says_so(songs, tmp_path, monkeypatch):
+    forward = SourceSeparationLoss.forward
+
+    def forward_one(self, estimates, targets):
+        if torch.is_grad_enabled() and len(estimates) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return forward(self, estimates, targets)
+
+    monkeypatch.setattr(SourceSeparationLoss, "forward", forward_one)
+    usual = ["--data-root", songs, *QUICK, "--max-steps", 2, "--survive-oom"]
+    result = run(*usual, "--output-dir", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 steps" in words(result)
+    assert "memory ran out: from then on, 1 of 2 segments at once" in words(result)
+
+
+def test_a_batch_size_that_is_found_gives_the_run_of_that_number(songs, tmp_path, monkeypatch):
+    forward, sizes = SourceSeparationLoss.forward, set()
+
+    def forward_three(self, estimates, targets):
+        sizes.add(len(estimates))
+        if len(estimates) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return forward(self, estimates, targets)
+
+    monkeypatch.setattr(SourceSeparationLoss, "forward", forward_three)
+    usual = ["--data-root", songs, *QUICK]
+    result = run(*usual, "--batch-size", "auto", "--output-dir", tmp_path / "found")
+    assert result.exit_code == 0, result.output
+    assert "batch size 3: 3 is the largest that fits." in words(result)
+    found = load_checkpoint(find_checkpoint(tmp_path / "found"))
+    chosen = found["settings"]["training"]["batch_size"]
+    assert f"taken: {chosen}, the smallest" in words(result)
+    assert chosen in sizes
+    assert chosen <= 3
+    result = run(*usual, "--batch-size", chosen, "--output-dir", tmp_path / "typed")
+    typed = load_checkpoint(find_checkpoint(tmp_path / "typed"))
+    assert typed["settings"] == found["settings"]
+    for name, tensor in typed["separator"].items():
+        assert torch.equal(tensor, found["separator"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--resume"], "keeps its batch size"),
+        (["--devices", "2"], "for one process"),
+        (["--batch-size", "many"], "neither a whole number nor auto"),
+        (["--accumulate", "1000"], "a step takes 1000 segments"),
+    ],
+)
+def test_a_batch_size_is_not_looked_for_where_it_would_be_wrong(
+    finished, songs, tmp_path, more, said
+):
+    usual = ["--data-root", songs, *QUICK, "--output-dir", tmp_path, "--batch-size", "auto"]
+    if more == ["--resume"]:
+        usual, more = ["--batch-size", "auto"], ["--resume", finished]
+    result = run(*usual, *more)
+    assert result.exit_code == 1, result.output
+    assert said in words(result)
 
 
 PYTHON = [sys.executable, "-m"]

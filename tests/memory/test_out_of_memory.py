@@ -1,9 +1,12 @@
 """One judge: what is an out-of-memory and what only sounds like one."""
 
 import ast
+import contextlib
 import errno
 import gc
 import re
+import traceback
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,9 @@ import torch
 
 import tfswa_lab
 from tfswa_lab.inference.separate import separate_batches
+from tfswa_lab.memory import gauges
 from tfswa_lab.memory.leaks import diagnose
-from tfswa_lab.memory.out_of_memory import is_out_of_memory
+from tfswa_lab.memory.out_of_memory import attempt, is_out_of_memory, retreat
 from tfswa_lab.memory.predict.allocator import CachingAllocator, OutOfMemory
 
 PACKAGE = Path(tfswa_lab.__file__).parent
@@ -87,6 +91,13 @@ OUT_OF_MEMORY = [
     RuntimeError("std::bad_alloc"),
     RuntimeError("bad allocation"),  # on Windows
     RuntimeError("miopenStatusAllocFailed"),
+    RuntimeError("hipErrorOutOfMemory: out of memory"),
+    RuntimeError("cuda runtime error (2) : out of memory at THCStorage.cu:58"),  # of old torch
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("Allocation is out of device memory on current platform."),  # on XPU
+    RuntimeError(
+        "Caught RuntimeError in replica 0 on device 0.\nRuntimeError: CUDA out of memory."
+    ),
     RuntimeError("Intel oneMKL DFTI ERROR: Not enough memory to allocate"),
     RuntimeError("Could not allocate memory for Tensor SizesAndStrides!"),
     RuntimeError(
@@ -118,6 +129,14 @@ OTHERS = [
     RuntimeError("DataLoader worker (pid 9) exited unexpectedly; the host may be out of memory"),
     RuntimeError("DataLoader worker (pid 9) … Bus error. … workers are out of shared memory."),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (out of memory of the teacher)"),
+    RuntimeError("the phrase out of memory is not in the vocabulary"),
+    RuntimeError("Expected all tensors to be on cuda, or the batch is out of memory"),
+    RuntimeError("state_dict has no key memory.out_of_memory.weight"),
+    RuntimeError("not enough memory cells for the sequence"),
+    RuntimeError("out of memory"),  # says who?
+    KeyError("CUDA out of memory"),
+    AssertionError("CUDA out of memory"),
     ValueError("out of memory"),
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.ENOSPC, "No space left on device", "Out of memory.wav"),
@@ -136,6 +155,25 @@ OTHERS = [
 ]
 
 
+IN_DOUBT = [  # these come with little memory, and for other reasons
+    RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"),
+    RuntimeError("cuFFT error: CUFFT_EXEC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasSgemm( handle, …`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul( ltHandle`"),
+    RuntimeError(
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in …"
+    ),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("hipFFT error: HIPFFT_INTERNAL_ERROR"),
+    RuntimeError("miopenStatusInternalError"),
+    RuntimeError("rocblas_status_internal_error"),
+    RuntimeError("it != c.end() INTERNAL ASSERT FAILED at /c10/cuda/CUDACachingAllocator.cpp:413"),
+]
+
+
 def named(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:40]}"
 
@@ -148,6 +186,44 @@ def test_memory_ran_out(error):
 @pytest.mark.parametrize("error", OTHERS, ids=named)
 def test_something_else_is_wrong(error):
     assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", IN_DOUBT, ids=named)
+def test_in_doubt_the_free_memory_decides(error):
+    assert is_out_of_memory(error, 0.09)
+    assert is_out_of_memory(chained(error), 0.0)
+    assert not is_out_of_memory(error, 0.10)
+    assert not is_out_of_memory(error), "there is no GPU, or none is in use"
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=named)
+def test_what_is_something_else_is_so_on_a_full_gpu(error):
+    assert not is_out_of_memory(error, 0.0)
+
+
+def test_an_illegal_access_is_none_whatever_came_of_it():
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+    failed = RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+    failed.__cause__ = lost
+    assert not is_out_of_memory(failed, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("in_use", "free", "expected"),
+    [(True, 5, True), (True, 50, False), (True, None, False), (False, 5, False)],
+    ids=["full", "half full", "broken", "not in use"],
+)
+def test_the_free_memory_is_that_of_the_gpu_in_use(monkeypatch, in_use, free, expected):
+    def read():
+        assert in_use, "reading would start CUDA"
+        if free is None:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return gauges.DeviceMemory(free, 100)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(gauges, "device_memory", read)
+    assert is_out_of_memory(IN_DOUBT[0]) == expected
+    assert is_out_of_memory(OUT_OF_MEMORY[0]), "no doubt, nothing to read"
 
 
 class Narrow(torch.nn.Module):
@@ -188,6 +264,113 @@ def test_separating_and_diagnosing_ask_the_same_judge(error):
             list(separate_batches(Narrow(error), segments, 4))
         with pytest.raises(type(error)):
             diagnose(step)
+
+
+# Trying again ------------------------------------------------------------------------------------
+
+
+def failing(kept: list, how: str) -> None:
+    """Runs out of memory with a tensor in its frame, and in those of errors on the way."""
+    tensor, cycle = torch.ones(1000), []
+    cycle.append((cycle, tensor))
+    kept.append(weakref.ref(tensor))
+    if how == "plain":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    try:
+        failing(kept, "plain")
+    except torch.OutOfMemoryError as error:
+        if how == "cause":
+            raise RuntimeError("the block failed") from error
+        if how == "group":
+            raise torch.OutOfMemoryError("CUDA out of memory") from ExceptionGroup("", [error])
+        raise torch.OutOfMemoryError("CUDA out of memory again")  # noqa: B904 (its context)
+
+
+@pytest.fixture
+def without_gc():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_gc", "old_objects_are_frozen")
+@pytest.mark.parametrize("how", ["plain", "cause", "context", "group"])
+def test_after_an_attempt_nothing_of_it_is_alive_though_the_error_is_kept(how):
+    tensors = []
+    result, error = attempt(lambda: failing(tensors, how))
+    assert result is None
+    assert tensors
+    assert not any(tensor() is not None for tensor in tensors)
+    assert "in failing" in "".join(traceback.format_exception(error)), "its traceback is"
+    with pytest.raises(type(error)) as raised:
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.usefixtures("without_gc")
+def test_an_error_that_is_dropped_is_gone_without_the_garbage_collector():
+    class Failure(MemoryError):
+        pass
+
+    def work(_size):
+        failure = Failure()
+        alive.append(weakref.ref(failure))
+        raise failure
+
+    alive = []
+    attempt(lambda: work(1))
+    with contextlib.suppress(Failure):
+        retreat(work, 4)  # the last: each attempt collects garbage
+    assert len(alive) == 4
+    assert not any(error() is not None for error in alive)
+
+
+def test_an_attempt_lets_results_and_other_errors_pass():
+    assert attempt(lambda: 3) == (3, None)
+    assert attempt(lambda: None) == (None, None)
+    for error in (KeyboardInterrupt, ZeroDivisionError, RuntimeError("out of memory")):
+        with pytest.raises(type(error) if isinstance(error, Exception) else error):
+            attempt(lambda error=error: raises(error))
+
+
+def raises(error):
+    raise error
+
+
+def test_a_retreat_halves_down_to_the_floor_and_not_below():
+    for size, floor, room, expected in [
+        (100, 1, 7, [100, 50, 25, 12, 6]),
+        (7, 2, 2, [7, 3, 2]),
+        (7, 5, 5, [7, 5]),
+        (3, 1, 3, [3]),
+    ]:
+        tried, told = [], []
+
+        def work(size, tried=tried, room=room):
+            tried.append(size)
+            return size if size <= room else raises(MemoryError("no room"))
+
+        found = retreat(work, size, floor, lambda *said, told=told: told.append(said))
+        assert found == (expected[-1], expected[-1])
+        assert tried == expected
+        assert [smaller for smaller, _ in told] == expected[1:]
+        assert all(str(error) == "no room" for _, error in told)
+
+
+@pytest.mark.parametrize(("repeats", "last"), [(0, [2]), (2, [2, 2, 2])])
+def test_at_the_floor_the_error_itself_comes_out_with_the_sizes(repeats, last):
+    errors = []
+
+    def work(size):
+        errors.append(RuntimeError("CUDA error: out of memory"))
+        raise errors[-1]
+
+    with pytest.raises(RuntimeError) as raised:
+        retreat(work, 9, floor=2, repeats=repeats)
+    assert raised.value is errors[-1]
+    assert raised.value.__notes__ == [
+        f"memory ran out with each of these sizes: {[9, 4, *last]}; floor=2"
+    ]
 
 
 READS = {"memory_info", "memory_allocated", "memory_reserved", "memory_stats", "mem_get_info"}

@@ -46,6 +46,21 @@ class Thirds(torch.nn.Module):
         return torch.stack([mixture / 3, 2 * mixture / 3], 1)
 
 
+class ForTwo(Thirds):
+    """Has memory for two items."""
+
+    def forward(self, mixture):
+        if len(mixture) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(mixture)
+
+
+def test_validation_survives_an_out_of_memory():
+    loader, fabric = validation_loader(Songs(), 9, 0, launch()), launch()
+    scores = [validate(separator, ToyLoss(), loader, fabric) for separator in (Thirds(), ForTwo())]
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 9])
 def test_scores_are_those_of_whole_songs(batch_size):
     data, fabric = Songs(), launch()

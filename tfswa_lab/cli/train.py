@@ -7,14 +7,19 @@ Notebook: 07_training
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tfswa_lab.cli.errors import one_line_errors
+from tfswa_lab.cli.errors import one_line_errors, say
 from tfswa_lab.cli.options import given, list_of, panel, takes
+
+if TYPE_CHECKING:
+    from tfswa_lab.training.presets import Preset
 
 RUN, DATA, NETWORK, LOSS, STEPS, WATCH, MACHINE = map(
     panel, ("Run", "Data", "Network", "Loss", "Steps", "Watching", "Machine")
@@ -26,8 +31,22 @@ MASK = (
 )
 LESS_MEMORY = (
     "lower --batch-size (and raise --accumulate) or --segment-seconds, or use --precision "
-    "bf16-mixed or --activation-checkpointing"
+    "bf16-mixed, --activation-checkpointing or, on one device, --survive-oom"
 )
+AUTO = "auto"
+CLEARLY_SLOWER = 1.1
+MOST_ON_CPU = 16  # segments: more are no faster there, and take minutes to try
+
+
+def size_or_auto(text: str) -> int | str:
+    """A batch size as typed."""
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a whole number nor {AUTO}") from None
+
+
+SIZE_OR_AUTO = {"parser": size_or_auto, "metavar": f"INTEGER|{AUTO}"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,9 @@ class TrainOptions:
     mrstft_weight: Annotated[float | None, LOSS(help="Weight of magnitudes, three windows.")] = None
     waveform_weight: Annotated[float | None, LOSS(help="Weight of the samples.")] = None
     sdr_weight: Annotated[float | None, LOSS(help="Weight of the SDR in dB.")] = None
-    batch_size: Annotated[int | None, STEPS(help="Segments at once, over all devices.")] = None
+    batch_size: Annotated[
+        int | None, STEPS(help="Segments at once, over all devices; or auto.", **SIZE_OR_AUTO)
+    ] = None
     accumulate: Annotated[int | None, STEPS(help="Batches per step.")] = None
     max_epochs: Annotated[int | None, STEPS(help="Passes over the songs.")] = None
     max_steps: Annotated[int | None, STEPS(help="Stop after so many steps.")] = None
@@ -79,6 +100,9 @@ class TrainOptions:
     precision: Annotated[str | None, MACHINE(help="32-true, bf16-mixed or 16-mixed.")] = None
     use_amp: Annotated[bool | None, MACHINE(help="The mixed precision that fits, or none.")] = None
     activation_checkpointing: Annotated[bool | None, MACHINE(help="Less memory, slower.")] = None
+    survive_oom: Annotated[
+        bool | None, MACHINE(help="Go on with parts of a batch where memory runs out.")
+    ] = None
 
 
 @takes(TrainOptions)
@@ -92,15 +116,24 @@ def train(options: TrainOptions) -> None:
     # Imported here: `tfswa-lab --help` should not wait for torch.
     import torch
 
+    from tfswa_lab.performance.oom import part_size, train_step
     from tfswa_lab.training.presets import Preset
     from tfswa_lab.training.run import build_trainer, choose_preset
 
     changes, resume = given(options, Preset), options.resume
+    find_size = changes.get("batch_size") == AUTO
+    if find_size:
+        del changes["batch_size"]
     folder = options.output_dir or run_folder(options)
     with one_line_errors(lambda: less_memory(folder)):
         preset = choose_preset(options.preset, resume, changes, options.use_amp)
+        if options.use_amp:
+            say_if_slower(preset)
+        if find_size:
+            preset = replace(preset, batch_size=choose_batch_size(preset, resume))
         torch.manual_seed(preset.seed)  # first weights: the same in all processes
-        trainer = build_trainer(preset, folder, progress=True)
+        survivor = train_step if options.survive_oom else None
+        trainer = build_trainer(preset, folder, progress=True, train_step=survivor)
         torch.manual_seed(preset.seed + trainer.fabric.global_rank)  # dropout: different in each
         trainer.fit(resume)
     if trainer.fabric.is_global_zero:
@@ -109,6 +142,66 @@ def train(options: TrainOptions) -> None:
             f"{trainer.best_sdr:.2f} dB SDR after step {trainer.best_step}; "
             f"it is in {trainer.output_dir / 'best'}"
         )
+    if size := part_size(trainer.learner.optimizer):
+        typer.echo(f"memory ran out: from then on, {size} of {preset.batch_size} segments at once")
+
+
+def say_if_slower(preset: Preset) -> None:
+    """Try mixed precision for a moment, and say so where it is slower than float32."""
+    from tfswa_lab.performance.diagnose import mixed_precision_ratio
+
+    if preset.precision != "bf16-mixed":
+        return
+    ratio = mixed_precision_ratio(preset.device)
+    if ratio > CLEARLY_SLOWER:
+        say(
+            f"mixed precision takes {ratio:.1f} times as long as float32 on this device, in a "
+            "short trial; without --use-amp the run is faster"
+        )
+
+
+def choose_batch_size(preset: Preset, resume: Path | None) -> int:
+    """The smallest batch size that is nearly as fast as any that fits; prints why.
+
+    It makes real training steps on the run's first segments, with a trainer of its own.
+
+    Raises:
+        RuntimeError: not even one segment fits.
+        ValueError: the run is resumed, or has several processes.
+    """
+    from tfswa_lab.performance.batch_size import find_batch_size
+    from tfswa_lab.training.run import augmentation_for, build_trainer
+    from tfswa_lab.training.validation import validate
+
+    if resume is not None:
+        raise ValueError("a resumed run keeps its batch size; leave --batch-size auto out")
+    if preset.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--batch-size auto is for one process; find it with --devices 1 first")
+    trainer = build_trainer(replace(preset, batch_size=1), None)
+    learner, train_set, valid_set = trainer.learner, trainer.train_set, trainer.valid_set
+
+    @lru_cache(maxsize=1)  # reading is no part of a step: workers read ahead
+    def batches(size: int) -> list[dict]:
+        starts = range(0, size * preset.accumulate, size)
+        items = [[train_set[start + k] for k in range(size)] for start in starts]
+        return [train_set.collate_fn(batch) for batch in items]
+
+    def step(size: int) -> None:
+        learner.augment = augmentation_for(replace(preset, batch_size=size))
+        learner.step(batches(size))
+
+    def check(size: int) -> None:
+        items = [valid_set[k] for k in range(min(size, len(valid_set)))]
+        validate(trainer.ema.module, learner.loss, [valid_set.collate_fn(items)], trainer.fabric)
+
+    most = len(train_set) // preset.accumulate
+    if trainer.fabric.device.type == "cpu":
+        most = min(most, MOST_ON_CPU)
+    typer.echo(f"looking for a batch size up to {most} by training steps; this takes a while")
+    # Two steps: all segments are equally long.
+    found = find_batch_size(step, state=learner, maximum=most, validate=check, steps=2)
+    typer.echo(f"{found}\ntaken: {found.knee}, the smallest that is nearly as fast as the fastest")
+    return found.knee
 
 
 def less_memory(folder: Path) -> str:

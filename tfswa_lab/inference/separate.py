@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from itertools import islice
 from numbers import Integral
@@ -24,7 +25,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from tfswa_lab import audio
 from tfswa_lab.decode import decode
-from tfswa_lab.memory.out_of_memory import is_out_of_memory
+from tfswa_lab.memory.out_of_memory import is_out_of_memory, retreat
 from tfswa_lab.models import storage
 
 Progress = Callable[[list[int]], Iterable[int]]  # wraps the list of segment starts, e.g. `tqdm`
@@ -342,31 +343,28 @@ def separate_batches(
     segments = iter(segments)
     waiting = list(islice(segments, batch_size))
     while waiting:
-        batch = waiting[:batch_size]
-        estimates = _separate_or_none(separator, torch.stack(batch))
-        if estimates is None:
-            batch_size = len(batch) // 2
-            continue
+        batch = torch.stack(waiting[:batch_size])
+        estimates, done = retreat(partial(_separate, separator, batch), len(batch))
+        if done < len(batch):
+            batch_size = done
         yield from estimates
-        waiting = waiting[len(batch) :]
+        waiting = waiting[done:]
         waiting += islice(segments, max(batch_size - len(waiting), 0))
 
 
-def _separate_or_none(separator: nn.Module, batch: Tensor) -> Tensor | None:
-    """Estimates `(b, n, c, s)` on the batch's device, in its precision; None if memory runs out."""
+def _separate(separator: nn.Module, batch: Tensor, size: int) -> Tensor:
+    """Estimates `(size, n, c, s)` of the first segments, on their device, in their precision."""
     weights = next(separator.parameters(), batch)
     precise = _at_least_float32(weights.dtype)  # the transform needs that much
     try:
-        return separator(batch.to(weights.device, precise)).to(batch)
+        return separator(batch[:size].to(weights.device, precise)).to(batch)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if size > 1 or not is_out_of_memory(error):
             raise
-        if len(batch) == 1:
-            raise torch.OutOfMemoryError(
-                f"{weights.device} has no memory for one segment of {batch.shape[-1]} samples; "
-                "shorten the segments, or close other programs that use memory"
-            ) from error
-    return None  # outside the handler: there the error no longer keeps the memory alive
+        raise torch.OutOfMemoryError(
+            f"{weights.device} has no memory for one segment of {batch.shape[-1]} samples; "
+            "shorten the segments, or close other programs that use memory"
+        ) from error
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

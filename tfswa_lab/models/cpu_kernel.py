@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+from torch.profiler import record_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -368,7 +369,8 @@ def attention_unit(unit: AttentionUnit, x: Tensor, rows: list[int], columns: lis
     share = math.ceil(rectangles / torch.get_num_threads())
     starts = range(0, rectangles, share)
     ends = [min(start + share, rectangles) for start in starts]
-    with ThreadPoolExecutor(len(starts)) as threads:
+    # A profiler sees the whole as one operator.
+    with record_function("tfswa_lab::attention_unit"), ThreadPoolExecutor(len(starts)) as threads:
         list(threads.map(work, starts, ends))
     return out
 

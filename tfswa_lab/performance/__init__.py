@@ -1,5 +1,16 @@
-"""Running lean: the memory of a program while it runs."""
+"""Running lean: the batch that fits, steps that survive, where the time goes, memory live."""
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"monitor": ["Monitor"]})
+# `profile` and `diagnose` are files that can be called, whatever was imported before.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["diagnose", "profile"],
+    submod_attrs={
+        "batch_size": ["BatchSize", "find_batch_size", "knee"],
+        "events": ["loading"],
+        "monitor": ["Monitor"],
+        "oom": ["part_size", "process_in_chunks", "train_step"],
+        "timing": ["Timing", "benchmark", "real_time_factor"],
+    },
+)

@@ -41,6 +41,7 @@ from tfswa_lab.training.launch import (
 from tfswa_lab.training.randomness import generator_for, random_state, set_random_state
 
 Augment = Callable[[dict, Generator], dict]
+AUDIO = ("mixture", "stems")
 
 
 class Learner:
@@ -55,10 +56,12 @@ class Learner:
             batch of all processes together.
         masking: hides a part of what the network sees.
         folder: where batches are written whose loss or gradient is not finite; None for nowhere.
+        train_step: `performance.oom.train_step`, which goes on with parts of a batch where memory
+            runs out; then the loss must be a mean over items. None lets the error out.
 
     Raises:
-        ValueError: device or precision do not exist, the warm-up is longer than the run, or the
-            network cannot be checkpointed.
+        ValueError: device or precision do not exist, the warm-up is longer than the run, the
+            network cannot be checkpointed, or there is a `train_step` and more than one process.
 
     To return, e.g. after an error in the middle of a step:
 
@@ -76,11 +79,18 @@ class Learner:
         augment: Augment | None = None,
         masking: SpectrogramMasking | None = None,
         folder: Path | None = None,
+        train_step: Callable[..., Any] | None = None,
     ):
         self.config, self.folder = config, folder
-        self.augment, self.masking = augment, masking
+        self.augment, self.masking, self.train_step = augment, masking, train_step
         self.steps = 0  # updates done
         self.fabric = launch(config.device, config.devices, config.precision)
+        if train_step is not None and self.fabric.world_size > 1:
+            raise ValueError(
+                f"surviving an out-of-memory is for one process, here are {self.fabric.world_size}:"
+                " while one repeats its backward pass, the others wait for ever; leave "
+                "train_step (--survive-oom) out"
+            )
         if config.activation_checkpointing:
             checkpoint_activations(separator.model)
         self.separator = synchronised(separator, self.fabric).train()
@@ -107,18 +117,8 @@ class Learner:
         Raises:
             NonFiniteError: loss or gradient is infinite or NaN.
         """
-        terms = []
-        self.optimizer.zero_grad()
-        for part in range(len(batches)):
-            batch, generator = self._prepared(batches, part)
-            incomplete = part + 1 < len(batches)
-            with self.fabric.no_backward_sync(self.model, enabled=incomplete):
-                with self._masked(generator):
-                    estimates = self.model(batch["mixture"])  # autocast inside
-                loss, parts = self.loss(estimates, batch["stems"])
-                self.fabric.backward(loss / len(batches))
-            terms.append({"loss": loss.detach(), **parts})
-
+        gradients = self._gradients if self.train_step is None else self._gradients_by_items
+        terms = gradients(batches)
         largest = self.config.gradient_clip_val or math.inf
         norm = self.fabric.clip_gradients(
             self.model, self.optimizer, max_norm=largest, error_if_nonfinite=False
@@ -133,6 +133,57 @@ class Learner:
             self.ema.update_parameters(self.separator)
         self.steps += 1
         return scalars
+
+    def _gradients(self, batches: Sequence[dict]) -> list[dict]:
+        """Add up the gradients of all batches; returns the loss of each, and its terms."""
+        terms = []
+        self.optimizer.zero_grad()
+        for part in range(len(batches)):
+            batch, generator = self._prepared(batches, part)
+            incomplete = part + 1 < len(batches)
+            with self.fabric.no_backward_sync(self.model, enabled=incomplete):
+                loss, of_part = self._loss(batch, self._masked(generator))
+                self.fabric.backward(loss / len(batches))
+            terms.append(of_part)
+        return terms
+
+    def _gradients_by_items(self, batches: Sequence[dict]) -> list[dict]:
+        """The same by `train_step`, with fewer items at once where memory runs out.
+
+        An item is augmented and masked as in its whole batch. Returns the loss and the terms once
+        for each item.
+        """
+        prepared = [self._prepared(batches, part) for part in range(len(batches))]
+        whole = {name: torch.cat([batch[name] for batch, _ in prepared]) for name in AUDIO}
+        generators = [generator for _, generator in prepared]
+        del prepared  # these are copies
+        count = len(whole["mixture"])
+        size = count // len(batches)
+        terms = []
+
+        def loss_of(items: range) -> Tensor:
+            part = {name: audio[items.start : items.stop] for name, audio in whole.items()}
+            loss, of_part = self._loss(part, self._masked_items(generators, size, items))
+            terms.extend([of_part] * len(items))
+            return loss
+
+        self.train_step(
+            loss_of,
+            range(count),
+            self.optimizer,
+            on_retreat=lambda *_: terms.clear(),
+            size=size,
+            backward=self.fabric.backward,
+            step=lambda: None,  # after clipping
+        )
+        return terms
+
+    def _loss(self, batch: dict, masked: AbstractContextManager) -> tuple[Tensor, dict]:
+        """The loss; and itself and its terms, without a graph."""
+        with masked:
+            estimates = self.model(batch["mixture"])  # autocast inside
+        loss, terms = self.loss(estimates, batch["stems"])
+        return loss, {"loss": loss.detach(), **terms}
 
     def _prepared(self, batches: Sequence[dict], part: int) -> tuple[dict, Generator]:
         """One of a step's batches, augmented on the device; the same whenever it is asked for.
@@ -153,6 +204,22 @@ class Learner:
         rank, processes = self.fabric.global_rank, self.fabric.world_size
         return self.masking.applied(self.separator.model, generator, rank, processes)
 
+    def _masked_items(
+        self, generators: Sequence[Generator], size: int, items: range
+    ) -> AbstractContextManager:
+        """For some items of several batches of one size: their masks in these batches."""
+        if self.masking is None:
+            return nullcontext()
+
+        def hide(_network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            features = inputs[0]
+            whole = torch.ones(size, 1, *features.shape[2:])
+            shown = torch.cat([self.masking(whole, each.clone_state()) for each in generators])
+            hidden = shown[items.start : items.stop] == 0
+            return (features.masked_fill(hidden.to(features.device), 0.0), *inputs[1:])
+
+        return self.separator.model.register_forward_pre_hook(hide)
+
     def _refuse_non_finite(
         self, scalars: dict[str, float], terms: list[dict], batches: Sequence[dict]
     ) -> None:
@@ -161,7 +228,10 @@ class Learner:
         (broken,) = any_process(self.fabric, not (math.isfinite(loss) and math.isfinite(norm)))
         if not broken:
             return
-        broken_parts = {part for part, term in enumerate(terms) if not term["loss"].isfinite()}
+        of_batch = len(terms) // len(batches)  # one for each batch, or one for each item
+        broken_parts = {
+            i // of_batch for i, term in enumerate(terms) if not term["loss"].isfinite()
+        }
         if self.augment:  # it mixes the items of all processes
             broken_parts = set().union(*gathered(self.fabric, broken_parts))
         losses = [loss for loss in gathered(self.fabric, loss) if not math.isfinite(loss)]

@@ -6,8 +6,10 @@ Notebook: 07_training
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from tfswa_lab.data.augment import (
     AudioAugmentation,
@@ -105,8 +107,13 @@ def preset_of(checkpoint: Path) -> Preset:
     return Preset(**saved)
 
 
-def build_trainer(preset: Preset, output_dir: str | Path | None, progress: bool = False) -> Trainer:
-    """Data, separator, loss and trainer of a preset.
+def build_trainer(
+    preset: Preset,
+    output_dir: str | Path | None,
+    progress: bool = False,
+    train_step: Callable[..., Any] | None = None,
+) -> Trainer:
+    """Data, separator, loss and trainer of a preset; the arguments are those of `Trainer`.
 
     The first weights come from torch's global generator: seed it before.
 
@@ -122,6 +129,7 @@ def build_trainer(preset: Preset, output_dir: str | Path | None, progress: bool 
         preset,
         output_dir,
         progress=progress,
+        train_step=train_step,
     )
     check_segment(preset, trainer.train_set)
     learner = trainer.learner

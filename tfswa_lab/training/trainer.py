@@ -11,12 +11,13 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,11 +60,15 @@ class Trainer:
         augment: maps a batch and a generator to another batch, on the batch's device.
         masking: hides a part of what the network sees.
         progress: show a bar.
+        callbacks: context managers that are open while the run goes on; `after_step(trainer,
+            batches)` is called after each step. `performance.Monitor` is one.
+        train_step: `performance.oom.train_step` goes on with parts of a batch where memory runs
+            out in training. It is no part of the run: it may be there or not when one is resumed.
 
     Raises:
         OSError: nothing can be written to `output_dir`.
-        ValueError: the training set is smaller than a step, the warm-up is longer than the run, or
-            device or precision do not exist.
+        ValueError: the training set is smaller than a step, the warm-up is longer than the run,
+            device or precision do not exist, or there is a `train_step` and more than one process.
     """
 
     def __init__(
@@ -77,11 +82,13 @@ class Trainer:
         augment: Augment | None = None,
         masking: SpectrogramMasking | None = None,
         progress: bool = False,
+        callbacks: Sequence[Any] = (),
+        train_step: Callable[..., Any] | None = None,
     ):
         self.config = config = config or TrainingConfig()
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.train_set, self.valid_set = train_set, valid_set
-        self.progress = progress
+        self.progress, self.callbacks = progress, callbacks
         self.logbook = Logbook()
         self.best_sdr, self.best_step = -math.inf, 0
         self.stale = 0  # validations since the best one
@@ -91,9 +98,8 @@ class Trainer:
             checkpoint.make_run_folder(self.output_dir)
         self.steps_per_epoch = config.steps_per_epoch(len(train_set))
         self.total_steps = config.total_steps(len(train_set))
-        self.learner = Learner(
-            separator, loss, config, self.total_steps, augment, masking, self.output_dir
-        )
+        steps, folder = self.total_steps, self.output_dir
+        self.learner = Learner(separator, loss, config, steps, augment, masking, folder, train_step)
         self.fabric = fabric = self.learner.fabric
         self.separator, self.ema = self.learner.separator, self.learner.ema
         batches = ShuffledBatches(len(train_set), config, fabric.global_rank, fabric.world_size)
@@ -140,9 +146,13 @@ class Trainer:
     def _loop(self) -> None:
         show = self.progress and self.fabric.is_global_zero
         bar = progress_bar(self.step, self.total_steps, show)
-        with Termination() as termination, closing(self.logbook), bar:
+        with Termination() as termination, closing(self.logbook), bar, ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(callback)
             for batches in self._remaining_steps():
                 scalars = self.learner.step(batches)
+                for callback in self.callbacks:
+                    callback.after_step(self, batches)
                 advance(bar, scalars, self.fabric.device)
                 self._after_step(scalars, termination)
                 if termination.requested:

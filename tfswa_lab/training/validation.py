@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tfswa_lab.memory.out_of_memory import retreat
 from tfswa_lab.training.launch import gathered
 from tfswa_lab.training.learner import NonFiniteError, describe_batch
 
@@ -40,6 +42,8 @@ def validate(
 ) -> dict[str, float]:
     """Loss, SDR of each stem, and the score of the unprocessed mixture.
 
+    Where memory runs out, fewer items of a batch are separated at once.
+
     Args:
         separator: in evaluation mode, with `stems`.
         loss: maps estimates and targets to a scalar and its terms.
@@ -58,7 +62,8 @@ def validate(
         batch = fabric.to_device(batch)
         mixture, stems = batch["mixture"], batch["stems"]
         with fabric.autocast():
-            estimates = separator(mixture).to(stems.dtype)
+            in_parts = partial(estimates_of, separator, mixture)
+            estimates = retreat(in_parts, len(mixture))[0].to(stems.dtype)
         value = loss(estimates, stems)[0].item()
         if not math.isfinite(value):
             broken.append(describe_batch(batch))
@@ -72,6 +77,11 @@ def validate(
         raise NonFiniteError("a loss in validation is infinite or NaN", broken, [])
     scores = {"loss": sum(part[0] for part in parts) / sum(part[1] for part in parts)}
     return scores | mean_sdr([part[2] for part in parts], separator.stems)
+
+
+def estimates_of(separator: nn.Module, mixture: Tensor, size: int) -> Tensor:
+    """Estimates `(b, n, c, s)` of mixtures `(b, c, s)`, `size` at once."""
+    return torch.cat([separator(part) for part in mixture.split(size)])
 
 
 def energy(waveform: Tensor) -> Tensor:

@@ -446,6 +446,10 @@ def max_batch_size(
         )
     per_example = (at_high - at_low) / (high - low)
     batch = max(0, int(low + (room - at_low) // per_example))
+    too_many, stride = batch + 1, 1
     while batch and peak(batch) > room:  # small batches may have their peak elsewhere
-        batch -= 1
+        too_many, batch, stride = batch, max(0, batch - stride), 2 * stride
+    while too_many - batch > 1:
+        half = (batch + too_many) // 2
+        batch, too_many = (batch, half) if peak(half) > room else (half, too_many)
     return batch
