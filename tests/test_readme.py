@@ -16,6 +16,18 @@ def make_step():
     return lambda: model(torch.zeros(4, 8)).sum().backward()
 
 
+def trained():
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step_with(items):
+        optimizer.zero_grad()
+        model(torch.zeros(items, 8)).sum().backward()
+        optimizer.step()
+
+    return {"model": model, "optimizer": optimizer, "step_with": step_with}
+
+
 @pytest.fixture
 def readers_names():
     """The variables that the blocks use and do not define."""
@@ -28,6 +40,7 @@ def readers_names():
         "estimates": references + 0.1 * noise,
         "make_step": make_step,
         "step": make_step(),
+        **trained(),
     }
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from toy_run import STEMS, ToyLoss, ToySongs, toy_separator, toy_trainer, weight
 
 from tfswa_lab.data.augment import Gain, SpectrogramMasking
 from tfswa_lab.models.storage import load_separator
+from tfswa_lab.performance import Monitor
 from tfswa_lab.training import launch
 from tfswa_lab.training.learner import NonFiniteError
 from tfswa_lab.training.randomness import generator_for
@@ -48,6 +50,36 @@ def test_one_step_is_the_step_that_one_would_write_by_hand():
     assert scalars["lr"] == 3e-3 / 2
     for name, tensor in separator.state_dict().items():
         assert torch.equal(trainer.separator.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_callbacks_are_open_for_the_run_and_hear_of_each_step(tmp_path, fails):
+    class Stop(Exception):
+        pass
+
+    class Listener:
+        heard = []
+
+        def __enter__(self):
+            self.heard.append("begin")
+
+        def __exit__(self, *error):
+            self.heard.append("end")
+
+        def after_step(self, trainer, batches):
+            self.heard.append((trainer.step, [len(batch["mixture"]) for batch in batches]))
+            if fails and trainer.step == 2:
+                raise Stop
+
+    trainer = toy_trainer(max_epochs=None, max_steps=3, accumulate=2, batch_size=4)
+    monitor = Monitor(interval_seconds=1000, log=tmp_path / "run.jsonl", shown=False)
+    trainer.callbacks = [Listener(), monitor]
+    with pytest.raises(Stop) if fails else nullcontext():
+        trainer.fit()
+    steps = [(step, [4, 4]) for step in range(1, 3 if fails else 4)]
+    assert Listener.heard == ["begin", *steps, "end"]
+    monitor.update()
+    assert monitor.readings[-1].items_per_second > 0
 
 
 def test_accumulated_parts_make_the_step_of_the_whole():

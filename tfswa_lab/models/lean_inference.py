@@ -70,12 +70,14 @@ def _is_watched(unit: AttentionUnit) -> bool:
 
 @cache
 def _kernel() -> ModuleType | None:
-    """The kernel, if numba is installed for this Python."""
+    """The kernel, if numba is installed for this Python and compiles."""
     try:
+        from numba.core import config
+
         from tfswa_lab.models import cpu_kernel
     except ImportError:
         return None
-    return cpu_kernel
+    return None if config.DISABLE_JIT else cpu_kernel
 
 
 def in_rectangles(
