@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 def scripts() -> list[Path]:
     """The scripts here that record a result.
 
-    A script that says `BY_HAND = True` needs music of your own and is left out.
+    A script that says `BY_HAND = True` needs more than the package, such as music of your own.
     """
     found = []
     for path in sorted(FOLDER.glob("*.py")):

@@ -160,6 +160,13 @@ def test_a_lesson_draws_and_has_a_widget(path):
 
 
 @lessons
+def test_drawings_are_there_and_described(path):
+    for described, drawing in re.findall(r"!\[(.*?)\]\((.*?)\)", markdown(read(path))):
+        assert len(described.split()) >= 10, f"say what {drawing} shows"
+        assert "<title" in (path.parent / drawing).read_text(), "an SVG with a title"
+
+
+@lessons
 def test_committed_without_outputs(path):
     for cell in code_cells(read(path)):
         assert not cell.outputs
@@ -242,7 +249,8 @@ def lab_kernel(lab_python, monkeypatch):
 
 @pytest.fixture
 def lessons_folder(tmp_path) -> Path:
-    """A folder with all lessons, as a lesson may read the others."""
+    """A folder with all lessons, as a lesson may read the others; results of benchmarks beside."""
+    shutil.copytree(CHECKOUT / "benchmarks/results", tmp_path / "benchmarks/results")
     return Path(shutil.copytree(CHECKOUT / "notebooks", tmp_path / "notebooks"))
 
 

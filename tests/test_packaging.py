@@ -24,6 +24,7 @@ EXTRAS = {
 
 CONDA_NAMES = {
     "mir-eval": "mir_eval",
+    "nvidia-ml-py": "pynvml",
     "soundfile": "pysoundfile",
     "soxr": "soxr-python",
     "torch": "pytorch",
@@ -146,8 +147,8 @@ def test_importing_the_package_imports_no_room():
 
 FLOORS = (
     {"cli"},
-    {"teaching", "performance", "doctor"},
-    {"evaluation", "training"},
+    {"teaching", "performance"},
+    {"evaluation", "training", "doctor"},
     {"inference", "data"},
     {"memory", "models"},
     {
@@ -246,8 +247,8 @@ ANSWERS = re.findall(
 )
 
 
-def test_a_stranger_finds_ten_answers():
-    assert len(ANSWERS) == 10
+def test_a_stranger_finds_thirteen_answers():
+    assert len(ANSWERS) == 13
 
 
 @pytest.mark.parametrize(("path", "name"), ANSWERS)

@@ -48,6 +48,16 @@ def test_good_notebook_runs_in_its_folder_with_its_parameters_in_this_interprete
     assert nbformat.read(tmp_path / "out/good.ipynb", 4).cells[-1].outputs
 
 
+def test_drawings_are_copied_beside_the_executed_copy(tmp_path):
+    drawing = tmp_path / "figures/curve.svg"
+    drawing.parent.mkdir()
+    drawing.write_text("<svg/>")
+    path = write_notebook(tmp_path / "n.ipynb", "pass")
+    for output in (tmp_path / "out/n.ipynb", tmp_path / "out/n.ipynb", tmp_path / "same.ipynb"):
+        run_notebook(path, output, {}, timeout_seconds=3600)
+    assert (tmp_path / "out/figures/curve.svg").read_text() == drawing.read_text() == "<svg/>"
+
+
 def test_peak_memory_is_the_kernels_even_if_the_peak_was_short(tmp_path):
     idle = run(write_notebook(tmp_path / "idle.ipynb", "pass"))
     # 300 MB for an instant, between two looks of the watching thread.

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -79,6 +80,8 @@ def run_notebook(
 ) -> NotebookRun:
     """Execute one notebook in its own folder, in a fresh kernel of this interpreter.
 
+    Its drawings are copied beside the executed copy, whose text shows them.
+
     Args:
         path: the notebook; it is read, never written.
         output: where the executed copy goes, also when execution fails.
@@ -96,6 +99,7 @@ def run_notebook(
     path, output = Path(path), Path(output)
     refuse_unknown_parameters(path, parameters)
     output.parent.mkdir(parents=True, exist_ok=True)
+    _copy_drawings(path.parent / "figures", output.parent / "figures")
     watch = _KernelWatch(timeout_seconds)
     start = time.perf_counter()
     try:
@@ -122,6 +126,11 @@ def run_notebook(
     if missing := missing_outputs(notebook):
         raise MissingOutputError(f"{path.name}: {'; '.join(missing)}")
     return NotebookRun(path.stem, seconds, watch.peak_bytes)
+
+
+def _copy_drawings(source: Path, target: Path) -> None:
+    if source.is_dir() and source.resolve() != target.resolve():
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def refuse_unknown_parameters(path: Path, parameters: Mapping[str, object]) -> None:
