@@ -67,7 +67,12 @@ def bs_roformer() -> System:
     model = BSRoformer(384, depth=6, stereo=True, **plain).eval()
     segmentation = Segmentation(689 * 512 / SAMPLE_RATE)  # it drops what is less than a hop
     model.sample_rate = SAMPLE_RATE
-    return model, lambda song: separate_track(model, song, segmentation)
+    return model, lambda song: separate_track(model, whole_hops(song), segmentation)
+
+
+def whole_hops(song: Tensor) -> Tensor:
+    """Without what is less than a hop."""
+    return song[:, : song.shape[1] // 512 * 512]
 
 
 SYSTEMS = {

@@ -24,7 +24,6 @@ EXTRAS = {
 
 CONDA_NAMES = {
     "mir-eval": "mir_eval",
-    "nvidia-ml-py": "pynvml",
     "soundfile": "pysoundfile",
     "soxr": "soxr-python",
     "torch": "pytorch",
@@ -38,6 +37,7 @@ MODULE_NAMES = {
     "lazy-loader": "lazy_loader",
     "lightning-fabric": "lightning_fabric",
     "mir-eval": "mir_eval",
+    "nvidia-ml-py": "pynvml",
     "pyyaml": "yaml",
 }
 

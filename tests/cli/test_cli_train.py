@@ -401,6 +401,7 @@ def test_a_batch_size_that_is_found_gives_the_run_of_that_number(songs, tmp_path
         (["--devices", "2"], "for one process"),
         (["--batch-size", "many"], "neither a whole number nor auto"),
         (["--accumulate", "1000"], "a step takes 1000 segments"),
+        (["--output-dir"], "holds a run already"),
     ],
 )
 def test_a_batch_size_is_not_looked_for_where_it_would_be_wrong(
@@ -409,9 +410,12 @@ def test_a_batch_size_is_not_looked_for_where_it_would_be_wrong(
     usual = ["--data-root", songs, *QUICK, "--output-dir", tmp_path, "--batch-size", "auto"]
     if more == ["--resume"]:
         usual, more = ["--batch-size", "auto"], ["--resume", finished]
+    if more == ["--output-dir"]:
+        more = ["--output-dir", finished]
     result = run(*usual, *more)
     assert result.exit_code == 1, result.output
     assert said in words(result)
+    assert "looking for a batch size" not in words(result)
 
 
 PYTHON = [sys.executable, "-m"]

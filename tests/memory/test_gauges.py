@@ -80,8 +80,9 @@ def test_a_monitor_without_widgets_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(ModuleNotFoundError, match=r"tfswa-lab\[lab\]"):
         Monitor()
-    with pytest.raises(ValueError, match="interval_seconds=0"):
-        Monitor(interval_seconds=0)
+    for never in (0, float("inf")):
+        with pytest.raises(ValueError, match=f"interval_seconds={never}"):
+            Monitor(interval_seconds=never)
 
 
 @pytest.mark.gpu

@@ -104,6 +104,7 @@ OUT_OF_MEMORY = [
         "Caught RuntimeError in DataLoader worker process 0.\n… " + CPU + "not enough memory"
     ),
     of_onnxruntime("Failed to allocate memory for requested buffer of size 643840"),
+    of_onnxruntime("CudaCall [with ERRTYPE = cudaError] CUDA failure 2: out of memory ; GPU=0 ;"),
     of_onnxruntime("Available memory of 0 is smaller than requested bytes of 2048"),
     MemoryError(),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
@@ -158,6 +159,8 @@ OTHERS = [
 IN_DOUBT = [  # these come with little memory, and for other reasons
     RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"),
     RuntimeError("cuFFT error: CUFFT_EXEC_FAILED"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate`"),
+    RuntimeError("CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES when calling `cusparseSpMM`"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasSgemm( handle, …`"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul( ltHandle`"),

@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -150,6 +151,49 @@ def test_watchers_see_every_operator(name, kernel_runs):
     with torch.no_grad(), WATCHERS[name](unit):
         unit(x.to(unit.norm1.weight.dtype))
     assert not kernel_runs
+
+
+def narrowed(unit: AttentionUnit) -> None:
+    unit.mlp[0], unit.mlp[2] = nn.Linear(16, 30), nn.Linear(30, 16)
+
+
+CHANGES = {
+    "approximate GELU": lambda unit: setattr(unit.mlp[1], "approximate", "tanh"),
+    "norm without bias": lambda unit: setattr(unit, "norm1", nn.LayerNorm(16, bias=False)),
+    "bias of queries": lambda unit: setattr(unit.attention, "qkv", nn.Linear(16, 48)),
+    "hidden layer that is no multiple of 4": narrowed,
+    "another attend": lambda unit: setattr(unit, "attend", partial(torch.mul, 2.0)),
+    "another attention": lambda unit: setattr(unit.attention, "forward", lambda tokens, _: tokens),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_unit_is_left_to_torch(name, kernel_runs):
+    unit, x = made("FSA"), torch.randn(1, 16, 4, 6)
+    CHANGES[name](unit)
+    torch.testing.assert_close(unit(x).double(), in_float64(unit, x), rtol=2e-5, atol=2e-5)
+    assert not kernel_runs
+
+
+@torch.no_grad()
+def test_a_plane_of_other_channels_gets_torchs_error(kernel_runs):
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        made("FSA", dim=8)(torch.randn(1, 16, 4, 6))
+    assert not kernel_runs
+
+
+@torch.no_grad()
+def test_torchs_defaults_change_nothing(kernel_runs):
+    unit, x = made("FSA"), torch.randn(1, 16, 4, 6)
+    right = unit(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(unit(x), right)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(kernel_runs) == 2
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 import weakref
-from collections import namedtuple
+from collections import deque, namedtuple
 from pathlib import Path
 
 import pytest
@@ -321,6 +321,10 @@ def test_a_scaler_and_clipping_find_the_whole_gradient():
     [
         ({"batch": []}, "the batch is empty"),
         ({"batch": {"mixture": torch.zeros(4)}}, r"a dictionary of \['mixture'\], which has no"),
+        (
+            {"batch": (torch.zeros(4, 2), torch.zeros(4))},
+            "a tuple of 2 tensors",
+        ),
         ({"floor": 0}, "floor=0 must be a whole number"),
         ({"size": 2.0}, "size=2.0 must be a whole number"),
     ],
@@ -383,7 +387,7 @@ def nested(rows):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("room", [1, 2, 50])
-@pytest.mark.parametrize("kind", [torch.clone, list, iter])
+@pytest.mark.parametrize("kind", [torch.clone, list, iter, deque])
 def test_chunks_give_what_all_items_give(size, room, kind):
     rows = torch.rand(7, 2)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile as torch_profile
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +21,7 @@ from tfswa_lab.performance import rates
 from tfswa_lab.performance.events import DATA, MODULE, STEP, loading, marked_loaders, read, record
 from tfswa_lab.performance.profile import OUTSIDE, profile
 from tfswa_lab.performance.rates import Work, bytes_of
+from tfswa_lab.performance.timing import benchmark
 
 room = tfswa_lab.performance.profile
 
@@ -208,6 +210,23 @@ def test_refuses_too_few_steps_and_too_little_data():
         profile(lambda: next(batches) + 1, steps=2, warm_up=1)
 
 
+def test_refuses_to_share_torchs_profiler():
+    """Two at once would both lose their events."""
+
+    def profiled():
+        with torch_profile():
+            torch.ones(2) + 1
+
+    with pytest.raises(RuntimeError, match="the step runs torch's profiler itself"):
+        profile(profiled, steps=1, warm_up=0)
+    for measure in (lambda: profile(lambda: torch.ones(2) + 1, steps=1), lambda: benchmark(int)):
+        with torch_profile() as profiler:
+            torch.ones(2) + 1
+            with pytest.raises(RuntimeError, match="profiler is running"):
+                measure()
+        assert "aten::add" in {row.key for row in profiler.key_averages()}
+
+
 def test_refuses_a_device_that_it_does_not_know(monkeypatch):
     class Played(Work):
         def _count(self, *_):
@@ -246,6 +265,7 @@ def test_bytes_by_hand():
         "aten::clone": 1600,
     }
     assert bytes_of(torch.zeros(0, 3).expand(5, 0, 3)) == 0
+    assert bytes_of(torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])) == 72
 
 
 def test_flops_are_torchs_and_those_of_fused_attention_are_of_its_formula():

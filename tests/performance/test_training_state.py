@@ -215,6 +215,23 @@ def test_a_gradient_keeps_its_object_where_it_is_alive_and_no_memory_where_not()
     assert torch.equal(net.bias.grad, bias)
 
 
+@pytest.mark.parametrize("form", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_sparse_tensors_and_gradients(form):
+    net = nn.Embedding(3, 2, sparse=True)
+    net.register_buffer("mask", form(torch.eye(3)))
+    net(torch.tensor([0, 2, 2])).sum().backward()
+    kept = net.weight.grad, net.mask  # alive, so the same objects have to get their values back
+    before = [tensor.to_dense() for tensor in kept]
+    state = TrainingState(net)
+    for tensor in kept:
+        tensor.mul_(2)
+    state.restore()
+    assert net.weight.grad is kept[0]
+    assert net.mask is kept[1]
+    for tensor, values in zip(kept, before, strict=True):
+        assert torch.equal(tensor.to_dense(), values)
+
+
 def test_a_wrapped_model_and_optimizer():
     fabric = launch("cpu")
     net = nn.Linear(2, 1)

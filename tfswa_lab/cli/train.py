@@ -130,7 +130,7 @@ def train(options: TrainOptions) -> None:
         if options.use_amp:
             say_if_slower(preset)
         if find_size:
-            preset = replace(preset, batch_size=choose_batch_size(preset, resume))
+            preset = replace(preset, batch_size=choose_batch_size(preset, resume, folder))
         torch.manual_seed(preset.seed)  # first weights: the same in all processes
         survivor = train_step if options.survive_oom else None
         trainer = build_trainer(preset, folder, progress=True, train_step=survivor)
@@ -160,16 +160,18 @@ def say_if_slower(preset: Preset) -> None:
         )
 
 
-def choose_batch_size(preset: Preset, resume: Path | None) -> int:
+def choose_batch_size(preset: Preset, resume: Path | None, folder: Path) -> int:
     """The smallest batch size that is nearly as fast as any that fits; prints why.
 
     It makes real training steps on the run's first segments, with a trainer of its own.
 
     Raises:
+        FileExistsError: there is a run in its folder.
         RuntimeError: not even one segment fits.
         ValueError: the run is resumed, or has several processes.
     """
     from tfswa_lab.performance.batch_size import find_batch_size
+    from tfswa_lab.training.checkpoint import refuse_another_run
     from tfswa_lab.training.run import augmentation_for, build_trainer
     from tfswa_lab.training.validation import validate
 
@@ -177,6 +179,7 @@ def choose_batch_size(preset: Preset, resume: Path | None) -> int:
         raise ValueError("a resumed run keeps its batch size; leave --batch-size auto out")
     if preset.devices > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--batch-size auto is for one process; find it with --devices 1 first")
+    refuse_another_run(folder, None)  # now, not after minutes
     trainer = build_trainer(replace(preset, batch_size=1), None)
     learner, train_set, valid_set = trainer.learner, trainer.train_set, trainer.valid_set
 
@@ -198,6 +201,8 @@ def choose_batch_size(preset: Preset, resume: Path | None) -> int:
     if trainer.fabric.device.type == "cpu":
         most = min(most, MOST_ON_CPU)
     typer.echo(f"looking for a batch size up to {most} by training steps; this takes a while")
+    if preset.accumulate > 1:
+        typer.echo(f"a step takes {preset.accumulate} batches; items/s counts one of them")
     # Two steps: all segments are equally long.
     found = find_batch_size(step, state=learner, maximum=most, validate=check, steps=2)
     typer.echo(f"{found}\ntaken: {found.knee}, the smallest that is nearly as fast as the fastest")

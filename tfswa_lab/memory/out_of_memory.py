@@ -25,7 +25,7 @@ OnRetreat = Callable[[int, BaseException], None]  # gets the smaller size and th
 # than the device allows. The last lines are of the CPU, Windows, onnxruntime and our simulation.
 _NO_MEMORY = re.compile(
     r"(^|[:\]] )(CUDA|HIP|XPU|MPS|NPU|MUSA|Triton Error|Error)"
-    r"(\W+(CUDA|HIP|backend|driver|runtime|error|\d+))*\W+out of memory\b"
+    r"(\W+(CUDA|HIP|backend|driver|runtime|error|failure|\d+))*\W+out of memory\b"
     r"|\bAllocation is out of device memory|\binvalid buffer size: \d"
     r"|ErrorOutOfMemory\b|ErrorMemoryAllocation\b|(?-i:OUT_OF_((DEVICE|HOST)_)?MEMORY)"
     r"|(UR_RESULT|PI)_ERROR_OUT_OF_RESOURCES"
@@ -39,8 +39,8 @@ _NO_MEMORY = re.compile(
 # Libraries beside torch's allocator, and its own assertions, fail like this where they get no
 # memory, and also for other reasons: PyTorch issues 119420, 81620.
 _PERHAPS_NO_MEMORY = re.compile(
-    r"\b(cu(fft|blas(lt)?|dnn)|hip(fft|blas(lt)?)|roc(fft|blas)|miopen)_?(status)?_?"
-    r"(internal_?error|not_?supported|not_?initialized|(setup|exec(ution)?)_?failed)"
+    r"\b(cu(fft|blas(lt)?|dnn|solver|sparse)|hip(fft|blas(lt)?)|roc(fft|blas)|miopen)_?(status)?_?"
+    r"(internal_?error|not_?supported|not_?initialized|(setup|exec(ution)?)_?failed|insufficient_?resources)"
     r"|unable to find (a valid cuDNN algorithm|an engine to execute)"
     r"|INTERNAL ASSERT FAILED at \S*CachingAllocator",
     re.IGNORECASE,

@@ -39,6 +39,7 @@ MOST_BITS = 60.0
 SUMS = {"contract", "reassoc", "nsz", "arcp"}
 
 f32, i32 = np.float32, np.int32
+AS_WEIGHTS = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 def compiled(fastmath: set[str]) -> Callable:
@@ -379,7 +380,7 @@ def weights_of(unit: AttentionUnit) -> Weights:
     """The weights of a unit; those of queries make scores `q k / √d` in bits."""
     attention, (widen, _, narrow) = unit.attention, unit.mlp
     dim = len(attention.proj.weight)
-    scale = torch.ones(3 * dim, 1)
+    scale = torch.ones(3 * dim, 1, **AS_WEIGHTS)
     scale[:dim] = LOG2_E / math.sqrt(dim // attention.num_heads)
     tensors = (
         *(unit.norm1.weight, unit.norm1.bias, attention.qkv.weight * scale),
@@ -395,4 +396,4 @@ def buffers_for(weights: Weights, tokens: int) -> Buffers:
     dim, hidden = len(weights.proj), len(weights.widen)
     long = (dim, columns), (3 * dim, columns), (dim, columns), (BLOCK, columns)
     shapes = (*long, (dim, TILE), (hidden, TILE), (2, TILE), (3 * dim,))
-    return Buffers(*(torch.zeros(shape).numpy() for shape in shapes))
+    return Buffers(*(torch.zeros(shape, **AS_WEIGHTS).numpy() for shape in shapes))

@@ -40,17 +40,29 @@ def runs_lean(unit: AttentionUnit, x: Tensor) -> bool:
 
 
 def _is_plain(unit: AttentionUnit, x: Tensor) -> bool:
-    """Whether all parts are torch's own, in float32, with channels that come in fours."""
+    """Whether all parts are as they were built, in float32, with channels that come in fours."""
     kinds = [nn.LayerNorm, type(unit.attention), nn.Linear, nn.Linear]
     kinds += [nn.LayerNorm, nn.Sequential, nn.Linear, nn.GELU, nn.Linear]
     tensors = [x, *unit.parameters()]
     return (
         [type(module) for module in unit.modules()][1:] == kinds
+        and unit.mlp[1].approximate == "none"
+        and getattr(unit.attend, "__qualname__", "") == "AttentionUnit.attend"
+        and getattr(unit.attention.forward, "__qualname__", "") == "MultiHeadAttention.forward"
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and all(tensor.dtype is torch.float32 for tensor in tensors)
-        and x.shape[1] // unit.attention.num_heads % 4 == 0
+        and _shapes_fit(unit, x.shape[1])
         and F.scaled_dot_product_attention is TORCHS_KERNEL
     )
+
+
+def _shapes_fit(unit: AttentionUnit, c: int) -> bool:
+    """Whether the kernel, which checks no index, stays inside the weights; c channels come in."""
+    hidden = len(unit.mlp[0].weight)
+    norm, attention = [(c,), (c,)], [(3 * c, c), (c, c), (c,)]
+    expected = [*norm, *attention, *norm, (hidden, c), (hidden,), (c, hidden), (c,)]
+    shapes = [tuple(parameter.shape) for parameter in unit.parameters()]
+    return shapes == expected and c // unit.attention.num_heads % 4 == 0 == hidden % 4
 
 
 def _is_watched(unit: AttentionUnit) -> bool:

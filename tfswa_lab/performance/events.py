@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from tfswa_lab.memory.trace.module_paths import ModulePaths
-from tfswa_lab.performance.timing import synchronise
+from tfswa_lab.performance.timing import refuse_another_profiler, synchronise
 
 STEP = "one step"
 MODULE = "module: "
@@ -138,7 +138,12 @@ class Recording:
 
 
 def record(step: Callable[[], Any], steps: int) -> Recording:
-    """Run one step more than asked for under the profiler; the first only warms it up."""
+    """Run one step more than asked for under the profiler; the first only warms it up.
+
+    Raises:
+        RuntimeError: another profiler of torch runs, or the step has one.
+    """
+    refuse_another_profiler()
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_initialized():
         activities.append(ProfilerActivity.CUDA)
@@ -147,6 +152,8 @@ def record(step: Callable[[], Any], steps: int) -> Recording:
             with record_function(STEP):
                 step()
                 synchronise()
+    if not profiler.profiler.kineto_results.events():
+        raise RuntimeError("the step runs torch's profiler itself, and both lose their events")
     return read(profiler)
 
 

@@ -69,7 +69,7 @@ class Monitor:
 
     Raises:
         ModuleNotFoundError: ipywidgets is not installed.
-        ValueError: the device does not exist, or the interval is not above 0.
+        ValueError: the device does not exist, or the interval is not above 0 or not finite.
         OSError: the file cannot be written.
     """
 
@@ -81,8 +81,8 @@ class Monitor:
         log: str | Path | None = None,
         shown: bool = True,
     ):
-        if not interval_seconds > 0:
-            raise ValueError(f"interval_seconds={interval_seconds}; it must be above 0")
+        if not 0 < interval_seconds <= threading.TIMEOUT_MAX:
+            raise ValueError(f"interval_seconds={interval_seconds}; it must be above 0 and finite")
         self.interval_seconds, self.device = interval_seconds, device
         self.readings: deque[Reading] = deque(maxlen=keep)
         self.log = None if log is None else Path(log)

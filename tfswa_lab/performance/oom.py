@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -85,8 +85,9 @@ def train_step(
         The mean loss of the batch, without its graph.
 
     Raises:
-        ValueError: the batch is empty or a dictionary, a size is no whole number above 0, or there
-            are other processes: they would wait for this one while it repeats its backward pass.
+        ValueError: the batch is empty, a dictionary or a tuple of tensors, a size is no whole
+            number above 0, or there are other processes: they would wait for this one while it
+            repeats its backward pass.
         torch.OutOfMemoryError, or another out-of-memory error: parts of `floor` items do not fit,
             either; its note says what was tried. All gradients are dropped.
 
@@ -135,6 +136,11 @@ def _count(batch: Any) -> int:
         raise ValueError(
             f"the batch is a dictionary of {list(batch)}, which has no slices; pass the range of "
             "its items' indices, and take them from it in loss_of"
+        )
+    if isinstance(batch, tuple) and all(isinstance(part, Tensor) for part in batch):
+        raise ValueError(
+            f"the batch is a tuple of {len(batch)} tensors, which may be items, or inputs and "
+            "targets; pass a list of items, or TensorDataset(inputs, targets)"
         )
     if len(batch) == 0:
         raise ValueError("the batch is empty: there is nothing to learn; leave this step out")
@@ -233,7 +239,7 @@ def process_in_chunks(fn: Callable[[Any], Any], items: Any, size: int) -> Any:
     """
     size, start, results = _size("size", size), 0, []
     is_array = hasattr(items, "shape")
-    ahead = items if is_array or isinstance(items, Sequence) else _Ahead(items)
+    ahead = items if is_array else _Ahead(items)
     while len(chunk := ahead[start : start + size]) or (is_array and not results):
 
         def one(count: int, chunk: Any = chunk) -> Any:

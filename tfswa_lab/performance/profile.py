@@ -322,7 +322,7 @@ def profile(step: Callable[[], Any], steps: int = 8, warm_up: int = 3) -> Profil
     Raises:
         ValueError: `steps` is below 1 or `warm_up` below 0; or the step's data ended; or it has
             tensors on a device that is neither a CPU nor a CUDA GPU.
-        RuntimeError: the profiler cannot see the GPU's kernels.
+        RuntimeError: the profiler cannot see the GPU's kernels, or another profiler runs.
 
     >>> weights = torch.randn(256, 256)
     >>> found = profile(lambda: weights @ weights, steps=2)

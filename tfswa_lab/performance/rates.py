@@ -124,7 +124,7 @@ def bytes_of(tensor: Tensor) -> int:
     >>> bytes_of(torch.zeros(3, 1).expand(3, 100))
     12
     """
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_nested:
         return tensor.numel() * tensor.element_size()
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride or not size) * tensor.element_size()

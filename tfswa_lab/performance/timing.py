@@ -117,6 +117,7 @@ def benchmark(
 
     Raises:
         ValueError: `at_least` is below 1, or `warm_up` below 0.
+        RuntimeError: torch's profiler is running.
 
     >>> timing = benchmark(lambda: torch.ones(1000).exp(), seconds=0, at_least=3)
     >>> len(timing.runs), timing.least <= timing.median
@@ -156,13 +157,27 @@ def peak_bytes(fn: Callable[[], Any]) -> int:
     On a CUDA GPU, if the call takes any memory there: its allocator counts, and rounds up. Else on
     the CPU: torch's profiler sees each tensor made and freed, but not what others such as numpy
     allocate, nor Apple's GPUs.
+
+    Raises:
+        RuntimeError: torch's profiler is running.
     """
+    refuse_another_profiler()
     before = _gpu_bytes(gauges.allocated)
     _gpu_bytes(gauges.reset_peak)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         fn()
     on_gpu = _gpu_bytes(gauges.peak_allocated) - before
     return on_gpu or _most_held(profiler.profiler.kineto_results.events())
+
+
+def refuse_another_profiler() -> None:
+    """Refuse to start torch's profiler while it runs: both would lose their events.
+
+    Raises:
+        RuntimeError: it runs.
+    """
+    if torch.autograd._profiler_enabled():
+        raise RuntimeError("torch's profiler is running, and can only run once: leave its block")
 
 
 def _gpu_bytes(gauge: Callable[[], int | None]) -> int:

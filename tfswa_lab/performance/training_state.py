@@ -182,14 +182,16 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _tensor(tensor: Tensor) -> list[PutBack]:
     """Its values, in the memory where they were; of a leaf `requires_grad` and the gradient too."""
-    place, leaf = _without_repeats(tensor.detach()), tensor.is_leaf
+    # Sparse tensors do not share what is written to a detached one.
+    place = _without_repeats(tensor.detach()) if _is_strided(tensor) else tensor
+    leaf = tensor.is_leaf
     whole, values, requires_grad = tensor.detach(), _on_host(place), tensor.requires_grad
     gradient = _gradient(tensor) if leaf else None
 
     def put_back() -> None:
         if not _same_memory(tensor, whole):
             tensor.data = whole
-        with torch.inference_mode(place.is_inference()):
+        with torch.inference_mode(place.is_inference()), torch.no_grad():
             place.copy_(values)
         if leaf:
             tensor.requires_grad_(requires_grad)
@@ -208,8 +210,8 @@ def _gradient(tensor: Tensor) -> Callable[[], Tensor | None]:
         alive = before()
         if alive is None:
             return values.to(device, copy=True)
-        alive.detach().copy_(values)
-        return alive
+        with torch.no_grad():
+            return alive.copy_(values)
 
     return gradient
 
@@ -220,15 +222,17 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 def _without_repeats(tensor: Tensor) -> Tensor:
     """The elements that are in memory: `expand` repeats them, and repeats cannot be written."""
-    if tensor.layout != torch.strided:
-        return tensor
     for axis, stride in enumerate(tensor.stride()):
         tensor = tensor.narrow(axis, 0, 1) if stride == 0 and tensor.shape[axis] else tensor
     return tensor
 
 
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
 def _same_memory(tensor: Tensor, before: Tensor) -> bool:
-    if tensor.layout != torch.strided or before.layout != torch.strided:
+    if not (_is_strided(tensor) and _is_strided(before)):
         return tensor.layout == before.layout
     kind = (before.dtype, before.shape, before.stride(), before.data_ptr())
     return (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr()) == kind
