@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from tfswa_lab.device import pick_device
 from tfswa_lab.memory.trace import trace
 from tfswa_lab.models.tf_locoformer import SIZES, TFLocoformer
+from tfswa_lab.performance.timing import seconds_of
 
 REPEATS = 5
 
@@ -38,8 +38,6 @@ def make_step(device: torch.device) -> tuple[torch.nn.Module, torch.optim.Optimi
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     return model, optimizer, step
 
@@ -67,9 +65,7 @@ def main() -> None:
     for _ in range(1 + REPEATS):
         for name, watching in ways.items():
             with watching():
-                began = time.perf_counter()
-                step()
-                spent[name].append(time.perf_counter() - began)
+                spent[name].append(seconds_of(step))
     seconds = {name: statistics.median(times[1:]) for name, times in spent.items()}
     ratios = {name: round(each / seconds["alone"], 2) for name, each in seconds.items()}
     rounded = {name: round(each, 4) for name, each in seconds.items()}

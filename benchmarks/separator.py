@@ -17,7 +17,6 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
@@ -46,6 +45,8 @@ from tfswa_lab.models.cpu_kernel import softmax
 from tfswa_lab.models.separator import Separator, build_separator
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.models.tfswa_unet import SIZES
+from tfswa_lab.performance.rates import measured_rates
+from tfswa_lab.performance.timing import benchmark, now
 from tfswa_lab.weights import BAND
 
 SECONDS = 0.05 if REHEARSAL else 3.0  # of a segment on a GPU
@@ -59,18 +60,11 @@ KINDS = {
 }
 
 
-def now(device: torch.device) -> float:
-    """The time in seconds, after the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def separation(separator: Separator, mixture: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Estimates, and the seconds that they took."""
-    start = now(mixture.device)
+    start = now()
     estimates = separator(mixture)
-    return estimates, now(mixture.device) - start
+    return estimates, now() - start
 
 
 @contextmanager
@@ -160,29 +154,14 @@ def work_of(separator: Separator, mixture: torch.Tensor) -> dict[str, float]:
 
 def rates() -> dict[str, float]:
     """FLOPs per second of a large product, the kernel's exponentials, bytes of a copy."""
-    matrix, row, large = torch.randn(1024, 1024), torch.zeros(1024), torch.randn(2**25)
-    scores = row.numpy()
-    return {
-        "flops": 2 * 1024**3 / fastest(lambda: matrix @ matrix),
-        "exponentials": 100 * len(row) / fastest(lambda: repeat(softmax, scores, len(row), True)),
-        "bytes": 8 * len(large) / fastest(large.clone),
-    }
+    best, scores = measured_rates(torch.device("cpu")), torch.zeros(1024).numpy()
 
+    def powers() -> None:
+        for _ in range(100):  # a clock is too coarse for once
+            softmax(scores, len(scores), True)
 
-def repeat(work: Callable, *inputs) -> None:
-    """A hundred times, because a clock is too coarse for once."""
-    for _ in range(100):
-        work(*inputs)
-
-
-def fastest(work: Callable[[], object]) -> float:
-    """Least CPU seconds of a few runs, the first one left out."""
-    times = []
-    for _ in range(10):
-        began = time.process_time()
-        work()
-        times.append(time.process_time() - began)
-    return min(times[1:])
+    exponentials = 100 * len(scores) / benchmark(powers).least
+    return {"flops": best.flops, "exponentials": exponentials, "bytes": best.bytes}
 
 
 def floor_of(separator: Separator, mixture: torch.Tensor) -> dict[str, dict[str, float]]:
@@ -203,15 +182,15 @@ def floor_of(separator: Separator, mixture: torch.Tensor) -> dict[str, dict[str,
 
 def seconds_inside(separator: Separator, modules: dict, mixture: torch.Tensor) -> dict[str, float]:
     """Seconds spent inside each named module during one separation."""
-    spent, handles, device = defaultdict(float), [], mixture.device
+    spent, handles = defaultdict(float), []
 
     def before(module, inputs):
-        module.started = now(device)
+        module.started = now()
 
     for module, name in modules.items():
 
         def after(module, inputs, output, name=name):
-            spent[name] += now(device) - module.started
+            spent[name] += now() - module.started
 
         handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     _, spent["all"] = separation(separator, mixture)

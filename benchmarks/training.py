@@ -32,6 +32,7 @@ from tfswa_lab.evaluation.ratios import usdr
 from tfswa_lab.inference.separate import Segmentation, separate_track
 from tfswa_lab.memory import gauges
 from tfswa_lab.models.separator import Separator
+from tfswa_lab.performance.timing import now
 from tfswa_lab.training.presets import PRESETS, Preset
 from tfswa_lab.training.run import build_trainer, songs_of
 from tfswa_lab.training.trainer import Trainer
@@ -87,20 +88,13 @@ def train_tiny(device: str) -> dict:
     }
 
 
-def now(device: torch.device) -> float:
-    """The time in seconds, after the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def timed(call: Callable, spent: dict[str, float], name: str, device: torch.device) -> Callable:
+def timed(call: Callable, spent: dict[str, float], name: str) -> Callable:
     """The same function, its seconds added to `spent[name]`."""
 
     def measured(*args, **kwargs):
-        began = now(device)
+        began = now()
         result = call(*args, **kwargs)
-        spent[name] += now(device) - began
+        spent[name] += now() - began
         return result
 
     return measured
@@ -118,7 +112,7 @@ def throughput(preset: str, steps: int = STEPS, warm_up: int = WARM_UP, **change
     undisturbed = spent_of_step(trainer, lambda: next(batches), steps)
     peak = peak_gib(device.type)
     spent = watched(trainer)
-    fetch = timed(next, spent, "data", device)
+    fetch = timed(next, spent, "data")
     watched_seconds = spent_of_step(trainer, lambda: fetch(batches), steps) * steps
     shares = {name: round(part / watched_seconds, 4) for name, part in spent.items()}
     return {
@@ -135,22 +129,22 @@ def throughput(preset: str, steps: int = STEPS, warm_up: int = WARM_UP, **change
 
 def spent_of_step(trainer: Trainer, fetch: Callable[[], dict], steps: int) -> float:
     """Mean seconds of some steps."""
-    began = now(trainer.fabric.device)
+    began = now()
     for _ in range(steps):
         trainer.learner.step([fetch()])
-    return (now(trainer.fabric.device) - began) / steps
+    return (now() - began) / steps
 
 
 def watched(trainer: Trainer) -> dict[str, float]:
     """Where the seconds of the parts of a step are added up from now on."""
-    device, spent = trainer.fabric.device, defaultdict(float)
+    spent = defaultdict(float)
     for owner, method, name in (
         (trainer.separator, "forward", "forward"),
         (trainer.learner.loss, "forward", "loss"),
         (trainer.fabric, "backward", "backward"),
         (trainer.learner.optimizer, "step", "optimizer"),
     ):
-        setattr(owner, method, timed(getattr(owner, method), spent, name, device))
+        setattr(owner, method, timed(getattr(owner, method), spent, name))
     return spent
 
 

@@ -136,11 +136,15 @@ def benchmark(
 
 def seconds_of(fn: Callable[[], Any]) -> float:
     """Seconds of one call, with the work that it gives to a GPU."""
-    synchronise()
-    began = time.perf_counter()
+    began = now()
     fn()
+    return now() - began
+
+
+def now() -> float:
+    """Seconds of a clock, once the current GPU has done its work."""
     synchronise()
-    return time.perf_counter() - began
+    return time.perf_counter()
 
 
 def synchronise() -> None:
