@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
@@ -25,6 +26,7 @@ from unittest import mock
 
 import torch
 from events import REHEARSAL, attempt
+from numba import njit
 from record import record, table
 from separate_stream import SEGMENT_SECONDS, write_song
 from torch import nn
@@ -41,16 +43,17 @@ from tfswa_lab.models.attention import (
     ShiftedWindowAttention,
     TemporalSequenceAttention,
 )
-from tfswa_lab.models.cpu_kernel import softmax
+from tfswa_lab.models.cpu_kernel import activate, softmax
 from tfswa_lab.models.separator import Separator, build_separator
 from tfswa_lab.models.storage import load_separator
 from tfswa_lab.models.tfswa_unet import SIZES
 from tfswa_lab.performance.rates import measured_rates
-from tfswa_lab.performance.timing import benchmark, now
+from tfswa_lab.performance.timing import benchmark, now, real_time_factor
 from tfswa_lab.weights import BAND
 
 SECONDS = 0.05 if REHEARSAL else 3.0  # of a segment on a GPU
 REPEATS = 1 if REHEARSAL else 5
+CALLS = 10_000  # of a kernel's function whose rate is measured
 BATCHES = (1,) if REHEARSAL else (1, 8, 32)
 MINUTES = 0.05 if REHEARSAL else 4.0  # of the song that is separated from file to file
 KINDS = {
@@ -90,26 +93,30 @@ WAYS = {  # the first is what a user gets
 }
 
 
-def in_turns(separator: Separator, mixture: torch.Tensor) -> dict[str, dict[str, float]]:
+def in_turns(
+    separator: Separator, mixture: torch.Tensor, ways: Iterable[str] = WAYS
+) -> dict[str, dict[str, float]]:
     """CPU and wall seconds of each way per second of sound; the first round warms up."""
     cpu, wall, outputs = defaultdict(list), defaultdict(list), {}
     for _ in range(REPEATS + 1):
-        for name, way in WAYS.items():
-            with way():
+        for name in ways:
+            with WAYS[name]():
                 began = time.process_time()
                 outputs[name], seconds = separation(separator, mixture)
                 cpu[name].append((time.process_time() - began) / seconds_of_sound(mixture))
-                wall[name].append(seconds / seconds_of_sound(mixture))
+                wall[name].append(seconds)
     right = outputs["scores written out"]
     return {
         name: {
             "cpu_seconds_per_second": statistics.median(cpu[name][1:]),
             "least": min(cpu[name][1:]),
             "most": max(cpu[name][1:]),
-            "times_real_time": 1 / statistics.median(wall[name][1:]),
+            "times_real_time": real_time_factor(
+                statistics.median(wall[name][1:]), seconds_of_sound(mixture)
+            ),
             "largest_difference": ((outputs[name] - right).abs().max() / right.abs().max()).item(),
         }
-        for name in WAYS
+        for name in ways
     }
 
 
@@ -122,11 +129,11 @@ def seconds_of_sound(mixture: torch.Tensor) -> float:
 
 
 def work_of(separator: Separator, mixture: torch.Tensor) -> dict[str, float]:
-    """FLOPs of all products, exponentials of softmax and GELU, bytes in and out of each layer.
+    """FLOPs of all products, exponentials of softmax, GELUs, bytes in and out of each layer.
 
     A layer is a module without children, or an attention unit, whose inside stays in the cache.
     """
-    work = {"flops": 0, "exponentials": 0, "bytes": 0}
+    work = {"flops": 0, "exponentials": 0, "gelus": 0, "bytes": 0}
     kernel = torch.nn.functional.scaled_dot_product_attention
 
     def counted(query, key, value, **options):
@@ -135,7 +142,7 @@ def work_of(separator: Separator, mixture: torch.Tensor) -> dict[str, float]:
 
     def count(module, inputs, output):
         if isinstance(module, nn.GELU):
-            work["exponentials"] += output.numel()
+            work["gelus"] += output.numel()
         if module in layers:
             work["bytes"] += 4 * (inputs[0].numel() + output.numel())
 
@@ -153,15 +160,31 @@ def work_of(separator: Separator, mixture: torch.Tensor) -> dict[str, float]:
 
 
 def rates() -> dict[str, float]:
-    """FLOPs per second of a large product, the kernel's exponentials, bytes of a copy."""
-    best, scores = measured_rates(torch.device("cpu")), torch.zeros(1024).numpy()
+    """FLOPs per second of a large product, bytes of a copy, and the kernel's own functions."""
+    best, numbers = measured_rates(torch.device("cpu")), torch.zeros(1, 1024).numpy()
+    calls = CALLS * numbers.size
+    return {
+        "flops": best.flops,
+        "exponentials": calls / benchmark(partial(many_powers, numbers[0], CALLS)).least,
+        "gelus": calls / benchmark(partial(many_gelus, numbers, CALLS)).least,
+        "bytes": best.bytes,
+    }
 
-    def powers() -> None:
-        for _ in range(100):  # a clock is too coarse for once
-            softmax(scores, len(scores), True)
 
-    exponentials = 100 * len(scores) / benchmark(powers).least
-    return {"flops": best.flops, "exponentials": exponentials, "bytes": best.bytes}
+@njit
+def many_powers(scores, times):
+    """Powers of two in the cache, without the call from Python between them."""
+    for _ in range(times):
+        scores[:] = 0
+        softmax(scores, len(scores), True)
+
+
+@njit
+def many_gelus(hidden, times):
+    """GELUs in the cache."""
+    for _ in range(times):
+        hidden[:] = 1
+        activate(hidden, hidden.shape[1])
 
 
 def floor_of(separator: Separator, mixture: torch.Tensor) -> dict[str, dict[str, float]]:
@@ -232,11 +255,17 @@ def on_gpu(separator: Separator, mixture: torch.Tensor) -> None:
         attempt("separation", row, way=way, batch=batch, precision=precision)
         torch.cuda.empty_cache()
     for name, row in {
-        "attention": lambda: in_turns(separator, mixture),
+        "attention": lambda: by_attention(separator, mixture),
         "stages": lambda: {"share": shares(separator, by_stage(separator), mixture)},
         "kinds": lambda: {"share": shares(separator, by_kind(separator), mixture)},
     }.items():
         attempt("separation", row, way=name)
+
+
+def by_attention(separator: Separator, mixture: torch.Tensor) -> dict[str, float]:
+    """Seconds of sound per second with torch's kernel, and with scores written out."""
+    ways = in_turns(separator, mixture, [*WAYS][1:])
+    return {name: round(way["times_real_time"], 1) for name, way in ways.items()}
 
 
 def network_alone(separator: Separator, mixture: torch.Tensor, batch: int, precision: str) -> dict:
@@ -244,7 +273,8 @@ def network_alone(separator: Separator, mixture: torch.Tensor, batch: int, preci
     many = mixture.expand(batch, -1, -1).contiguous()
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
         times = [separation(separator, many)[1] for _ in range(1 + REPEATS)][1:]
-    return {"times_real_time": round(batch * SECONDS / statistics.median(times), 1)}
+    factor = real_time_factor(statistics.median(times), SECONDS, batch)
+    return {"times_real_time": round(factor, 1)}
 
 
 def file_to_file(batch: int, precision: str) -> dict:

@@ -334,6 +334,13 @@ def test_a_containers_limit_counts(tmp_path):
     (old / "memory.usage_in_bytes").write_text("700\n")
     (old / "memory.stat").write_text("total_inactive_file 100\n")
     assert batch_size._left_in_cgroups(tmp_path) == [1400]
+    mine = tmp_path / "slice/job"
+    mine.mkdir(parents=True)
+    for name, text in {"max": "900\n", "current": "500\n", "stat": "inactive_file 0\n"}.items():
+        (mine / f"memory.{name}").write_text(text)
+    process = tmp_path / "process"
+    process.write_text("4:memory:/\n0::/slice/job\n")
+    assert sorted(batch_size._left_in_cgroups(tmp_path, process)) == [400, 1400]
 
 
 # The result --------------------------------------------------------------------------------------

@@ -42,6 +42,15 @@ def test_items_and_audio_per_second(clock):
     assert "items" not in str(monitor.readings[-1])
 
 
+def test_the_last_reading_counts_what_was_done_and_the_first_what_came_after_the_start(clock):
+    monitor = Monitor(interval_seconds=1000, shown=False)
+    clock.seconds += 50  # before the run
+    with monitor:
+        monitor.count(10)
+        clock.seconds += 5
+    assert monitor.readings[-1].items_per_second == 2
+
+
 def test_a_step_of_a_trainer_counts_its_batches(clock):
     monitor = Monitor(shown=False)
     trainer = SimpleNamespace(separator=SimpleNamespace(sample_rate=100))

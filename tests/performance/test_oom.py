@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from tfswa_lab.performance.oom import log, part_size, process_in_chunks, train_step
+from tfswa_lab.memory.out_of_memory import log
+from tfswa_lab.performance.oom import part_size, process_in_chunks, train_step
 
 ERRORS = [
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
@@ -474,3 +475,9 @@ def test_there_is_no_room_for_one_item():
         process_in_chunks(lambda x: 1 / 0, torch.zeros(4), 3)
     with pytest.raises(ValueError, match="size=0 must be"):
         process_in_chunks(nested, torch.zeros(4), 0)
+
+
+@pytest.mark.parametrize("items", [{"a": torch.ones(2)}, (torch.ones(2), torch.ones(2))])
+def test_chunks_of_several_inputs_are_refused(items):
+    with pytest.raises(ValueError, match=r"items is a (dictionary|tuple)"):
+        process_in_chunks(lambda x: x, items, 1)

@@ -156,7 +156,7 @@ def say_if_slower(preset: Preset) -> None:
     if ratio > CLEARLY_SLOWER:
         say(
             f"mixed precision takes {ratio:.1f} times as long as float32 on this device, in a "
-            "short trial; without --use-amp the run is faster"
+            "trial of a small block; try the run without --use-amp"
         )
 
 
@@ -173,7 +173,6 @@ def choose_batch_size(preset: Preset, resume: Path | None, folder: Path) -> int:
     from tfswa_lab.performance.batch_size import find_batch_size
     from tfswa_lab.training.checkpoint import refuse_another_run
     from tfswa_lab.training.run import augmentation_for, build_trainer
-    from tfswa_lab.training.validation import validate
 
     if resume is not None:
         raise ValueError("a resumed run keeps its batch size; leave --batch-size auto out")
@@ -181,7 +180,7 @@ def choose_batch_size(preset: Preset, resume: Path | None, folder: Path) -> int:
         raise ValueError("--batch-size auto is for one process; find it with --devices 1 first")
     refuse_another_run(folder, None)  # now, not after minutes
     trainer = build_trainer(replace(preset, batch_size=1), None)
-    learner, train_set, valid_set = trainer.learner, trainer.train_set, trainer.valid_set
+    learner, train_set = trainer.learner, trainer.train_set
 
     @lru_cache(maxsize=1)  # reading is no part of a step: workers read ahead
     def batches(size: int) -> list[dict]:
@@ -193,18 +192,14 @@ def choose_batch_size(preset: Preset, resume: Path | None, folder: Path) -> int:
         learner.augment = augmentation_for(replace(preset, batch_size=size))
         learner.step(batches(size))
 
-    def check(size: int) -> None:
-        items = [valid_set[k] for k in range(min(size, len(valid_set)))]
-        validate(trainer.ema.module, learner.loss, [valid_set.collate_fn(items)], trainer.fabric)
-
     most = len(train_set) // preset.accumulate
     if trainer.fabric.device.type == "cpu":
         most = min(most, MOST_ON_CPU)
     typer.echo(f"looking for a batch size up to {most} by training steps; this takes a while")
     if preset.accumulate > 1:
         typer.echo(f"a step takes {preset.accumulate} batches; items/s counts one of them")
-    # Two steps: all segments are equally long.
-    found = find_batch_size(step, state=learner, maximum=most, validate=check, steps=2)
+    # Two steps: all segments are equally long. Validation makes its batches smaller by itself.
+    found = find_batch_size(step, state=learner, maximum=most, steps=2)
     typer.echo(f"{found}\ntaken: {found.knee}, the smallest that is nearly as fast as the fastest")
     return found.knee
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 
 from tfswa_lab.memory import gauges
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 OnRetreat = Callable[[int, BaseException], None]  # gets the smaller size and the error
 
@@ -183,6 +185,8 @@ def retreat(
 ) -> tuple[T, int]:
     """`work(size)`; where memory runs out, with half of the size, and so on down to `floor`.
 
+    Each retreat is logged.
+
     Args:
         work: is called with a size, and again with a smaller one after it ran out of memory.
         size: the first to try.
@@ -217,6 +221,8 @@ def retreat(
                 error.add_note(f"memory ran out with each of these sizes: {tried}; floor={floor}")
                 raise error
             size = min(size, max(floor, size // 2))
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("memory ran out; trying again with at most %d at once: %s", size, why)
             if on_retreat:
                 on_retreat(size, error)
         finally:

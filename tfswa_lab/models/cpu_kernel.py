@@ -353,7 +353,8 @@ def attention_unit(unit: AttentionUnit, x: Tensor, rows: list[int], columns: lis
     """`unit` inside each rectangle of `x` `(b, c, t, f)` between neighbouring borders.
 
     Args:
-        unit: gives the weights, which are float32 as `x` is; its heads are multiples of 4 wide.
+        unit: gives the weights, float32 like `x`. `lean_inference.runs_lean` has checked it: the
+            kernel looks at no index.
         x: contiguous, on the CPU.
         rows: borders along t, from 0 to t.
         columns: borders along f, from 0 to f.
@@ -372,8 +373,12 @@ def attention_unit(unit: AttentionUnit, x: Tensor, rows: list[int], columns: lis
     starts = range(0, rectangles, share)
     ends = [min(start + share, rectangles) for start in starts]
     # A profiler sees the whole as one operator.
-    with record_function("tfswa_lab::attention_unit"), ThreadPoolExecutor(len(starts)) as threads:
-        list(threads.map(work, starts, ends))
+    with record_function("tfswa_lab::attention_unit"):
+        if len(starts) == 1:
+            work(0, rectangles)
+        else:
+            with ThreadPoolExecutor(len(starts)) as threads:
+                list(threads.map(work, starts, ends))
     return out
 
 

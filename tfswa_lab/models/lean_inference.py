@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 if TYPE_CHECKING:
     from tfswa_lab.models.attention import AttentionUnit
 
-LEAST_NUMBERS = 2**18  # in a plane; below, nothing is gained
+LEAST_NUMBERS = 2**18  # that come in; below, little is gained
 TORCHS_KERNEL = F.scaled_dot_product_attention
 
 
@@ -40,7 +40,7 @@ def runs_lean(unit: AttentionUnit, x: Tensor) -> bool:
 
 
 def _is_plain(unit: AttentionUnit, x: Tensor) -> bool:
-    """Whether all parts are as they were built, in float32, with channels that come in fours."""
+    """Whether all parts are as they were built, in float32, with widths that suit the kernel."""
     kinds = [nn.LayerNorm, type(unit.attention), nn.Linear, nn.Linear]
     kinds += [nn.LayerNorm, nn.Sequential, nn.Linear, nn.GELU, nn.Linear]
     tensors = [x, *unit.parameters()]
@@ -66,7 +66,7 @@ def _shapes_fit(unit: AttentionUnit, c: int) -> bool:
 
 
 def _is_watched(unit: AttentionUnit) -> bool:
-    """Whether hooks, modes or a compiler want to see each operator."""
+    """Whether hooks, dispatch modes or a compiler want to see each operator."""
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     inner = list(unit.modules())[1:]
     return (

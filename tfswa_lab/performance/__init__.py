@@ -1,4 +1,4 @@
-"""Running lean: the batch that fits, steps that survive, where the time goes, memory live."""
+"""Running lean: the batch that fits, steps that survive, where the time goes, a monitor."""
 
 import lazy_loader
 

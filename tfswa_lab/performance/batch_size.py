@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,10 @@ LIMIT = 2**20  # where the search ends if nothing else stops it
 NEARLY_BEST = 0.95  # of the most items per second: the knee
 SHARE_OF_HOST = 0.9  # of the free RAM that a trial may take: Linux kills a process that takes all
 ROWS = 16  # of a printed table
+CGROUPS = (  # of Linux, new and old: folder, limit, use, and what is dropped when memory is needed
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 # The result --------------------------------------------------------------------------------------
 
@@ -414,18 +419,25 @@ def _host_room() -> int:
     return int(SHARE_OF_HOST * min([gauges.host_available(), *_left_in_cgroups()]))
 
 
-def _left_in_cgroups(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Bytes left below the limits of containers and services, as files in the cache are dropped."""
+def _left_in_cgroups(
+    root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """Bytes left below the limits of containers and services, as files in the cache are dropped.
+
+    Both versions of Linux's groups count: the process's own, and those that it is in.
+    """
+    groups = [""]
+    with suppress(OSError):
+        paths = [line.split(":", 2)[2] for line in process.read_text().splitlines()]
+        groups += {str(each)[1:] for path in paths for each in (Path(path), *Path(path).parents)}
     found = []
-    for limit, used, cached in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with suppress(OSError, ValueError):  # no such limit, or "max"
-            stat = (root / limit).with_name("memory.stat").read_text()
+    for group, (kind, limit, used, cached) in product(sorted({*groups}), CGROUPS):
+        folder = root / kind / group
+        with suppress(OSError, ValueError):  # no such group, or no limit: "max"
+            stat = (folder / "memory.stat").read_text()
             dropped = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
-            taken = int((root / used).read_text()) - int(dropped[1] if dropped else 0)
-            found.append(int((root / limit).read_text()) - taken)
+            taken = int((folder / used).read_text()) - int(dropped[1] if dropped else 0)
+            found.append(int((folder / limit).read_text()) - taken)
     return found
 
 

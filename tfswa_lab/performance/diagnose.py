@@ -89,7 +89,8 @@ def diagnose(
 ) -> SetUp:
     """Look at what decides the speed of training, and try each change shortly.
 
-    Everything that is changed is restored. Without arguments it takes two or three seconds.
+    All settings are restored; `step` trains as often as it is called. Without arguments it takes
+    a few seconds.
 
     Args:
         step: a training step, which is called about twenty times. Without one, a step of a small
@@ -107,7 +108,7 @@ def diagnose(
     probe = step or block_step(device)
     return SetUp(
         (
-            Setting("device", _name(device), check_cuda().found),
+            Setting("device", f"{_name(device)} ({check_cuda().found})", NOT_MEASURED),
             _dtype(probe, device),
             _threads(probe, device),
             _float32(probe, device),
@@ -205,7 +206,7 @@ def _cores() -> int:
 
 
 def _float32(step: Callable[[], Any], device: torch.device) -> Setting:
-    """TF32 on a GPU; some CPUs multiply float32 in bfloat16 instead."""
+    """TF32, on a CUDA GPU."""
     now = torch.get_float32_matmul_precision()
     name, other = "float32 products", "high" if now == "highest" else "highest"
     if device.type == "cuda":
@@ -333,6 +334,7 @@ def _with_workers(loader: DataLoader, count: int) -> DataLoader:
         collate_fn=loader.collate_fn,
         num_workers=count,
         worker_init_fn=loader.worker_init_fn,
+        pin_memory=loader.pin_memory,
         prefetch_factor=1 if count else None,  # few batches are ready before the clock starts
     )
 

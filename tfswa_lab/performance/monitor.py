@@ -1,4 +1,7 @@
-"""Memory, use and speed over time: as a widget in notebooks, and as lines in a file."""
+"""Memory, use and speed over time: as a widget in notebooks, and as lines in a file.
+
+Notebook: 09_running_lean
+"""
 
 from __future__ import annotations
 
@@ -96,16 +99,18 @@ class Monitor:
         """Start reading, in a thread that ends with `stop` or with the process."""
         if self._thread is None:
             self._stop.clear()
+            self.update()  # what was before is no part of the first reading
             self._thread = threading.Thread(target=self._run, name="memory monitor", daemon=True)
             self._thread.start()
         return self
 
     def stop(self) -> None:
-        """Stop reading; the drawing stays."""
+        """Read a last time and stop; the drawing stays."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            self.update()
 
     def count(self, items: int, audio_seconds: float = 0.0) -> None:
         """Tell it what was done: items, and how long all of them together sound."""

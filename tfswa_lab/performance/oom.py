@@ -8,7 +8,6 @@ Notebook: 09_running_lean
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,8 +27,6 @@ from torch.utils._pytree import tree_map
 
 from tfswa_lab.memory.out_of_memory import OnRetreat, retreat
 from tfswa_lab.training.randomness import random_state, set_random_state
-
-log = logging.getLogger(__name__)
 
 # Training ----------------------------------------------------------------------------------------
 
@@ -65,8 +62,8 @@ def train_step(
     the weights.
 
     Three things do differ from the whole batch, and from a try that was not aborted: batch norm in
-    training mode normalises each part by itself (this warns), its running statistics also move in
-    the aborted try, and dropout draws for each part.
+    training mode normalises each part by itself (a retreat warns of it), its running statistics
+    also move in the aborted try, and dropout draws for each part.
 
     Args:
         loss_of: the mean loss of a part of the batch, a scalar that needs gradients.
@@ -118,8 +115,7 @@ def train_step(
             return _gradients(loss_of, batch, optimizer, backward, size)
 
     repeats = REPEATS if optimizer in _part_sizes else 0
-    logged = _logged(on_retreat)
-    loss, size = retreat(gradients_of, first, _size("floor", floor), logged, repeats)
+    loss, size = retreat(gradients_of, first, _size("floor", floor), on_retreat, repeats)
     _part_sizes[optimizer] = size if size < first else known
     if in_parts:
         warnings.warn(
@@ -132,16 +128,7 @@ def train_step(
 
 
 def _count(batch: Any) -> int:
-    if isinstance(batch, Mapping):
-        raise ValueError(
-            f"the batch is a dictionary of {list(batch)}, which has no slices; pass the range of "
-            "its items' indices, and take them from it in loss_of"
-        )
-    if isinstance(batch, tuple) and all(isinstance(part, Tensor) for part in batch):
-        raise ValueError(
-            f"the batch is a tuple of {len(batch)} tensors, which may be items, or inputs and "
-            "targets; pass a list of items, or TensorDataset(inputs, targets)"
-        )
+    _refuse_several_inputs("the batch", batch)
     if len(batch) == 0:
         raise ValueError("the batch is empty: there is nothing to learn; leave this step out")
     return len(batch)
@@ -230,13 +217,14 @@ def process_in_chunks(fn: Callable[[Any], Any], items: Any, size: int) -> Any:
             no items; without any item of a list, nothing tells the form: an empty tensor.
 
     Raises:
-        ValueError: `size` is no whole number above 0, or `fn` returns something else, such as a
-            mean over the chunk.
+        ValueError: `size` is no whole number above 0, `items` is a dictionary or a tuple of
+            tensors, or `fn` returns something else, such as a mean over the chunk.
         torch.OutOfMemoryError, or another out-of-memory error: there is no memory for one item.
 
     >>> process_in_chunks(lambda x: {"double": 2 * x}, torch.arange(5), size=2)
     {'double': tensor([0, 2, 4, 6, 8])}
     """
+    _refuse_several_inputs("items", items)
     size, start, results = _size("size", size), 0, []
     is_array = hasattr(items, "shape")
     ahead = items if is_array else _Ahead(items)
@@ -245,7 +233,7 @@ def process_in_chunks(fn: Callable[[Any], Any], items: Any, size: int) -> Any:
         def one(count: int, chunk: Any = chunk) -> Any:
             return tree_map(partial(_row_by_row, count), fn(chunk[:count]))
 
-        result, count = retreat(one, len(chunk), on_retreat=_logged())
+        result, count = retreat(one, len(chunk))
         size = count if count < len(chunk) else size
         results.append(result)
         start += max(count, 1)
@@ -279,14 +267,18 @@ class _Ahead:
 # Both --------------------------------------------------------------------------------------------
 
 
-def _logged(on_retreat: OnRetreat | None = None) -> OnRetreat:
-    def retreated(size: int, error: BaseException) -> None:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        log.warning("memory ran out; trying again with at most %d at once: %s", size, why)
-        if on_retreat:
-            on_retreat(size, error)
-
-    return retreated
+def _refuse_several_inputs(name: str, items: Any) -> None:
+    """Refuse what holds a tensor for each kind of input, not for each item."""
+    if isinstance(items, Mapping):
+        raise ValueError(
+            f"{name} is a dictionary of {list(items)}, which has no slices; pass the range of its "
+            "items' indices, and take them from it in your function"
+        )
+    if isinstance(items, tuple) and items and all(isinstance(x, Tensor) for x in items):
+        raise ValueError(
+            f"{name} is a tuple of {len(items)} tensors, which may be items, or inputs and "
+            "targets; pass a list of items, or the range of their indices"
+        )
 
 
 def _size(name: str, value: int) -> int:

@@ -104,7 +104,7 @@ def benchmark(
     at_least: int = 5,
     warm_up: int = 2,
 ) -> Timing:
-    """Time a function, in turns of one call.
+    """Time a function, call by call.
 
     Each call is timed after the GPU has finished its work. One more call counts the memory. What
     the function raises comes out.

@@ -58,12 +58,16 @@ def validate(
         NonFiniteError: a loss is infinite or NaN; names the songs.
     """
     total, items, powers, broken = 0.0, 0, {}, []
+    at_once = math.inf
     for batch in loader:
         batch = fabric.to_device(batch)
         mixture, stems = batch["mixture"], batch["stems"]
         with fabric.autocast():
             in_parts = partial(estimates_of, separator, mixture)
-            estimates = retreat(in_parts, len(mixture))[0].to(stems.dtype)
+            estimates, size = retreat(in_parts, min(at_once, len(mixture)))
+        if size < len(mixture):
+            at_once = size
+        estimates = estimates.to(stems.dtype)
         value = loss(estimates, stems)[0].item()
         if not math.isfinite(value):
             broken.append(describe_batch(batch))
