@@ -4,6 +4,11 @@ All of them take minutes; `benchmarks/leaks.py` runs them. Here are the sound on
 others.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from planted_beyond import BEYOND
@@ -25,12 +30,38 @@ SOME += [*JUDGED, *RULES, *BEYOND]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+# A process that has run thousands of tests makes up to 1.1 KiB of host memory more per step than
+# one of its own, and 1 KiB is a finding; why is not known. So one of its own decides there.
+ALONE = """
+import sys
+from test_leaks import SOME, diagnose, judge
+(script,) = (each for each in SOME if each.name == sys.argv[1])
+step, arguments = script.prepare()
+judge(script, diagnose(step, **arguments))
+"""
+
+
 @pytest.mark.parametrize("script", SOME, ids=lambda script: script.name)
 def test_planted(script):
     step, arguments = script.prepare()
     diagnosis = diagnose(step, **arguments)
+    if diagnosis.verdict == "host memory" not in script.verdicts:
+        alone(script)
+    else:
+        judge(script, diagnosis)
+
+
+def judge(script, diagnosis):
     assert diagnosis.verdict in script.verdicts, diagnosis
     assert script.is_named_in(diagnosis), diagnosis
+
+
+def alone(script):
+    command = [sys.executable, "-c", ALONE, script.name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 ALL = [*SOUND, *TENSOR_LEAKS, *HELD_LEAKS, *SECOND, *UNSEEN, *JUDGED, *RULES]
