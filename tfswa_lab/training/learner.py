@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tfswa_lab.data.augment import SpectrogramMasking
+from tfswa_lab.data.augment.augmentation import masked
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.training.config import TrainingConfig
 from tfswa_lab.training.launch import (
@@ -178,9 +179,9 @@ class Learner:
         )
         return terms
 
-    def _loss(self, batch: dict, masked: AbstractContextManager) -> tuple[Tensor, dict]:
+    def _loss(self, batch: dict, masking: AbstractContextManager) -> tuple[Tensor, dict]:
         """The loss; and itself and its terms, without a graph."""
-        with masked:
+        with masking:
             estimates = self.model(batch["mixture"])  # autocast inside
         loss, terms = self.loss(estimates, batch["stems"])
         return loss, {"loss": loss.detach(), **terms}
@@ -211,14 +212,13 @@ class Learner:
         if self.masking is None:
             return nullcontext()
 
-        def hide(_network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            features = inputs[0]
+        def hide(features: Tensor) -> Tensor:
             whole = torch.ones(size, 1, *features.shape[2:])
             shown = torch.cat([self.masking(whole, each.clone_state()) for each in generators])
             hidden = shown[items.start : items.stop] == 0
-            return (features.masked_fill(hidden.to(features.device), 0.0), *inputs[1:])
+            return features.masked_fill(hidden.to(features.device), 0.0)
 
-        return self.separator.model.register_forward_pre_hook(hide)
+        return masked(self.separator.model, hide)
 
     def _refuse_non_finite(
         self, scalars: dict[str, float], terms: list[dict], batches: Sequence[dict]

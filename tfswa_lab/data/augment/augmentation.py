@@ -8,8 +8,8 @@ Notebook: 07_training
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -267,10 +267,9 @@ class SpectrogramMasking:
         place = torch.arange(size)
         return (place >= start) & (place < start + width.long())
 
-    @contextmanager
     def applied(
         self, network: nn.Module, generator: Generator, rank: int = 0, processes: int = 1
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager:
         """While this is open, `network` sees masked features whenever it is in training mode.
 
         >>> from tfswa_lab.models.separator import build_separator
@@ -279,14 +278,18 @@ class SpectrogramMasking:
         >>> with SpectrogramMasking().applied(separator.model, torch.Generator()):
         ...     estimates = separator(torch.randn(1, 2, 9000))
         """
+        return masked(network, lambda features: self(features, generator, rank, processes))
 
-        def hide(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if not module.training:
-                return None
-            return (self(inputs[0], generator, rank, processes), *inputs[1:])
 
-        handle = network.register_forward_pre_hook(hide)
-        try:
-            yield
-        finally:
-            handle.remove()
+@contextmanager
+def masked(network: nn.Module, mask: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While this is open, `network` sees `mask(features)` whenever it is in training mode."""
+
+    def hide(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (mask(inputs[0]), *inputs[1:]) if module.training else None
+
+    handle = network.register_forward_pre_hook(hide)
+    try:
+        yield
+    finally:
+        handle.remove()
