@@ -19,7 +19,7 @@ from tfswa_lab.cli import main as cli
 from tfswa_lab.cli.train import TrainOptions
 from tfswa_lab.models.separator import HEADS as separator_heads
 from tfswa_lab.models.storage import load_separator
-from tfswa_lab.performance import diagnose
+from tfswa_lab.performance import set_up
 from tfswa_lab.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from tfswa_lab.training.launch import checkpoint_activations
 from tfswa_lab.training.losses import SourceSeparationLoss
@@ -207,7 +207,7 @@ def test_stems_are_listed_with_commas_and_amp_picks_what_fits(songs, tmp_path):
 
 @pytest.mark.parametrize(("ratio", "said"), [(2.84, True), (1.02, False), (0.5, False)])
 def test_mixed_precision_that_is_slower_says_so(songs, tmp_path, monkeypatch, ratio, said):
-    monkeypatch.setattr(diagnose, "mixed_precision_ratio", lambda device: ratio)
+    monkeypatch.setattr(set_up, "mixed_precision_ratio", lambda device: ratio)
     usual = ["--data-root", songs, "--output-dir", tmp_path, *QUICK, "--max-steps", 1]
     result = run(*usual, "--use-amp")
     assert result.exit_code == 0, result.output

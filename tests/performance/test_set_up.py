@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-import tfswa_lab.performance.diagnose
-from tfswa_lab.performance.diagnose import (
+import tfswa_lab.performance.set_up
+from tfswa_lab.performance.set_up import (
     attention_kernel,
     cudnn_benchmark,
     diagnose,
@@ -19,7 +19,7 @@ from tfswa_lab.performance.diagnose import (
     spoken,
 )
 
-room = tfswa_lab.performance.diagnose
+room = tfswa_lab.performance.set_up
 CPU = torch.device("cpu")
 
 

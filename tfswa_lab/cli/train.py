@@ -148,7 +148,7 @@ def train(options: TrainOptions) -> None:
 
 def say_if_slower(preset: Preset) -> None:
     """Try mixed precision for a moment, and say so where it is slower than float32."""
-    from tfswa_lab.performance.diagnose import mixed_precision_ratio
+    from tfswa_lab.performance.set_up import mixed_precision_ratio
 
     if preset.precision != "bf16-mixed":
         return

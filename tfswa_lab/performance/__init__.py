@@ -2,15 +2,16 @@
 
 import lazy_loader
 
-# `profile` and `diagnose` are files that can be called, whatever was imported before.
+# `profile` is a file that can be called, whatever was imported before.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["diagnose", "profile"],
+    submodules=["profile"],
     submod_attrs={
         "batch_size": ["BatchSize", "find_batch_size", "knee"],
         "events": ["loading"],
         "monitor": ["Monitor"],
         "oom": ["part_size", "process_in_chunks", "train_step"],
+        "set_up": ["diagnose"],
         "timing": ["Timing", "benchmark", "real_time_factor"],
     },
 )

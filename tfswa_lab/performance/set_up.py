@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from html import escape
-from inspect import signature
 from itertools import islice, product
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import psutil
@@ -408,12 +406,3 @@ def _memory() -> Setting:
         f"swap {format_bytes(swap.used)} of {format_bytes(swap.total)} used"
     )
     return Setting("RAM", now, NOT_MEASURED)
-
-
-class _CallableModule(ModuleType):
-    __call__ = staticmethod(diagnose)
-    __signature__ = signature(diagnose)  # without it, the first parameter would be taken for `self`
-
-
-# `from tfswa_lab.performance import diagnose` may find this module, which has the same name.
-sys.modules[__name__].__class__ = _CallableModule
