@@ -4,6 +4,7 @@
 """
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,11 +14,10 @@ import pytest
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
 from tfswa_lab.performance.batch_size import find_batch_size, knee
 from tfswa_lab.performance.oom import process_in_chunks, train_step
+from tfswa_lab.performance.staged import Stage, StagedPipeline
 
 BESIDE = Path(__file__).resolve().parents[3] / "shared" / "cases" / "performance"
 FOLDER = Path(os.environ.get("TFSWA_LAB_CASES", BESIDE))
-# Pipelines of several models come later: then `Adapter` gets a method `pipeline`.
-LEFT_OUT = {"check_sequential_frees", "check_one_at_a_time", "check_stage_that_raises"}
 
 pytestmark = pytest.mark.usefixtures("new_objects_only")
 
@@ -40,6 +40,9 @@ class Adapter:
     def knee(self, rows):
         return knee(rows)
 
+    def pipeline(self, stages, policy, budget):
+        return StagedPipeline([Stage(*stage) for stage in stages], "cpu", policy, budget)
+
 
 def checks():
     """All checks, by name; without the folder, one that says what is missing."""
@@ -49,11 +52,47 @@ def checks():
     sys.path.insert(0, str(FOLDER))
     scenarios = importlib.import_module("scenarios")
     sys.path.remove(str(FOLDER))
-    names = {name for name in vars(scenarios) if name.startswith("check_")}
-    assert names >= LEFT_OUT
-    return [pytest.param(getattr(scenarios, name), id=name) for name in sorted(names - LEFT_OUT)]
+    names = sorted(name for name in vars(scenarios) if name.startswith("check_"))
+    return [pytest.param(getattr(scenarios, name), id=name) for name in names]
 
 
 @pytest.mark.parametrize("check", checks())
 def test_scenario(check):
     check(Adapter())
+
+
+def test_plan_of_eight_stages():
+    """A public pipeline, whose sums were done by hand."""
+    if not (path := FOLDER / "plan_eight_stages.json").is_file():
+        pytest.skip(f"no {path}; set TFSWA_LAB_CASES")
+    case, gb = json.loads(path.read_text("utf-8")), 10**9
+    expected = case["expect"]
+    stages = [
+        Stage(
+            each["name"],
+            load=object,
+            run=lambda model, value: value,
+            weights=each["weights"] * gb,
+            activations=each["activations"] * gb,
+            carries=each["carries"] * gb,
+        )
+        for each in case["stages"]
+    ]
+
+    def plan(budget):
+        pipeline = StagedPipeline(stages, "cpu", budget=budget * gb, context=case["context"] * gb)
+        return pipeline.plan()
+
+    found = plan(expected["budget"])
+    assert [row.peak / gb for row in found.stages] == pytest.approx(expected["sequential_each"])
+    rows = {row.name: row for row in found.policies}
+    assert rows["resident"].peak / gb == pytest.approx(expected["resident_peak"])
+    assert rows["resident"].fits is expected["resident_fits"]
+    assert rows["sequential"].peak / gb == pytest.approx(expected["sequential_peak"])
+    assert rows["sequential"].worst == expected["sequential_worst"]
+    assert rows["sequential"].fits is expected["sequential_fits"]
+    assert rows["auto"].fits
+    assert plan(9.4).policy("resident").fails_at == "loading vit"
+    refused = expected["refuse"]
+    with pytest.raises(ValueError, match=refused["names_stage"]):
+        plan(refused["budget"])

@@ -162,13 +162,20 @@ def attempt(work: Callable[[], T]) -> tuple[T, None] | tuple[None, BaseException
             raise
         failed = error
     try:
-        _free_what_it_holds(failed)
+        free_what_it_holds(failed)
         return None, failed
     finally:
         del failed, work  # this frame is in the traceback, too
 
 
-def _free_what_it_holds(failed: BaseException) -> None:
+def free_what_it_holds(failed: BaseException) -> None:
+    """Empty the frames that an error and those linked to it passed through, and torch's cache.
+
+    Call it where these functions have ended: their arguments and variables are gone afterwards, also
+    where somebody keeps the error.
+
+    Notebook: 10_staged_pipelines
+    """
     for error in _linked(failed, "__cause__", "__context__", "exceptions"):
         traceback.clear_frames(error.__traceback__)
     gc.collect()  # cycles
