@@ -31,6 +31,19 @@ KINDS = {
         (*CHOICES, "gpu", "claim"),
         ("predicted", "measured", "workspace", "error", "error_gross", "milliseconds"),
     ),
+    "staged": (
+        "eight_stages",
+        ("run",),
+        (
+            "planned",
+            "failed",
+            "planned_gib",
+            "measured_gib",
+            "left_gib",
+            "seconds",
+            "second_seconds",
+        ),
+    ),
     "lean": (
         "lean",
         ("run",),
