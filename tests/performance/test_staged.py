@@ -4,13 +4,17 @@ The GPU is played: a tensor counts as being on it when `moved` has copied it the
 references count the bytes that are alive, so the count knows nothing of the pipeline.
 """
 
+import functools
+import gc
 import logging
 import random
 import re
 import threading
 import weakref
+from collections import UserDict
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tfswa_lab.performance import placement, staged
+from tfswa_lab.performance.oom import process_in_chunks
 from tfswa_lab.performance.plan import POLICIES, Plan, Room, StageSizes
 from tfswa_lab.performance.staged import Stage, StagedPipeline
 
@@ -64,7 +69,7 @@ def gpu(monkeypatch):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = moved(parameter.data, device)
                 for name, buffer in module._buffers.items():
-                    module._buffers[name] = moved(buffer, device)
+                    module._buffers[name] = buffer if buffer is None else moved(buffer, device)
             return thing
         if on(thing, device):
             return thing
@@ -273,13 +278,37 @@ def test_what_does_not_fit_is_named_with_what_would_help():
         planned(491)
     for text in ("400 B of weights", "80 B of activations", "7 B of context", "budget is 491 B"):
         assert text in str(error.value)
-    assert "252 B, which fits" in str(error.value)  # half of 480, and 12
+    assert "float16 would need about 252 B, which fits" in str(error.value)  # half of 480, and 12
     assert "79 B of activations, 99%" in str(error.value)
 
 
 def test_weights_that_alone_are_too_large():
-    with pytest.raises(ValueError, match="the weights alone are too large; try layerwise=True"):
+    with pytest.raises(ValueError, match="weights alone are too large; layerwise=True") as error:
         planned(300)
+    assert "smaller input cannot help" in str(error.value)
+    with pytest.raises(ValueError, match="2 stages are too large: a, b"):
+        planned(100)
+
+
+def test_what_is_carried_in_may_be_too_large():
+    stages = [
+        Stage("a", nn.Identity, apply, weights=10, activations=500, carries=500),
+        Stage("b", nn.Identity, apply, weights=10, activations=10, carries=10),
+        Stage("c", nn.Identity, apply, weights=10, activations=10, carries=10),
+    ]
+    with pytest.raises(ValueError, match="stage 'c' needs 530 B") as error:
+        StagedPipeline(stages, "cpu", budget=515).plan()
+    assert (
+        "keep_on_host=True takes 500 B of outputs off the device, 30 B remain, which fits"
+        in str(error.value)
+    )
+
+
+def test_half_precision_is_not_advised_twice():
+    stage = Stage("a", nn.Identity, apply, weights=100, activations=10, dtype=torch.float16)
+    with pytest.raises(ValueError, match="needs 110 B") as error:
+        StagedPipeline([stage], "cpu", budget=60).plan()
+    assert "float16" not in str(error.value)
 
 
 def test_resident_fails_where_its_weights_no_longer_fit():
@@ -689,3 +718,293 @@ def test_bad_stages_and_pipelines():
         Stage("a", Counted, None)
     with pytest.raises(ValueError, match="a stage's name is a text"):
         Stage("", Counted, apply)
+
+
+# What an attack found ----------------------------------------------------------------------------
+
+
+def in_a_generator(model, value):
+    return sum(model(part) for part in value.split(1))
+
+
+def in_a_lambda(model, value):
+    return process_in_chunks(lambda part: model(part), value, 1)
+
+
+def in_itself(model, value):
+    def inner(depth):
+        return inner(depth - 1) if depth else model(value)
+
+    return inner(3)
+
+
+def under_a_hook(model, value):
+    model.register_forward_hook(lambda *of_hook: None)
+    return model(value)
+
+
+def from_another(model, value):
+    try:
+        return in_a_generator(model, value)
+    except RuntimeError as error:
+        raise ValueError("another") from error
+
+
+def in_a_group(model, value):
+    try:
+        return in_a_generator(model, value)
+    except RuntimeError as error:
+        raise ExceptionGroup("all", [error, ValueError("more")]) from None
+
+
+CAPTURING = (in_a_generator, in_a_lambda, in_itself, under_a_hook, from_another, in_a_group)
+
+
+@pytest.mark.parametrize("run", CAPTURING)
+def test_what_inner_functions_capture_is_freed_too(run):
+    """Somebody keeps the error of a stage whose model a closure has captured."""
+    pipeline = StagedPipeline([Stage("a", Counted, run)], "cpu", "sequential")
+    try:
+        pipeline.run(torch.ones(4, 3))
+    except Exception as error:
+        held = error
+    assert held.__notes__ == ["in stage 'a', while running"]
+    gc.collect()
+    assert not Counted.alive
+
+
+def test_a_function_of_the_user_keeps_what_it_has_captured():
+    model = Counted()
+
+    def inner(value):
+        return model(value)
+
+    stages = [Stage("a", lambda: model, lambda _, value: inner(value))]
+    pipeline = StagedPipeline(stages, "cpu", "sequential")
+    with pytest.raises(RuntimeError):
+        pipeline.run(torch.ones(3))
+    assert pipeline.run(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_pipelines_in_two_threads():
+    """torch has one profiler for all threads, and crashes where two are started."""
+    outputs = []
+
+    def work():
+        for _ in range(3):
+            outputs.append(StagedPipeline(counted("a"), "cpu").run(torch.zeros(2)).tolist())
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert outputs == [[1.0, 1.0]] * 6
+
+
+def test_a_plan_leaves_a_cached_loader_alone():
+    load = functools.cache(partial(nn.Linear, 2, 2))
+    pipeline = StagedPipeline([Stage("a", load, apply)], "cpu")
+    pipeline.plan(torch.ones(1, 2))
+    assert type(pipeline.run(torch.ones(1, 2))) is torch.Tensor
+
+
+def test_a_loader_that_keeps_a_blank_model_is_refused():
+    kept = []
+
+    def load():
+        kept[:] = kept or [nn.Linear(2, 2)]
+        return kept[0]
+
+    with pytest.raises(ValueError, match="its load keeps the model"):
+        StagedPipeline([Stage("a", load, apply)], "cpu").plan(torch.ones(1, 2))
+
+
+def test_a_model_that_is_there_is_counted_once():
+    model = nn.Linear(1000, 1000)
+    stage = Stage("a", lambda: model, apply, weights=model)
+    plan = StagedPipeline([stage], "cpu").plan(torch.ones(1, 1000))
+    assert plan.stages[0].activations == 4096  # 4000, rounded up as CUDA does
+    assert isinstance(model.weight, nn.Parameter)
+
+
+def test_offload_keeps_all_that_a_run_changes(gpu):
+    """Batch norm does not tell of its changes, and a module may put new tensors in its buffers."""
+
+    class Changing(nn.BatchNorm1d):
+        def __init__(self):
+            super().__init__(2)
+            self.register_buffer("level", torch.zeros(1))
+            self.register_buffer("longer", torch.zeros(1))
+            self.register_buffer("gone", torch.zeros(1))
+
+        def forward(self, value):
+            self.level = self.level * 0.5 + value.mean()
+            self.longer = torch.cat([self.longer, value.mean()[None]])
+            self.gone = None
+            return super().forward(value)
+
+    changed, plain = Changing(), Changing()
+    pipeline = StagedPipeline([Stage("a", lambda: changed, apply)], policy="offload")
+    for value in torch.randn(3, 5, 2):
+        pipeline.run(value)
+        plain(value)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, changed.get_buffer(name)), name
+    assert changed.gone is None
+
+
+def test_plain_attributes_leave_the_device(gpu):
+    class Caching(Counted):
+        def forward(self, value):
+            self.cache = [gpu.enter(value * 2)]
+            return value + self.weight
+
+    model = Caching()
+    for policy in ("offload", "sequential"):
+        pipeline = StagedPipeline([Stage("a", lambda: model, apply)], policy=policy)
+        pipeline.run(torch.ones(2))
+        assert gpu.held == 0
+        assert model.cache[0].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("output", ["label", torch.ones(0), None])
+def test_what_cannot_be_compared_is_no_error(output):
+    stage = Stage("a", linear, lambda model, value: output, dtype=torch.bfloat16)
+    plan = StagedPipeline([stage], "cpu").measure(torch.ones(1, 64))
+    assert "a: in torch.bfloat16" in str(plan)
+
+
+def test_a_comparison_leaves_the_generators_alone():
+    noise = []
+
+    def run(model, value):
+        noise.append(torch.rand(1).item())
+        return value
+
+    for dtype in (None, torch.bfloat16):
+        torch.manual_seed(0)
+        stages = [Stage("a", linear, run, dtype=dtype), Stage("b", linear, run)]
+        StagedPipeline(stages, "cpu").run(torch.ones(1, 64))
+    without, with_comparison = noise[:2], noise[2:]
+    assert with_comparison == [without[0], without[0], without[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_module_that_others_hold_keeps_its_dtype(dtype):
+    model = nn.Linear(64, 64)
+    pipeline = StagedPipeline([Stage("a", lambda: model, apply, dtype=dtype)], "cpu", "sequential")
+    for _ in range(2):
+        pipeline.run(torch.ones(1, 64))
+    assert model.weight.dtype == torch.float32
+
+
+def test_one_module_layer_by_layer_in_two_stages():
+    model = linear()
+    stages = [Stage(name, lambda: model, apply, layerwise=True) for name in "ab"]
+    pipeline = StagedPipeline(stages, "cpu", "resident")
+    value = torch.randn(1, 64)
+    for _ in range(2):
+        assert torch.equal(pipeline.run(value), model(model(value)))
+    pipeline.cleanup()
+    assert not model._forward_hooks
+
+
+def test_sparse_outputs():
+    stage = Stage("a", linear, lambda model, value: model(value).to_sparse())
+    assert StagedPipeline([stage], "cpu").run(torch.ones(1, 64)).is_sparse
+
+
+def test_values_are_copied_only_where_something_changes():
+    @dataclass
+    class Doubles:
+        x: torch.Tensor
+
+        def __post_init__(self):
+            self.x = self.x * 2
+
+    stages = [
+        Stage("a", nn.Identity, lambda model, x: Doubles(x)),
+        Stage("b", nn.Identity, apply),
+        Stage("c", nn.Identity, lambda model, value: value.x),
+    ]
+    assert StagedPipeline(stages, "cpu").run(torch.ones(1)).tolist() == [2.0]
+
+
+def test_namespaces_and_mappings_are_moved(gpu):
+    def run(model, value):
+        assert value.x in gpu
+        assert value.more["y"] in gpu
+        return value.x + value.more["y"]
+
+    value = SimpleNamespace(x=torch.ones(1), more=UserDict(y=torch.ones(1)))
+    pipeline = StagedPipeline([Stage("a", nn.Identity, run)], policy="sequential")
+    assert pipeline.run(value).tolist() == [2.0]
+    assert value.x not in gpu
+
+
+def test_inference_mode(gpu):
+    with torch.inference_mode():
+        stage = Stage("a", lambda: nn.BatchNorm1d(2).eval(), apply)
+        StagedPipeline([stage], policy="offload").run(torch.ones(3, 2))
+
+
+def test_what_is_passed_on_counts_once():
+    """Each stage adds a tensor to a dictionary: predicted and measured agree."""
+
+    def run(model, value):
+        return {**value, f"o{len(value)}": torch.zeros(1000)}
+
+    stages = [Stage(str(i), nn.Identity, run) for i in range(5)]
+    value = {"x": torch.zeros(1000)}
+    predicted = StagedPipeline(stages, "cpu").plan(value)
+    assert [row.carried_in for row in predicted.stages] == [0, 4000, 8000, 12000, 16000]
+    measured = StagedPipeline(stages, "cpu").measure(value)
+    assert [row.carried_in for row in measured.stages] == [0, 4000, 8000, 12000, 16000]
+
+
+def test_nothing_has_finished():
+    def fail(model, value):
+        raise ZeroDivisionError
+
+    pipeline = StagedPipeline([Stage("a", nn.Identity, fail)], "cpu")
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run(torch.ones(1))
+    with pytest.raises(ValueError, match="stage 'a' has not finished; give its input again"):
+        pipeline.run(resume=True)
+
+
+def test_models_inside_of_other_objects_are_refused():
+    stage = Stage("a", lambda: ("a tokenizer", linear()), apply)
+    with pytest.raises(TypeError, match="a tuple that holds a Linear; return the module"):
+        StagedPipeline([stage], "cpu", "sequential").run(torch.ones(1, 64))
+
+
+def test_int8_is_planned_for_linear_layers_alone():
+    def make():
+        return nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 8))
+
+    stage = Stage("a", make, apply, weights=make, dtype=torch.int8)
+    pipeline = StagedPipeline([stage], "cpu", "lazy")
+    planned = pipeline.plan().stages[0].weights
+    pipeline.run(torch.ones(1, dtype=torch.long))
+    assert pipeline.status()["a"].weights == planned
+
+
+def test_a_status_does_not_change_later():
+    pipeline = StagedPipeline(counted("a"), "cpu")
+    before = pipeline.status()
+    pipeline.run(torch.zeros(2))
+    assert before["a"].runs == 0
+
+
+def test_half_precision_that_overflows_is_named():
+    stage = Stage("a", linear, lambda model, value: value * 1e5, dtype=torch.float16)
+    pipeline = StagedPipeline([stage], "cpu", "sequential")
+    pipeline.run(torch.ones(1, 64))
+    assert "has numbers that are not finite" in str(pipeline.status())
+
+
+def test_the_host_holds_what_lives_there_or_what_is_loaded():
+    sizes = [StageSizes(n, {n: w}, 10) for n, w in (("a", 100), ("b", 30), ("c", 150))]
+    plan = Plan(tuple(sizes), Room(budget=260, host=170))
+    assert plan.modes == {"a": "offload", "b": "offload", "c": "resident"}
+    assert plan.policy("auto").host == 150

@@ -9,10 +9,12 @@ import errno
 import gc
 import logging
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from types import CellType, FunctionType
+from typing import Any, TypeVar
 
 import torch
 
@@ -171,16 +173,43 @@ def attempt(work: Callable[[], T]) -> tuple[T, None] | tuple[None, BaseException
 def free_what_it_holds(failed: BaseException) -> None:
     """Empty the frames that an error and those linked to it passed through, and torch's cache.
 
-    Call it where these functions have ended: their arguments and variables are gone afterwards, also
-    where somebody keeps the error.
+    Call it where these functions have ended: their arguments and variables are gone afterwards,
+    also where somebody keeps the error.
 
     Notebook: 10_staged_pipelines
     """
     for error in _linked(failed, "__cause__", "__context__", "exceptions"):
         traceback.clear_frames(error.__traceback__)
+        _empty_closures(error)
     gc.collect()  # cycles
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()  # cuFFT and cuBLAS allocate beside it
+
+
+def _empty_closures(error: BaseException) -> None:
+    """Empty what inner functions have captured, where only the traceback still has the function.
+
+    A cleared frame keeps its function, and so the variables that a lambda, a generator expression
+    or one of torch's own wrappers has taken from the function around it.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    held = [each for frame in frames for each in gc.get_referents(frame)]
+    functions = [each for each in held if isinstance(each, FunctionType) and each.__closure__]
+    del held
+    for function in functions:
+        by_frames = 2 * sum(each is function for each in functions)  # and by our list
+        by_itself = sum(_content(cell) is function for cell in function.__closure__)
+        if sys.getrefcount(function) <= by_frames + by_itself + 2:  # the variable, the argument
+            for cell in function.__closure__:
+                if sys.getrefcount(cell) <= 3 or _content(cell) is function:
+                    cell.cell_contents = None
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 def retreat(

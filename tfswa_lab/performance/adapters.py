@@ -69,7 +69,7 @@ class Wrapped(nn.Module):
     def __init__(self, thing: Any, call: str):
         super().__init__()
         self.call = _method(thing, call)
-        self.held = nn.ModuleList(_modules(thing))
+        self.held = nn.ModuleList(modules_in(thing))
 
     def forward(self, value: Any) -> Any:
         """The next value."""
@@ -122,12 +122,18 @@ def _method(thing: Any, name: str) -> Callable[..., Any]:
     return method
 
 
-def _modules(thing: Any) -> list[nn.Module]:
+def modules_in(thing: Any) -> list[nn.Module]:
+    """The modules that an object holds: in its attributes, or in lists and dicts there.
+
+    >>> modules_in((nn.ReLU(), "a tokenizer"))
+    [ReLU()]
+    """
     if isinstance(thing, nn.Module):
         return [thing]
+    inside = thing if isinstance(thing, list | tuple | Mapping) else getattr(thing, "__dict__", ())
     found = []
-    for value in vars(thing).values():
-        inside = value.values() if isinstance(value, Mapping) else value
-        inside = inside if isinstance(value, Mapping | list | tuple) else [value]
-        found += [each for each in inside if isinstance(each, nn.Module)]
+    for value in inside.values() if isinstance(inside, Mapping) else inside:
+        parts = value.values() if isinstance(value, Mapping) else value
+        parts = parts if isinstance(value, Mapping | list | tuple) else [value]
+        found += [each for each in parts if isinstance(each, nn.Module)]
     return found

@@ -9,6 +9,7 @@ Notebook: 10_staged_pipelines
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import mmap
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -89,6 +91,9 @@ def load(
     To another device, or in another dtype, the tensors go one by one, and no more than one of them
     is in the host's memory beside those that stay there.
 
+    A parameter or buffer that the class makes of numbers (`torch.randn(…) * 0.02`) takes its memory
+    while the module is built; what torch's own layers make does not.
+
     Buffers that are in no file keep the values that the class computes, and so do tensors that are
     plain attributes. Parameters that the module shares stay shared; the file may hold any one of
     their names. An optimizer has to be made afterwards. torch's random generator is left alone.
@@ -121,12 +126,15 @@ def load(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is no floating-point type, such as torch.float16")
     stored = _stored(path)
-    module, given = _without_weights(module_class, sizes)
+    module, given, stand_ins = _without_weights(module_class, sizes)
     files = {each.path: _mapped(each.path) for each in stored.values()}
     tensors = {name: _tensor(files[each.path], each) for name, each in stored.items()}
     _assign(module, tensors, stored)
     _refuse_left_out(module, given, files)
-    move(module, torch.device(device), dtype, partial(_forget_pages, files.values()))
+    _refuse_kept(module, given, stand_ins)
+    untouched = not module._load_state_dict_post_hooks  # else a hook may have written to the pages
+    forget = partial(_forget_pages, files.values()) if untouched else lambda: None
+    move(module, torch.device(device), dtype, forget)
     return module.eval()
 
 
@@ -252,30 +260,34 @@ def _tensor(file: mmap.mmap, stored: Stored) -> Tensor:
 
 def _without_weights(
     module_class: Callable[..., nn.Module], sizes: dict[str, Any]
-) -> tuple[nn.Module, WeakIdKeyDictionary]:
+) -> tuple[nn.Module, WeakIdKeyDictionary, list[ref]]:
     """Build a module whose parameters have no memory; everything else has its values.
 
     Returns:
-        The module, and the parameters that it was given, as far as they are alive.
+        The module, its own parameters as far as they are alive, and what stands in for them.
     """
     try:
-        with _parameters_on_meta() as given, torch.random.fork_rng(devices=()), torch.device("cpu"):
+        with (
+            _parameters_on_meta() as (given, stand_ins),
+            torch.random.fork_rng(devices=()),
+            torch.device("cpu"),
+        ):
             module = module_class(**sizes)
     except (RuntimeError, NotImplementedError) as error:
         error.add_note(f"{module_class} was built without weights. If it needs them, {AS_USUAL}")
         raise
     if not isinstance(module, nn.Module):
         raise ValueError(f"module_class built a {type(module).__name__}; it must build a Module")
-    return module, given
+    return module, given, stand_ins
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[WeakIdKeyDictionary]:
+def _parameters_on_meta() -> Iterator[tuple[WeakIdKeyDictionary, list[ref]]]:
     """Give modules that this thread builds parameters without memory instead of their own.
 
     Fresh memory costs nothing until it is written to, and the initialisation comes later.
     """
-    thread, given = threading.get_ident(), WeakIdKeyDictionary()
+    thread, given, stand_ins = threading.get_ident(), WeakIdKeyDictionary(), []
 
     def instead(module: nn.Module, name: str, own: nn.Parameter) -> nn.Parameter | None:
         if own.is_meta or is_lazy(own) or isinstance(own, FakeTensor):
@@ -285,12 +297,13 @@ def _parameters_on_meta() -> Iterator[WeakIdKeyDictionary]:
         if own not in given:  # else two modules share it
             given[own] = nn.Parameter(own.detach().to("meta"), own.requires_grad)
             given[own].__dict__.update(own.__dict__)
+            stand_ins.append(ref(given[own]))
         return given[own]
 
     with _building:
         hook = register_module_parameter_registration_hook(instead)
         try:
-            yield given
+            yield given, stand_ins
         finally:
             hook.remove()
 
@@ -394,6 +407,25 @@ def _refuse_left_out(module: nn.Module, given: WeakIdKeyDictionary, files: Itera
                     f"{'.'.join(filter(None, (prefix, name)))!r} takes weights before they are "
                     f"loaded from {', '.join(map(str, files))}. Take them in forward, or {AS_USUAL}"
                 )
+
+
+def _refuse_kept(module: nn.Module, given: WeakIdKeyDictionary, stand_ins: list[ref]) -> None:
+    """Refuse a module that keeps parameters where none can be put: in a closure, an optimizer.
+
+    Without numbers, they would be wrong, or fail when the module runs.
+    """
+
+    def kept() -> bool:
+        return bool(len(given)) or any(stand_in() is not None for stand_in in stand_ins)
+
+    if kept():
+        gc.collect()
+    if kept():
+        raise ValueError(
+            f"{type(module).__name__} keeps parameters outside of its modules, such as in a "
+            f"function, a dictionary or an optimizer. Take them from the module in forward, or "
+            f"{AS_USUAL}"
+        )
 
 
 def move(

@@ -5,16 +5,17 @@ Notebook: 10_staged_pipelines
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
-from collections.abc import Callable, Collection, Hashable
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import is_dataclass
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 HOST = torch.device("cpu")
 
@@ -22,21 +23,40 @@ HOST = torch.device("cpu")
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value` with `function` applied to each tensor in its tuples, lists, dicts and dataclasses.
+    """`value` with `function` applied to each tensor in it.
+
+    It looks into tuples, lists, mappings, dataclasses and namespaces, and copies only those in
+    which something changes.
 
     >>> map_tensors(torch.neg, {"a": [torch.tensor(1)], "b": "text"})
     {'a': [tensor(-1)], 'b': 'text'}
     """
+    if isinstance(value, Tensor):
+        return function(value)
+    items = _items(value)
+    changed = {key: map_tensors(function, item) for key, item in items.items()}
+    if all(changed[key] is item for key, item in items.items()):
+        return value
+    if isinstance(value, tuple):
+        made = changed.values()
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    copied = copy.copy(value)
+    for key, item in changed.items():
+        if isinstance(value, list | Mapping):
+            copied[key] = item
+        if not isinstance(value, list) and key in getattr(value, "__dict__", ()):
+            object.__setattr__(copied, key, item)  # also where the dataclass is frozen
+    return copied
 
-    def mapped(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return function(leaf)
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            inner = {each.name: getattr(leaf, each.name) for each in fields(leaf) if each.init}
-            return replace(leaf, **map_tensors(function, inner))
-        return leaf
 
-    return tree_map(mapped, value)
+def _items(value: Any) -> dict[Any, Any]:
+    """What a value consists of, by index, key or name."""
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if isinstance(value, Mapping):
+        return dict(value)
+    is_record = is_dataclass(value) or isinstance(value, SimpleNamespace)
+    return dict(vars(value)) if is_record and hasattr(value, "__dict__") else {}
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -78,7 +98,25 @@ class StorageKeys:
         >>> StorageKeys().storages([view, view.clone()])
         {0: 4000, 1: 8}
         """
-        return {self.key(each): each.untyped_storage().nbytes() for each in tensors_in(value)}
+        parts = (part for tensor in tensors_in(value) for part in strided(tensor))
+        return {self.key(part): part.untyped_storage().nbytes() for part in parts}
+
+
+def strided(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold a tensor's numbers: those of a sparse one, else itself.
+
+    >>> [part.nbytes for part in strided(torch.eye(3).to_sparse())]
+    [48, 12]
+    """
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()  # a layout that has no storage to ask
 
 
 # Models ------------------------------------------------------------------------------------------
@@ -95,7 +133,7 @@ class Model:
 
     def __init__(self, module: Any, device: torch.device, lives_on_host: bool = False):
         self.module, self.device, self.lives_on_host = module, device, lives_on_host
-        self._home: list[tuple[dict, str, Tensor, int]] = []  # with versions on the device
+        self._home: list[tuple[dict, str, Tensor, Tensor, int | None]] = []
         if lives_on_host and self.is_elsewhere(HOST):
             moved(module, HOST)
         if lives_on_host and device.type == "cuda":
@@ -130,24 +168,31 @@ class Model:
         homes = [(held, name, tensor.data) for held, name, tensor in self._tensors()]
         moved(self.module, self.device)
         if self.lives_on_host:
-            self._home = [(held, name, data, held[name]._version) for held, name, data in homes]
+            self._home = [
+                (held, name, held[name], data, version_of(held[name])) for held, name, data in homes
+            ]
 
     def move_out(self, staying: Collection[int] = ()) -> None:
-        """Back to the host, where it lives: only what the run has changed is copied.
+        """Back to the host, where it lives. A parameter that the run has not changed is not copied.
 
         Args:
             staying: `id` of tensors that another model on the device shares.
         """
-        for held, name, at_home, version in self._home:
-            if id(held[name]) in staying:
+        for held, name, came_as, at_home, version in self._home:
+            now = held.get(name)
+            if now is None or id(now) in staying:
                 continue
-            if held[name]._version != version:
-                at_home.copy_(held[name].detach())
-            if isinstance(held[name], nn.Parameter):
-                held[name].data = at_home
-            else:
-                held[name] = at_home
+            if now is not came_as:  # the run has put another one there
+                held[name] = moved(now, HOST) if isinstance(now, Tensor) else now
+            elif isinstance(now, nn.Parameter):
+                if version is None or version_of(now) != version:
+                    at_home.copy_(now.detach())
+                now.data = at_home
+            else:  # batch norm does not tell of its changes
+                held[name] = at_home.copy_(now)
         self._home = []
+        if isinstance(self.module, nn.Module):
+            attributes_to_host(self.module)
 
     def let_go(self, staying: Collection[int] = ()) -> None:
         """End it. What somebody else holds of it goes back to the host.
@@ -155,24 +200,51 @@ class Model:
         Args:
             staying: as for `move_out`.
         """
-        self.move_out(staying)
+        if self._home:
+            self.move_out(staying)
         module, self.module = self.module, None
         if not isinstance(module, nn.Module):
             return
-        watched = [
-            weakref.ref(tensor) for tensor in tensors_in(module) if id(tensor) not in staying
-        ]
+        leaving = (tensor for tensor in tensors_in(module) if id(tensor) not in staying)
+        watched = [weakref.ref(tensor) for tensor in leaving]
+        alive = weakref.ref(module)
         del module
         if any(watch() is not None for watch in watched):
             gc.collect()  # a cycle
         for watch in watched:
             if (tensor := watch()) is not None and not on(tensor, HOST):
                 tensor.data = moved(tensor.data, HOST)
+        if alive() is not None:
+            attributes_to_host(alive())
+
+
+def attributes_to_host(module: nn.Module) -> None:
+    """Move tensors that are plain attributes of a module or its parts, such as a cache."""
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            at_home = map_tensors(_to_host, value)
+            if at_home is not value:
+                object.__setattr__(part, name, at_home)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor if on(tensor, HOST) else moved(tensor, HOST)
 
 
 def moved(thing: Tensor | nn.Module, device: torch.device) -> Any:
     """A tensor or a module on a device; to a GPU, without waiting for it."""
     return thing.to(device, non_blocking=device != HOST)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where torch does not count.
+
+    >>> version_of(torch.zeros(1).add_(1))
+    1
+    """
+    return None if tensor.is_inference() else tensor._version
 
 
 def on(tensor: Tensor, device: torch.device) -> bool:

@@ -32,6 +32,7 @@ class StageSizes:
             stage's own output. None where unknown.
         hands_on: storages of its output; None where unknown.
         host: bytes of the weights on the host, where the device does not hold all of them.
+        halved: bytes of the weights on the device in half precision; None where they are in it.
         by_layer: whether the device holds one layer at a time.
     """
 
@@ -41,6 +42,7 @@ class StageSizes:
     hands_on: Storages | None = None
     host: int | None = None
     by_layer: bool = False
+    halved: int | None = None
 
     @property
     def whole(self) -> int:
@@ -194,9 +196,10 @@ class Plan(Shown):
         """Bytes of weights on the host: those that live there, and one that is being loaded."""
         if self.room.host is None:
             return None
-        lives = [sizes for sizes in self.sizes if modes[sizes.name] == "offload"]
-        passing = max((sizes.whole for sizes in self.sizes if sizes not in lives), default=0)
-        return self._offloaded(modes) + passing
+        whole = {sizes.name: sizes.whole for sizes in self.sizes}
+        first = [size for name, size in whole.items() if modes[name] == "resident"]
+        later = [size for name, size in whole.items() if modes[name] in ("lazy", "sequential")]
+        return max(*first, 0, self._offloaded(modes) + max(later, default=0))
 
     def _offloaded(self, modes: Mapping[str, str]) -> int:
         """Bytes of weights that live on the host."""
@@ -304,29 +307,42 @@ class Plan(Shown):
             f"{format_bytes(activations)} of activations",
             *others,
         ]
+        needs, budget = format_bytes(row.peak), format_bytes(self.room.budget)
+        if needs == budget:
+            needs, budget = f"{row.peak} B", f"{self.room.budget} B"
         return (
-            f"stage {row.name!r} needs {format_bytes(row.peak)} ({', '.join(parts)}), and the "
-            f"budget is {format_bytes(self.room.budget)}: no policy fits. "
-            + "; ".join(self._help(row, sizes))
+            f"stage {row.name!r} needs {needs} ({', '.join(parts)}), and the budget is {budget}: "
+            f"no policy fits. What would help: {'; '.join(self._help(row, sizes))}"
         )
 
     def _help(self, row: StageRow, sizes: StageSizes) -> Iterator[str]:
         """What would help, and how much."""
         weights, activations = row.weights or 0, row.activations or 0
-        fixed, budget = row.peak - weights - activations, self.room.budget
-        half = row.peak - (weights + activations) // 2
-        verdict = "which fits" if half <= budget else "which is still too much"
-        yield f"Half precision (dtype=torch.float16) would need {format_bytes(half)}, {verdict}"
-        if left := max(0, budget - fixed - weights):
-            share = left / activations
+        if sizes.halved is not None:
+            half = row.peak - weights - activations + sizes.halved + activations // 2
+            yield f"dtype=torch.float16 would need about {format_bytes(half)}{self._verdict(half)}"
+        others = row.peak - activations
+        if others < self.room.budget and activations:
+            left = self.room.budget - others
             yield (
-                f"a smaller input would fit if it made {format_bytes(left)} of activations, "
-                f"{share:.0%} of now"
+                f"a smaller input fits if it makes {format_bytes(left)} of activations, "
+                f"{left / activations:.0%} of now"
             )
-        elif not sizes.by_layer:
-            yield "a smaller input cannot help: the weights alone are too large; try layerwise=True"
+        elif weights + self.room.context > self.room.budget and not sizes.by_layer:
+            yield "a smaller input cannot help, as the weights alone are too large"
+            yield "layerwise=True holds one layer at a time"
         if kept := row.carried_in - total(self._input_of(sizes)):
-            yield f"keep_on_host=True would take {format_bytes(kept)} of outputs off the device"
+            without = row.peak - kept
+            yield (
+                f"keep_on_host=True takes {format_bytes(kept)} of outputs off the device, "
+                f"{format_bytes(without)} remain{self._verdict(without)}"
+            )
+        others = [each.name for each in self.stages if each.peak > self.room.budget]
+        if len(others) > 1:
+            yield f"{len(others)} stages are too large: {', '.join(others)}"
+
+    def _verdict(self, size: int) -> str:
+        return ", which fits" if size <= self.room.budget else ", still too much"
 
     def _input_of(self, sizes: StageSizes) -> Storages:
         """What the stage before hands on."""

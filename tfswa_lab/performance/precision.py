@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
 from tfswa_lab.performance.lean_load import bytes_in, move
-from tfswa_lab.performance.placement import map_tensors, tensors_in
+from tfswa_lab.performance.placement import map_tensors, tensors_in, version_of
 
 # Half precision ----------------------------------------------------------------------------------
 
@@ -172,6 +172,19 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def cast_plan(
+    module: nn.Module, dtype: torch.dtype | None
+) -> Iterator[tuple[Tensor, torch.dtype | None]]:
+    """Each parameter and buffer, and its dtype to come: int8 is for weights of linear layers alone.
+
+    >>> [dtype for _, dtype in cast_plan(nn.Linear(2, 2), torch.int8)]
+    [torch.int8, None]
+    """
+    linear = {id(part.weight) for part in module.modules() if type(part) is nn.Linear}
+    for tensor in tensors_in(module):
+        yield tensor, None if dtype is torch.int8 and id(tensor) not in linear else dtype
+
+
 def bytes_as(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     """Bytes that a parameter or buffer keeps, now or after `cast_module` or `int8_weights`.
 
@@ -215,7 +228,7 @@ class _Layer:
             if self.uses[tensor] == 1 and tensor.device != self.device:
                 home = tensor.data
                 tensor.data = home.to(self.device)
-                self._homes[tensor] = home, tensor._version
+                self._homes[tensor] = home, version_of(tensor)
 
     def leave(self, *of_hook: Any) -> None:
         """A hook after the module has run, or has failed."""
@@ -223,7 +236,8 @@ class _Layer:
             self.uses[tensor] = max(0, self.uses.get(tensor, 0) - 1)
             if self.uses[tensor] == 0 and tensor in self._homes:
                 home, version = self._homes.pop(tensor)
-                if tensor._version != version:
+                is_buffer = not isinstance(tensor, nn.Parameter)  # batch norm tells of no change
+                if is_buffer or version is None or version_of(tensor) != version:
                     home.copy_(tensor.data)
                 tensor.data = home
 
@@ -255,7 +269,7 @@ def layerwise(module: nn.Module, device: torch.device | str) -> nn.Module:
     >>> layerwise(model, "cpu")(torch.ones(3, 4)).shape
     torch.Size([3, 2])
     """
-    if hasattr(module, "_layerwise"):
+    if is_layerwise(module):
         raise ValueError(f"{type(module).__name__} is layerwise already; call remove_layerwise")
     uses: dict[Tensor, int] = {}
     module.to("cpu")
@@ -268,6 +282,11 @@ def layerwise(module: nn.Module, device: torch.device | str) -> nn.Module:
             lambda layer=layer: (layer.uses.clear(), layer.leave()),
         ]
     return module
+
+
+def is_layerwise(module: nn.Module) -> bool:
+    """Whether `layerwise` holds it on the host."""
+    return hasattr(module, "_layerwise")
 
 
 def remove_layerwise(module: nn.Module) -> nn.Module:

@@ -23,6 +23,16 @@ DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.int8)
 Weights = int | float | str | Path | Sequence | nn.Module | Callable[[], nn.Module]
 
 
+def is_bytes(size: Any) -> bool:
+    """Whether it is a number of bytes.
+
+    >>> is_bytes(1.5e9), is_bytes(-1), is_bytes(True)
+    (True, False, False)
+    """
+    is_number = isinstance(size, Real) and not isinstance(size, bool)
+    return is_number and 0 <= size < float("inf")
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
     """One model of a pipeline, and what is done with it. Nothing is loaded yet.
@@ -73,7 +83,7 @@ class Stage:
         if isinstance(self.weights, Real):
             numbers["weights"] = self.weights
         for what, size in numbers.items():
-            if size is not None and not (isinstance(size, Real) and 0 <= size < float("inf")):
+            if size is not None and not is_bytes(size):
                 raise ValueError(f"stage {self.name!r}: {what}={size!r} is no number of bytes")
 
     @property

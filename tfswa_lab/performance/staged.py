@@ -6,26 +6,39 @@ Notebook: 10_staged_pipelines
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tfswa_lab.device import pick_device
 from tfswa_lab.memory import gauges
 from tfswa_lab.memory.out_of_memory import free_what_it_holds
-from tfswa_lab.memory.predict import predict
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.performance import precision
+from tfswa_lab.performance.adapters import modules_in
+from tfswa_lab.performance.blanks import Blanks
 from tfswa_lab.performance.lean_load import weight_bytes
-from tfswa_lab.performance.placement import HOST, Model, StorageKeys, map_tensors, moved, tensors_in
+from tfswa_lab.performance.placement import (
+    HOST,
+    Model,
+    StorageKeys,
+    map_tensors,
+    moved,
+    on,
+    strided,
+    tensors_in,
+)
 from tfswa_lab.performance.plan import (
     POLICIES,
     Plan,
@@ -34,10 +47,11 @@ from tfswa_lab.performance.plan import (
     Storages,
     total,
 )
-from tfswa_lab.performance.stage import Stage, StageStatus, Status, Weights
-from tfswa_lab.performance.timing import peak_bytes
+from tfswa_lab.performance.stage import Stage, StageStatus, Status, is_bytes
+from tfswa_lab.performance.timing import peak_bytes, profiler_runs
 
 log = logging.getLogger(__name__)
+_measuring = threading.Lock()  # torch has one profiler for all threads
 
 
 @dataclass
@@ -116,11 +130,14 @@ class StagedPipeline:
         prefetch: bool = False,
     ):
         self.stages = tuple(stages)
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise TypeError(f"{stage!r} is no Stage: write Stage(name, load, run)")
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"stages={names}: name one or more stages, each once")
         for what, size in (("budget", budget), ("context", context)):
-            if size is not None and not (isinstance(size, Real) and 0 <= size < float("inf")):
+            if size is not None and not is_bytes(size):
                 raise ValueError(f"{what}={size!r} is no number of bytes")
         self.device = pick_device(device)
         self.budget, self.context = budget, context
@@ -135,6 +152,7 @@ class StagedPipeline:
         self._drafts: dict[str, nn.Module] = {}  # on the meta device
         self._keys = StorageKeys()
         self._input_bytes = 0
+        self._given: set[int] = set()  # keys of the storages of the first stage's input
         self.policy = policy
 
     @property
@@ -190,33 +208,57 @@ class StagedPipeline:
         if self.budget is not None and context is not None:
             return Room(int(self.budget), int(context), host)
         memory = gauges.device_memory(self.device)
-        if context is None:
-            context = memory.used - gauges.reserved(self.device)
+        if context is None:  # what others hold in torch's allocator counts, too
+            others = gauges.allocated(self.device) - self._own_bytes()
+            context = memory.used - gauges.reserved(self.device) + others
         share = torch.cuda.get_per_process_memory_fraction(self.device) * memory.total
         budget = min(memory.total, share + context) if self.budget is None else self.budget
         return Room(int(budget), int(context), host)
 
+    def _own_bytes(self) -> int:
+        """Bytes of models and outputs on the device."""
+        models = [model.module for model in self._held.values() if not model.lives_on_host]
+        modules = [module for module in models if isinstance(module, nn.Module)]
+        held = [x for thing in (*modules, self.outputs) for x in tensors_in(thing)]
+        return total(self._keys.storages([x for x in held if on(x, self.device)]))
+
     def _sizes(self, stage: Stage) -> StageSizes:
         found = self._found[stage.name]
-        weights, host = self._weights(stage)
+        try:
+            weights, host = self._weights(stage)
+        except Exception as error:
+            add_note(error, f"in stage {stage.name!r}, while its weights were counted")
+            raise
         activations = found.activations if stage.activations is None else int(stage.activations)
         hands_on = found.hands_on
         if stage.carries is not None:
             hands_on = {("output", stage.name): int(stage.carries)}
-        by_layer = self._is_by_layer(stage)
-        return StageSizes(stage.name, weights, activations, hands_on, host, by_layer)
+        by_layer, halved = self._is_by_layer(stage), self._halved(stage, weights)
+        return StageSizes(stage.name, weights, activations, hands_on, host, by_layer, halved)
+
+    def _halved(self, stage: Stage, weights: Storages | None) -> int | None:
+        """Bytes of the weights on the device in half precision."""
+        if weights is None or stage.dtype not in (None, torch.float32):
+            return None
+        if isinstance(stage.weights, Real) or stage.weights is None:
+            return total(weights) // 2
+        return total(self._weights(replace(stage, dtype=torch.float16), again=True)[0])
 
     def _is_by_layer(self, stage: Stage) -> bool:
         """Whether the device has one layer at a time; the host has all, also as the device."""
         return stage.layerwise and self.device != HOST
 
-    def _weights(self, stage: Stage) -> tuple[Storages | None, int | None]:
-        """On the device, and on the host where that is more; None where unknown."""
+    def _weights(self, stage: Stage, again: bool = False) -> tuple[Storages | None, int | None]:
+        """On the device, and on the host where that is more; None where unknown.
+
+        Args:
+            again: count what `weights` names also where a loaded model has been counted.
+        """
         given, found = stage.weights, self._found[stage.name]
-        if given is None:
-            return found.weights, found.host
         if isinstance(given, Real):
             return {("weights", stage.name): int(given)}, None
+        if given is None or (found.weights is not None and not again):
+            return found.weights, found.host
         dtype = None if stage.name in self._in_float32 else stage.dtype
         if callable(given):  # a module, too
             return self._of_module(self._draft(stage), dtype, self._is_by_layer(stage))
@@ -241,9 +283,11 @@ class StagedPipeline:
         self, module: Any, dtype: torch.dtype | None, layerwise: bool = False
     ) -> tuple[Storages, int | None]:
         """As `_weights`, for a module that is there, or a draft that will get a dtype."""
+        casts = precision.cast_plan(module, dtype) if isinstance(module, nn.Module) else ()
         sizes = {
-            self._keys.key(tensor): precision.bytes_as(tensor, dtype)
-            for tensor in tensors_in(module if isinstance(module, nn.Module) else ())
+            self._keys.key(part): precision.bytes_as(part, to)
+            for tensor, to in casts
+            for part in strided(tensor)
         }
         if not layerwise:
             return sizes, None
@@ -254,30 +298,44 @@ class StagedPipeline:
 
     def _predict(self, example: Any) -> None:
         """Find out activations and outputs on tensors that have no values."""
-        value = map_tensors(_blank, example)
         self._input_bytes = self._bytes_to_move(example)
+        blanks = Blanks(example)
+        given = set(blanks.bytes)
         for stage in self.stages:
             found = self._found[stage.name]
             try:
-                value, activations, hands_on = self._predicted(stage, value)
+                found.activations = self._predicted(stage, blanks)
             except Exception as error:
                 raise ValueError(
                     f"stage {stage.name!r} cannot be predicted ({type(error).__name__}: {error}); "
                     "give its activations and carries, or call measure(value)"
                 ) from error
-            found.activations = activations
-            found.hands_on = {("predicted", stage.name): hands_on}
+            found.hands_on = {
+                ("predicted", key): size for key, size in blanks.bytes.items() if key not in given
+            }
 
-    def _predicted(self, stage: Stage, value: Any) -> tuple[Any, int, int]:
+    def _predicted(self, stage: Stage, blanks: Blanks) -> int:
         half = stage.dtype if stage.is_half and stage.name not in self._in_float32 else None
+        make = partial(self._for_prediction, stage, half)
+        run = partial(_called, stage.run)
         try:
-            return _predicted(stage, value, half)
+            return blanks.predict(make, run, half)
         except Exception as error:
             failed = half and precision.needs_float32(error)
             if not failed:
                 raise
         self._stays_float32(stage, failed)
-        return _predicted(stage, value, None)
+        return blanks.predict(partial(self._for_prediction, stage, None), run, None)
+
+    def _for_prediction(self, stage: Stage, half: torch.dtype | None) -> Any:
+        """The stage's model, built among tensors without values; it must not be kept by anyone."""
+        if callable(stage.weights) and not isinstance(stage.weights, nn.Module):
+            module = stage.weights()
+        elif isinstance(stage.weights, nn.Module):
+            module = deepcopy(self._draft(stage).to("meta")).to_empty(device="cpu")
+        else:
+            module = getattr(stage.load, "__wrapped__", stage.load)()
+        return module if half is None else precision.cast_module(module, half)
 
     # Run -----------------------------------------------------------------------------------------
 
@@ -289,7 +347,8 @@ class StagedPipeline:
 
         Args:
             value: the input of the first stage, on any device.
-            resume: continue after the last stage that finished, with its output as the value.
+            resume: continue after the last stage that finished, with its output instead of
+                `value`.
             reload: load all models again, also those that have stayed.
 
         Returns:
@@ -300,6 +359,10 @@ class StagedPipeline:
             Exception: a stage's own, with a note that names the stage.
         """
         first = self._first(resume)
+        if resume and first == 0 and value is None:
+            raise ValueError(
+                f"resume=True: stage {self.stages[0].name!r} has not finished; give its input again"
+            )
         if reload:
             self.cleanup()
         if first:
@@ -311,7 +374,9 @@ class StagedPipeline:
         if self.policy == "auto" and not measuring:
             plan.check()
         modes = plan.modes_of("sequential" if measuring else self.policy)
-        return self._go(_Run(value, plan, modes, measuring), first)
+        state = _Run(value, plan, modes, measuring)
+        del value  # it is kept no longer than it is needed
+        return self._go(state, first)
 
     __call__ = run
 
@@ -341,6 +406,7 @@ class StagedPipeline:
     def _go(self, run: _Run, first: int) -> Any:
         if first == 0:
             self._input_bytes = self._bytes_to_move(run.value)
+            self._given = set(self._keys.storages(run.value))
         self._keep_only(run.modes)
         try:
             with torch.no_grad():
@@ -380,10 +446,12 @@ class StagedPipeline:
 
     def _warn(self, run: _Run, index: int) -> None:
         running = [moment for moment in run.plan.moments(run.modes) if moment.doing != "loading"]
+        if len(running) > len(self.stages) and self.stages[-1].name in self._held:
+            index += len(self.stages)  # all have stayed from an earlier run
         if (size := running[index].size) > run.plan.room.budget:
             log.warning(
                 "stage %r is predicted to need %s, and the budget is %s",
-                self.stages[index].name,
+                running[index].stage,
                 format_bytes(size),
                 format_bytes(run.plan.room.budget),
             )
@@ -431,14 +499,28 @@ class StagedPipeline:
     def _load(self, stage: Stage) -> Any:
         module = stage.load()
         if not isinstance(module, nn.Module):
+            refuse_hidden_modules(module)
             return module
+        if stage.dtype is not None and sys.getrefcount(module) > 2:
+            module = deepcopy(module)  # somebody else uses it as it is
         if stage.dtype is torch.int8:
             module = precision.int8_weights(module)
         elif stage.dtype is not None and stage.name not in self._in_float32:
             module = precision.cast_module(module, stage.dtype)
             if kept := precision.complex_in(module):
                 self._note(stage, f"keeps what has no half precision: {', '.join(kept)}")
-        return precision.layerwise(module, self.device) if stage.layerwise else module
+        if stage.layerwise and not precision.is_layerwise(module):
+            module = precision.layerwise(module, self.device)
+        return module
+
+    def _load_ahead(self, stage: Stage) -> Any:
+        """In a thread: with the pages of the file, which a mapped model would read when it runs."""
+        with torch.no_grad():
+            module = self._load(stage)
+            for tensor in tensors_in(module) if isinstance(module, nn.Module) else ():
+                if on(tensor, HOST) and tensor.layout == torch.strided:
+                    tensor.detach().flatten()[:: 4096 // tensor.element_size()].any()
+        return module
 
     def _load_next(self, run: _Run, index: int) -> None:
         """Begin to load the next stage's model in a thread, if it is wanted and there is room."""
@@ -451,7 +533,7 @@ class StagedPipeline:
             self._note(following, "is not loaded ahead: there is no room, or its bytes are unknown")
             return
         pool = ThreadPoolExecutor(1, "tfswa-lab-load")
-        self._ahead = following.name, pool.submit(self._load, following)
+        self._ahead = following.name, pool.submit(self._load_ahead, following)
         pool.shutdown(wait=False)
 
     def _forget_ahead(self) -> None:
@@ -511,52 +593,65 @@ class StagedPipeline:
         model = self._held[stage.name]
         half = stage.dtype if stage.is_half and stage.name not in self._in_float32 else None
         work = partial(_called, stage.run, model, run, self.device, half)
+        generators = get_rng_state() if run.measuring else None
         on_gpu = self.device.type == "cuda"
         before = gauges.allocated(self.device) if on_gpu else 0
         if on_gpu:
             gauges.reset_peak(self.device)
         with status.clocked("running"):
-            if run.measuring and not on_gpu and not torch.autograd._profiler_enabled():
-                output, found.activations = _named(partial(_measured, work), stage, "running")
+            if run.measuring and not on_gpu:
+                output, activations = _named(partial(_measured, work), stage, "running")
+                found.activations = found.activations if activations is None else activations
             else:
                 output = _named(work, stage, "running")
         if on_gpu:
             status.peak = gauges.peak_allocated(self.device)
-            found.activations = status.peak - before
+            found.activations = status.peak - before - self._bytes_to_move(run.value)
         status.runs += 1
-        self._look_at(stage, run, output)
+        _named(partial(self._look_at, stage, output), stage, "looking at its output")
+        if half is not None and not _is_finite(output):
+            self._note(stage, f"in {half}, its output has numbers that are not finite")
         if run.measuring and stage.dtype is not None and stage.name not in self._in_float32:
-            self._compare(stage, run, output)
+            self._compare(stage, run, output, generators)
         return output
 
-    def _look_at(self, stage: Stage, run: _Run, output: Any) -> None:
-        """Note which storages an output keeps alive."""
-        given = self._keys.storages(run.value) if stage is self.stages[0] else {}
+    def _look_at(self, stage: Stage, output: Any) -> None:
+        """Note which storages an output keeps alive, of those that were not given to the run."""
         storages = self._keys.storages(output)
         self._found[stage.name].hands_on = {
-            key: size for key, size in storages.items() if key not in given
+            key: size for key, size in storages.items() if key not in self._given
         }
-        own, kept = sum(tensor.nbytes for tensor in tensors_in(output)), total(storages)
+        parts = [part for tensor in tensors_in(output) for part in strided(tensor)]
+        own, kept = sum(part.nbytes for part in parts), total(storages)
         if kept > 2 * own:
             self._note(
                 stage,
                 f"hands on {format_bytes(own)} that keep {format_bytes(kept)} alive, as a view of "
-                "a larger tensor does; clone() it in its run, or use keep_on_host=True",
+                "a larger tensor does; clone() it in its run",
             )
 
-    def _compare(self, stage: Stage, run: _Run, output: Any) -> None:
+    def _compare(self, stage: Stage, run: _Run, output: Any, generators: Any) -> None:
         """Run the stage as it was loaded, and note how much its dtype changes the output."""
+        if stage.layerwise:
+            return  # there may be no room for all of it
         self._drop(stage.name)
-        plain = Model(_named(stage.load, stage, "loading"), self.device)
+        after = get_rng_state()
+        set_rng_state(generators)  # a run that draws noise draws the same
+        plain = None
         try:
+            plain = Model(stage.load(), self.device)
             plain.move_in()
-            reference = _named(
-                partial(_called, stage.run, plain, run, self.device), stage, "running"
-            )
+            reference = _called(stage.run, plain, run, self.device)
+            change = precision.output_change_db(reference, output)
+        except Exception as error:
+            self._note(stage, f"in {stage.dtype}, was not compared with float32: {error}")
+            free_what_it_holds(error)
+        else:
+            self._note(stage, f"in {stage.dtype}, its output has an SNR of {change:.1f} dB")
         finally:
-            plain.let_go()
-        change = precision.output_change_db(reference, output)
-        self._note(stage, f"in {stage.dtype}, its output has an SNR of {change:.1f} dB")
+            set_rng_state(after)
+            if plain is not None:
+                plain.let_go()
 
     def _keep(self, index: int, output: Any) -> None:
         if self.keep_on_host:
@@ -578,7 +673,7 @@ class StagedPipeline:
             status, model = self._status[stage.name], self._held.get(stage.name)
             status.place = "not loaded" if model is None else self._place(stage, model)
             status.notes = list(self._found[stage.name].notes)
-        return Status(self._status)
+        return Status({name: deepcopy(each) for name, each in self._status.items()})
 
     def _place(self, stage: Stage, model: Model) -> str:
         if stage.layerwise:
@@ -589,6 +684,44 @@ class StagedPipeline:
     def __repr__(self) -> str:
         names = ", ".join(stage.name for stage in self.stages)
         return f"StagedPipeline({names}; {self.policy} on {self.device})"
+
+
+def get_rng_state() -> tuple:
+    """The states of torch's generators, of the host and of all GPUs in use."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), on_gpus
+
+
+def set_rng_state(states: tuple) -> None:
+    """What `get_rng_state` has returned."""
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])
+
+
+def refuse_hidden_modules(thing: Any) -> None:
+    """Refuse a model that is no module and holds some, which nobody would move or count.
+
+    Raises:
+        TypeError: it does.
+    """
+    if held := modules_in(thing):
+        raise TypeError(
+            f"load returned a {type(thing).__name__} that holds a {type(held[0]).__name__}; return "
+            "the module, or wrap the object: adapters.Wrapped(thing, call='__call__')"
+        )
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an error, once; some errors take none."""
+    if note not in getattr(error, "__notes__", ()):
+        with suppress(Exception):
+            error.add_note(note)
+
+
+def _is_finite(output: Any) -> bool:
+    floats = (x for x in tensors_in(output) if x.is_floating_point() and x.layout == torch.strided)
+    return all(bool(x.isfinite().all()) for x in floats)
 
 
 def _wait(future: Future) -> None:
@@ -602,7 +735,7 @@ def _named(work: Callable[[], Any], stage: Stage, doing: str) -> Any:
     try:
         return work()
     except BaseException as error:
-        error.add_note(f"in stage {stage.name!r}, while {doing}")
+        add_note(error, f"in stage {stage.name!r}, while {doing}")
         free_what_it_holds(error)
         raise
     finally:
@@ -624,42 +757,15 @@ def _called(
     return precision.cast_value(output, torch.float32)
 
 
-def _measured(work: Callable[[], Any]) -> tuple[Any, int]:
-    """What it returns, and the most bytes that it held."""
-    outputs = []
-    peak = peak_bytes(lambda: outputs.append(work()))
+def _measured(work: Callable[[], Any]) -> tuple[Any, int | None]:
+    """What it returns, and the most bytes that it held; None while something else is profiled."""
+    if not _measuring.acquire(blocking=False):
+        return work(), None
+    try:
+        if profiler_runs():
+            return work(), None
+        outputs = []
+        peak = peak_bytes(lambda: outputs.append(work()))
+    finally:
+        _measuring.release()
     return outputs[0], peak
-
-
-def _blank(tensor: Tensor, device: str = "meta") -> Tensor:
-    """A tensor of the same size without its values."""
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-
-
-def _predicted(stage: Stage, value: Any, half: torch.dtype | None) -> tuple[Any, int, int]:
-    """A stage's output for blanks, its activations, and the bytes that its output keeps alive."""
-    found = {}
-
-    def make_step() -> Callable[[], None]:
-        module = stage.weights() if _builds(stage.weights) else stage.load()
-        if half is not None:
-            module = precision.cast_module(module, half)
-        given = _Run(map_tensors(partial(_blank, device="cpu"), value), plan=None, modes={})
-        model = Model(module, HOST)
-
-        @torch.no_grad()
-        def step() -> None:
-            output = _called(stage.run, model, given, HOST, half)
-            found["bytes"] = total(StorageKeys().storages(output))
-            found["output"] = map_tensors(_blank, output)
-
-        return step
-
-    prediction = predict(make_step, steps=1)
-    allocated = prediction.timeline.allocated()
-    began = prediction.timeline.steps[0]
-    return found["output"], max(allocated[began:]) - allocated[began], found["bytes"]
-
-
-def _builds(weights: Weights | None) -> bool:
-    return callable(weights) and not isinstance(weights, nn.Module)

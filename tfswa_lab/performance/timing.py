@@ -180,8 +180,13 @@ def refuse_another_profiler() -> None:
     Raises:
         RuntimeError: it runs.
     """
-    if torch.autograd._profiler_enabled():
+    if profiler_runs():
         raise RuntimeError("torch's profiler is running, and can only run once: leave its block")
+
+
+def profiler_runs() -> bool:
+    """Whether torch's profiler runs, in any thread."""
+    return torch.autograd._profiler_enabled() or torch.autograd.profiler._is_profiler_enabled
 
 
 def _gpu_bytes(gauge: Callable[[], int | None]) -> int:
