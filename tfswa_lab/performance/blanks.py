@@ -56,7 +56,7 @@ class Blanks:
 
         Args:
             make: builds the stage's model.
-            run: as `staged._called` without its first argument.
+            run: as `Stage.called`.
             half: the dtype of inputs, if they are cast.
 
         Raises:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from tfswa_lab.memory.display import Shown
+from tfswa_lab.performance import precision
+from tfswa_lab.performance.placement import Model, map_tensors, moved
 from tfswa_lab.performance.plan import aligned, html_table, shown
 from tfswa_lab.performance.timing import format_seconds, now
 
@@ -90,6 +92,23 @@ class Stage:
     def is_half(self) -> bool:
         """Whether inputs and outputs are cast."""
         return self.dtype in (torch.float16, torch.bfloat16)
+
+    def called(
+        self, model: Model, holder: Any, device: torch.device, half: torch.dtype | None = None
+    ) -> Any:
+        """The next value, with tensors moved to the device, and cast on both sides.
+
+        Args:
+            model: of this stage.
+            holder: its attribute `value` is the value; so no caller holds it on the device.
+            device: where the stage runs.
+            half: that inputs are cast to; then outputs become float32.
+        """
+        value = map_tensors(lambda tensor: moved(tensor, device), holder.value)
+        if half is None:
+            return self.run(model.module, value)
+        output = self.run(model.module, precision.cast_value(value, half))
+        return precision.cast_value(output, torch.float32)
 
 
 @dataclass

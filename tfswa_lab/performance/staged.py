@@ -8,14 +8,11 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -27,42 +24,26 @@ from tfswa_lab.memory.out_of_memory import free_what_it_holds
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.performance import precision
 from tfswa_lab.performance.adapters import modules_in
-from tfswa_lab.performance.blanks import Blanks
-from tfswa_lab.performance.lean_load import weight_bytes
 from tfswa_lab.performance.placement import (
     HOST,
     Model,
-    StorageKeys,
     map_tensors,
     moved,
     on,
-    strided,
     tensors_in,
 )
 from tfswa_lab.performance.plan import (
     POLICIES,
     Plan,
     Room,
-    StageSizes,
-    Storages,
     total,
 )
 from tfswa_lab.performance.stage import Stage, StageStatus, Status, is_bytes
+from tfswa_lab.performance.stage_bytes import StageBytes, add_note
 from tfswa_lab.performance.timing import peak_bytes, profiler_runs
 
 log = logging.getLogger(__name__)
 _measuring = threading.Lock()  # torch has one profiler for all threads
-
-
-@dataclass
-class _Found:
-    """What runs have found out about a stage, as in `StageSizes`."""
-
-    weights: Storages | None = None
-    host: int | None = None
-    activations: int | None = None
-    hands_on: Storages | None = None
-    notes: dict[str, None] = field(default_factory=dict)  # in their order, each once
 
 
 @dataclass
@@ -147,12 +128,7 @@ class StagedPipeline:
         self._held: dict[str, Model] = {}
         self._ahead: tuple[str, Future] | None = None  # a model that a thread loads
         self._status = {name: StageStatus() for name in names}
-        self._found = {name: _Found() for name in names}
-        self._in_float32: dict[str, str] = {}  # stages that half precision failed in, and why
-        self._drafts: dict[str, nn.Module] = {}  # on the meta device
-        self._keys = StorageKeys()
-        self._input_bytes = 0
-        self._given: set[int] = set()  # keys of the storages of the first stage's input
+        self._bytes = StageBytes(self.stages, self.device)
         self.policy = policy
 
     @property
@@ -181,26 +157,27 @@ class StagedPipeline:
                 would help. Or a stage cannot be predicted.
         """
         if example is not None:
-            self._predict(example)
+            self._bytes.predict(example)
         plan = self._plan()
         plan.check()
         return plan
 
     def _plan(self) -> Plan:
-        notes = [f"{name}: {note}" for name, found in self._found.items() for note in found.notes]
+        found = self._bytes.found.items()
+        notes = [f"{name}: {note}" for name, each in found for note in each.notes]
         return Plan(
-            tuple(map(self._sizes, self.stages)),
+            tuple(map(self._bytes.sizes, self.stages)),
             self._room(),
             self.keep_all,
             self.keep_on_host,
-            self._input_bytes,
+            self._bytes.input,
             tuple(notes),
         )
 
     def _room(self) -> Room:
         context = self.context
         if self.device.type != "cuda":
-            held = (self._of_module(model.module, None)[0] for model in self._held.values())
+            held = (self._bytes.of_module(model.module, None)[0] for model in self._held.values())
             free = gauges.host_available() + total(*held)
             budget = free if self.budget is None else self.budget
             return Room(int(budget), int(context or 0))
@@ -220,122 +197,7 @@ class StagedPipeline:
         models = [model.module for model in self._held.values() if not model.lives_on_host]
         modules = [module for module in models if isinstance(module, nn.Module)]
         held = [x for thing in (*modules, self.outputs) for x in tensors_in(thing)]
-        return total(self._keys.storages([x for x in held if on(x, self.device)]))
-
-    def _sizes(self, stage: Stage) -> StageSizes:
-        found = self._found[stage.name]
-        try:
-            weights, host = self._weights(stage)
-        except Exception as error:
-            add_note(error, f"in stage {stage.name!r}, while its weights were counted")
-            raise
-        activations = found.activations if stage.activations is None else int(stage.activations)
-        hands_on = found.hands_on
-        if stage.carries is not None:
-            hands_on = {("output", stage.name): int(stage.carries)}
-        by_layer, halved = self._is_by_layer(stage), self._halved(stage, weights)
-        return StageSizes(stage.name, weights, activations, hands_on, host, by_layer, halved)
-
-    def _halved(self, stage: Stage, weights: Storages | None) -> int | None:
-        """Bytes of the weights on the device in half precision."""
-        if weights is None or stage.dtype not in (None, torch.float32):
-            return None
-        if isinstance(stage.weights, Real) or stage.weights is None:
-            return total(weights) // 2
-        return total(self._weights(replace(stage, dtype=torch.float16), again=True)[0])
-
-    def _is_by_layer(self, stage: Stage) -> bool:
-        """Whether the device has one layer at a time; the host has all, also as the device."""
-        return stage.layerwise and self.device != HOST
-
-    def _weights(self, stage: Stage, again: bool = False) -> tuple[Storages | None, int | None]:
-        """On the device, and on the host where that is more; None where unknown.
-
-        Args:
-            again: count what `weights` names also where a loaded model has been counted.
-        """
-        given, found = stage.weights, self._found[stage.name]
-        if isinstance(given, Real):
-            return {("weights", stage.name): int(given)}, None
-        if given is None or (found.weights is not None and not again):
-            return found.weights, found.host
-        dtype = None if stage.name in self._in_float32 else stage.dtype
-        if callable(given):  # a module, too
-            return self._of_module(self._draft(stage), dtype, self._is_by_layer(stage))
-        sizes = weight_bytes(given, dtype)
-        if not self._is_by_layer(stage):
-            return {(stage.name, name): size for name, size in sizes.items()}, None
-        layers = Counter()
-        for name, size in sizes.items():
-            layers[name.rpartition(".")[0]] += size
-        return {("layer", stage.name): max(layers.values(), default=0)}, sum(sizes.values())
-
-    def _draft(self, stage: Stage) -> nn.Module:
-        """The module of a stage without its numbers."""
-        if isinstance(stage.weights, nn.Module):
-            return stage.weights
-        if stage.name not in self._drafts:
-            with torch.device("meta"):
-                self._drafts[stage.name] = stage.weights()
-        return self._drafts[stage.name]
-
-    def _of_module(
-        self, module: Any, dtype: torch.dtype | None, layerwise: bool = False
-    ) -> tuple[Storages, int | None]:
-        """As `_weights`, for a module that is there, or a draft that will get a dtype."""
-        casts = precision.cast_plan(module, dtype) if isinstance(module, nn.Module) else ()
-        sizes = {
-            self._keys.key(part): precision.bytes_as(part, to)
-            for tensor, to in casts
-            for part in strided(tensor)
-        }
-        if not layerwise:
-            return sizes, None
-        if dtype is not None and dtype.is_floating_point:
-            module = precision.cast_module(deepcopy(module), dtype)
-        largest = precision.largest_layer_bytes(module)
-        return {("layer", min(sizes, default=0)): largest}, total(sizes)
-
-    def _predict(self, example: Any) -> None:
-        """Find out activations and outputs on tensors that have no values."""
-        self._input_bytes = self._bytes_to_move(example)
-        blanks = Blanks(example)
-        given = set(blanks.bytes)
-        for stage in self.stages:
-            found = self._found[stage.name]
-            try:
-                found.activations = self._predicted(stage, blanks)
-            except Exception as error:
-                raise ValueError(
-                    f"stage {stage.name!r} cannot be predicted ({type(error).__name__}: {error}); "
-                    "give its activations and carries, or call measure(value)"
-                ) from error
-            found.hands_on = {
-                ("predicted", key): size for key, size in blanks.bytes.items() if key not in given
-            }
-
-    def _predicted(self, stage: Stage, blanks: Blanks) -> int:
-        half = stage.dtype if stage.is_half and stage.name not in self._in_float32 else None
-        make = partial(self._for_prediction, stage, half)
-        run = partial(_called, stage.run)
-        try:
-            return blanks.predict(make, run, half)
-        except Exception as error:
-            failed = half and precision.needs_float32(error)
-            if not failed:
-                raise
-        self._stays_float32(stage, failed)
-        return blanks.predict(partial(self._for_prediction, stage, None), run, None)
-
-    def _for_prediction(self, stage: Stage, half: torch.dtype | None) -> Any:
-        """The stage's model, built among tensors without values; it must not be kept by anyone."""
-        if callable(stage.weights) and not isinstance(stage.weights, nn.Module):
-            module = stage.weights()
-        elif isinstance(stage.weights, nn.Module):
-            module = deepcopy(self._draft(stage).to("meta")).to_empty(device="cpu")
-        else:
-            module = getattr(stage.load, "__wrapped__", stage.load)()
-        return module if half is None else precision.cast_module(module, half)
+        return total(self._bytes.keys.storages([x for x in held if on(x, self.device)]))
 
     # Run -----------------------------------------------------------------------------------------
 
@@ -405,8 +267,7 @@ class StagedPipeline:
 
     def _go(self, run: _Run, first: int) -> Any:
         if first == 0:
-            self._input_bytes = self._bytes_to_move(run.value)
-            self._given = set(self._keys.storages(run.value))
+            self._bytes.take_input(run.value)
         self._keep_only(run.modes)
         try:
             with torch.no_grad():
@@ -435,11 +296,11 @@ class StagedPipeline:
             self._keep(index, self._run(run, stage))
         except BaseException as error:
             self._drop(stage.name)
-            failed = stage.is_half and precision.needs_float32(error)
-            if not failed or stage.name in self._in_float32:
+            failed = self._bytes.half_of(stage) and precision.needs_float32(error)
+            if not failed:
                 raise
         if failed:
-            self._stays_float32(stage, failed)
+            self._bytes.stay_float32(stage, failed)
             return self._step(run, index)
         run.value = self.outputs[stage.name]
         self._leave(stage, run.modes[stage.name])
@@ -455,14 +316,6 @@ class StagedPipeline:
                 format_bytes(size),
                 format_bytes(run.plan.room.budget),
             )
-
-    def _stays_float32(self, stage: Stage, why: str) -> None:
-        self._in_float32[stage.name] = why
-        self._note(stage, f"stays float32: {why}")
-
-    def _note(self, stage: Stage, note: str) -> None:
-        log.info("stage %r %s", stage.name, note)
-        self._found[stage.name].notes[note] = None
 
     # Models --------------------------------------------------------------------------------------
 
@@ -482,9 +335,8 @@ class StagedPipeline:
         except BaseException:
             self._drop(stage.name)
             raise
-        found = self._found[stage.name]
-        by_layer = self._is_by_layer(stage)
-        found.weights, found.host = self._of_module(model.module, None, by_layer)
+        found, by_layer = self._bytes.found[stage.name], self._bytes.is_by_layer(stage)
+        found.weights, found.host = self._bytes.of_module(model.module, None, by_layer)
         status.weights = total(found.weights) if found.host is None else found.host
 
     def _loaded(self, stage: Stage) -> Any:
@@ -505,10 +357,10 @@ class StagedPipeline:
             module = deepcopy(module)  # somebody else uses it as it is
         if stage.dtype is torch.int8:
             module = precision.int8_weights(module)
-        elif stage.dtype is not None and stage.name not in self._in_float32:
+        elif self._bytes.is_cast(stage):
             module = precision.cast_module(module, stage.dtype)
             if kept := precision.complex_in(module):
-                self._note(stage, f"keeps what has no half precision: {', '.join(kept)}")
+                self._bytes.note(stage, f"keeps what has no half precision: {', '.join(kept)}")
         if stage.layerwise and not precision.is_layerwise(module):
             module = precision.layerwise(module, self.device)
         return module
@@ -530,7 +382,9 @@ class StagedPipeline:
         if following.name in self._held:
             return
         if not run.plan.has_room_for_next(run.modes, index):
-            self._note(following, "is not loaded ahead: there is no room, or its bytes are unknown")
+            self._bytes.note(
+                following, "is not loaded ahead: there is no room, or its bytes are unknown"
+            )
             return
         pool = ThreadPoolExecutor(1, "tfswa-lab-load")
         self._ahead = following.name, pool.submit(self._load_ahead, following)
@@ -589,10 +443,10 @@ class StagedPipeline:
     # Values --------------------------------------------------------------------------------------
 
     def _run(self, run: _Run, stage: Stage) -> Any:
-        status, found = self._status[stage.name], self._found[stage.name]
+        status, found = self._status[stage.name], self._bytes.found[stage.name]
         model = self._held[stage.name]
-        half = stage.dtype if stage.is_half and stage.name not in self._in_float32 else None
-        work = partial(_called, stage.run, model, run, self.device, half)
+        half = self._bytes.half_of(stage)
+        work = partial(stage.called, model, run, self.device, half)
         generators = get_rng_state() if run.measuring else None
         on_gpu = self.device.type == "cuda"
         before = gauges.allocated(self.device) if on_gpu else 0
@@ -606,29 +460,14 @@ class StagedPipeline:
                 output = _named(work, stage, "running")
         if on_gpu:
             status.peak = gauges.peak_allocated(self.device)
-            found.activations = status.peak - before - self._bytes_to_move(run.value)
+            found.activations = status.peak - before - self._bytes.to_move(run.value)
         status.runs += 1
-        _named(partial(self._look_at, stage, output), stage, "looking at its output")
+        _named(partial(self._bytes.look_at, stage, output), stage, "looking at its output")
         if half is not None and not _is_finite(output):
-            self._note(stage, f"in {half}, its output has numbers that are not finite")
-        if run.measuring and stage.dtype is not None and stage.name not in self._in_float32:
+            self._bytes.note(stage, f"in {half}, its output has numbers that are not finite")
+        if run.measuring and self._bytes.is_cast(stage):
             self._compare(stage, run, output, generators)
         return output
-
-    def _look_at(self, stage: Stage, output: Any) -> None:
-        """Note which storages an output keeps alive, of those that were not given to the run."""
-        storages = self._keys.storages(output)
-        self._found[stage.name].hands_on = {
-            key: size for key, size in storages.items() if key not in self._given
-        }
-        parts = [part for tensor in tensors_in(output) for part in strided(tensor)]
-        own, kept = sum(part.nbytes for part in parts), total(storages)
-        if kept > 2 * own:
-            self._note(
-                stage,
-                f"hands on {format_bytes(own)} that keep {format_bytes(kept)} alive, as a view of "
-                "a larger tensor does; clone() it in its run",
-            )
 
     def _compare(self, stage: Stage, run: _Run, output: Any, generators: Any) -> None:
         """Run the stage as it was loaded, and note how much its dtype changes the output."""
@@ -641,13 +480,13 @@ class StagedPipeline:
         try:
             plain = Model(stage.load(), self.device)
             plain.move_in()
-            reference = _called(stage.run, plain, run, self.device)
+            reference = stage.called(plain, run, self.device)
             change = precision.output_change_db(reference, output)
         except Exception as error:
-            self._note(stage, f"in {stage.dtype}, was not compared with float32: {error}")
+            self._bytes.note(stage, f"in {stage.dtype}, was not compared with float32: {error}")
             free_what_it_holds(error)
         else:
-            self._note(stage, f"in {stage.dtype}, its output has an SNR of {change:.1f} dB")
+            self._bytes.note(stage, f"in {stage.dtype}, its output has an SNR of {change:.1f} dB")
         finally:
             set_rng_state(after)
             if plain is not None:
@@ -661,10 +500,6 @@ class StagedPipeline:
         self.outputs[self.stages[index].name] = output
         self._done = index + 1
 
-    def _bytes_to_move(self, value: Any) -> int:
-        elsewhere = [x for x in tensors_in(value) if x.device.type != self.device.type]
-        return sum(tensor.nbytes for tensor in elsewhere)
-
     # Looks ---------------------------------------------------------------------------------------
 
     def status(self) -> Status:
@@ -672,7 +507,7 @@ class StagedPipeline:
         for stage in self.stages:
             status, model = self._status[stage.name], self._held.get(stage.name)
             status.place = "not loaded" if model is None else self._place(stage, model)
-            status.notes = list(self._found[stage.name].notes)
+            status.notes = list(self._bytes.found[stage.name].notes)
         return Status({name: deepcopy(each) for name, each in self._status.items()})
 
     def _place(self, stage: Stage, model: Model) -> str:
@@ -712,13 +547,6 @@ def refuse_hidden_modules(thing: Any) -> None:
         )
 
 
-def add_note(error: BaseException, note: str) -> None:
-    """Add a note to an error, once; some errors take none."""
-    if note not in getattr(error, "__notes__", ()):
-        with suppress(Exception):
-            error.add_note(note)
-
-
 def _is_finite(output: Any) -> bool:
     floats = (x for x in tensors_in(output) if x.is_floating_point() and x.layout == torch.strided)
     return all(bool(x.isfinite().all()) for x in floats)
@@ -740,21 +568,6 @@ def _named(work: Callable[[], Any], stage: Stage, doing: str) -> Any:
         raise
     finally:
         del work
-
-
-def _called(
-    function: Callable[[Any, Any], Any],
-    model: Model,
-    run: _Run,
-    device: torch.device,
-    half: torch.dtype | None = None,
-) -> Any:
-    """A stage's output, with tensors moved to the device, and cast on both sides."""
-    value = map_tensors(lambda tensor: moved(tensor, device), run.value)
-    if half is None:
-        return function(model.module, value)
-    output = function(model.module, precision.cast_value(value, half))
-    return precision.cast_value(output, torch.float32)
 
 
 def _measured(work: Callable[[], Any]) -> tuple[Any, int | None]:
