@@ -35,7 +35,7 @@ def is_bytes(size: Any) -> bool:
     return is_number and 0 <= size < float("inf")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Stage:
     """One model of a pipeline, and what is done with it. Nothing is loaded yet.
 
@@ -87,6 +87,10 @@ class Stage:
         for what, size in numbers.items():
             if size is not None and not is_bytes(size):
                 raise ValueError(f"stage {self.name!r}: {what}={size!r} is no number of bytes")
+
+    def __repr__(self) -> str:
+        half = "" if self.dtype is None else f", {self.dtype}"
+        return f"Stage({self.name!r}{half}{', layerwise' * self.layerwise})"
 
     @property
     def is_half(self) -> bool:

@@ -125,6 +125,7 @@ class StagedPipeline:
         self.keep_all, self.keep_on_host, self.prefetch = keep_all, keep_on_host, prefetch
         self.outputs: dict[str, Any] = {}
         self._done = 0  # stages of the last run that have finished
+        self._warned: dict[str, int] = {}  # of stages, and the bytes that they were said to need
         self._held: dict[str, Model] = {}
         self._ahead: tuple[str, Future] | None = None  # a model that a thread loads
         self._status = {name: StageStatus() for name in names}
@@ -309,10 +310,12 @@ class StagedPipeline:
         running = [moment for moment in run.plan.moments(run.modes) if moment.doing != "loading"]
         if len(running) > len(self.stages) and self.stages[-1].name in self._held:
             index += len(self.stages)  # all have stayed from an earlier run
-        if (size := running[index].size) > run.plan.room.budget:
+        size, name = running[index].size, running[index].stage
+        if size > run.plan.room.budget and self._warned.get(name) != size:
+            self._warned[name] = size
             log.warning(
                 "stage %r is predicted to need %s, and the budget is %s",
-                running[index].stage,
+                name,
                 format_bytes(size),
                 format_bytes(run.plan.room.budget),
             )
