@@ -1,4 +1,4 @@
-"""The command line, `tfswa-lab`: `separate`, `train`, `evaluate` and `memory`.
+"""The command line, `tfswa-lab`: `separate`, `train`, `evaluate`, `export` and `memory`.
 
 Notebook: 03_tfswa_unet
 """
@@ -12,6 +12,7 @@ import typer
 from tfswa_lab import __version__
 from tfswa_lab.cli.errors import PlainErrors
 from tfswa_lab.cli.evaluate import evaluate
+from tfswa_lab.cli.export import export
 from tfswa_lab.cli.memory import memory
 from tfswa_lab.cli.separate import separate
 from tfswa_lab.cli.train import train
@@ -40,6 +41,7 @@ def main(
 app.command()(separate)
 app.command()(train)
 app.command()(evaluate)
+app.command()(export)
 app.add_typer(memory, name="memory")
 
 if __name__ == "__main__":

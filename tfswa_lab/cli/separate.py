@@ -78,7 +78,8 @@ class SeparateOptions:
         str | None, STEMS(help="This stem, and the rest of the song as no_STEM.")
     ] = None
     model: Annotated[
-        str, MODEL("--model", "-m", help="A name, or the folder of a model or a run; default band.")
+        str,
+        MODEL("--model", "-m", help="A name, a model's or run's folder, an export; default band."),
     ] = "band"
     list_models: Annotated[
         bool,

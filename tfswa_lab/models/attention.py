@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tfswa_lab.models.lean_inference import in_rectangles, runs_lean
+from tfswa_lab.models.symbolic import is_traced, round_up
 
 # The most sequences that CUDA's fused kernels take at once: with more, cuDNN's kernel fails
 # (PyTorch issue 181235), and so does flash attention (issue 146704).
@@ -90,7 +91,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     Args:
         mask: boolean `(b or 1, h or 1, l, l)`, None for none.
     """
-    if len(query) <= MOST_SEQUENCES:
+    if is_traced() or len(query) <= MOST_SEQUENCES:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     parts = [x.split(MOST_SEQUENCES) for x in (query, key, value)]
     same = mask is None or len(mask) == 1
@@ -210,9 +211,13 @@ class ShiftedWindowAttention(AttentionUnit):
         x = window_merge(tokens, self.window_size, x.shape)
         return x.roll((shift_t, shift_f), dims=(2, 3))[:, :, :t, :f]
 
+    def _tiles(self, t: int, f: int) -> bool:
+        """Whether the windows tile the plane as it is."""
+        exact = t % self.window_size[0] == 0 and f % self.window_size[1] == 0
+        return exact and self.shift_size == (0, 0)
+
     def _mask(self, b: int, t: int, f: int, device: torch.device) -> Tensor | None:
-        exact_tiling = t % self.window_size[0] == 0 and f % self.window_size[1] == 0
-        if exact_tiling and self.shift_size == (0, 0):
+        if not is_traced() and self._tiles(t, f):
             return None  # nothing joined or padded: torch can use its fastest kernel
         mask = window_mask(t, f, self.window_size, self.shift_size, device)
         return mask.repeat(b, 1, 1)[:, None]  # (b·windows, 1, l, l)
@@ -224,8 +229,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def pad_to_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
     """Append zeros to `(b, c, t, f)` until t and f are multiples of the window."""
-    window_t, window_f = window_size
-    return F.pad(x, (0, -x.shape[3] % window_f, 0, -x.shape[2] % window_t))
+    t, f = x.shape[2:]
+    return F.pad(x, (0, round_up(f, window_size[1]) - f, 0, round_up(t, window_size[0]) - t))
 
 
 def window_partition(x: Tensor, window_size: tuple[int, int]) -> Tensor:
@@ -260,7 +265,7 @@ def window_regions(size: int, window: int, shift: int, device: torch.device) -> 
     >>> window_regions(7, window=4, shift=2, device="cpu").tolist()
     [-1, -1, 0, 0, 0, 0, 1, -2]
     """
-    positions = torch.arange(size + -size % window, device=device)
+    positions = torch.arange(round_up(size, window), device=device)
     regions = torch.div(positions - shift, window, rounding_mode="floor")
     return regions.masked_fill(positions >= size, -2)
 
@@ -277,7 +282,7 @@ def window_mask(
     """
     regions_t = window_regions(t, window_size[0], shift_size[0], device)
     regions_f = window_regions(f, window_size[1], shift_size[1], device)
-    regions = regions_t[:, None] * (len(regions_f) + 3) + regions_f  # one number per pair
+    regions = regions_t[:, None] * (regions_f.shape[0] + 3) + regions_f  # one number per pair
     rolled = regions.roll((-shift_size[0], -shift_size[1]), dims=(0, 1))
     windows = window_partition(rolled[None, None], window_size)[..., 0]  # (windows, l)
     return windows[:, :, None] == windows[:, None, :]

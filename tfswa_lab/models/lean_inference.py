@@ -29,7 +29,8 @@ def runs_lean(unit: AttentionUnit, x: Tensor) -> bool:
     something in it, gets torch's operators.
     """
     return (
-        x.device.type == "cpu"
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # before sizes are compared
+        and x.device.type == "cpu"
         and x.numel() >= LEAST_NUMBERS
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -66,7 +67,7 @@ def _shapes_fit(unit: AttentionUnit, c: int) -> bool:
 
 
 def _is_watched(unit: AttentionUnit) -> bool:
-    """Whether hooks, dispatch modes or a compiler want to see each operator."""
+    """Whether hooks or dispatch modes want to see each operator."""
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     inner = list(unit.modules())[1:]
     return (
@@ -75,8 +76,6 @@ def _is_watched(unit: AttentionUnit) -> bool:
         or _get_current_dispatch_mode() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None  # of torch.func
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
     )
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tfswa_lab.models.symbolic import at_least, round_up
 from tfswa_lab.models.tfswa_resunet import ResidualConvModule, TFSWAModule
 
 
@@ -92,8 +93,10 @@ class MaskResUNet(nn.Module):
         bands = self.sizes["sub_bands"]
         t, f = x.shape[2:]
         levels = len(self.halvings)
+        lowest = 1 << levels - 1  # frames of the input in one at the bottom
         # at least two frames at the bottom, so that batch norm has a variance
-        x = F.pad(x, (0, -f % (bands << levels), 0, max(-t % (1 << levels - 1), (1 << levels) - t)))
+        frames = at_least(2, round_up(t, lowest) // lowest) * lowest
+        x = F.pad(x, (0, round_up(f, bands << levels) - f, 0, frames - t))
         x = self.stem(rearrange(x, "b c t (k f) -> b (c k) t f", k=bands))
         skips = []
         for block, halving in zip(self.encoder, self.halvings, strict=True):

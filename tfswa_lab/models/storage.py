@@ -1,6 +1,7 @@
 """Separators on disk: the weights as safetensors, the description as JSON beside them.
 
-Nothing is unpickled, so a foreign file can be wrong but cannot run code.
+Nothing is unpickled, so a foreign file can be wrong but cannot run code. (A program that
+`performance.export` has written is loaded as well, and is code.)
 
 Notebook: 03_tfswa_unet
 """
@@ -10,12 +11,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
 from tfswa_lab import weights
 from tfswa_lab.durable import write_whole
+from tfswa_lab.models.exported import (
+    ExportedNetwork,
+    ExportedSeparator,
+    Program,
+    is_exported,
+    open_program,
+)
 from tfswa_lab.models.mask_resunet import MaskResUNet
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.tf_locoformer import TFLocoformer
@@ -93,33 +102,39 @@ def load_separator(model: str | Path) -> Separator:
     """Read what `save_separator` wrote, on the CPU and in evaluation mode.
 
     Args:
-        model: its folder, that of a run of `tfswa-lab train`, or a name of `list_models`.
+        model: its folder, that of a run of `tfswa-lab train`, or a name of `list_models`; or a file
+            of `tfswa-lab export`, whose network always runs on the CPU.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is broken or foreign, or weights and sizes do not fit.
+        ValueError: a file is broken or foreign, weights and sizes do not fit, or onnxruntime is
+            missing for an ONNX file.
     """
     folder = find_model(model)
+    if folder.is_file():
+        return from_program(open_program(folder)).eval()
     separator = _from_description(folder / DESCRIPTION)
     _load_weights(separator, folder / WEIGHTS)
     return separator.eval()
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder of a model, for what `load_separator` takes.
+    """The folder or exported file of a model, for what `load_separator` takes.
 
     Raises:
         FileNotFoundError: there is none.
     """
     given = Path(model).expanduser()
+    if is_exported(given) and given.is_file():
+        return given
     for folder in (given, given / "best", list_models().get(str(model), given)):
         if (folder / DESCRIPTION).is_file() and (folder / WEIGHTS).is_file():
             return folder
     missing = WEIGHTS if (given / DESCRIPTION).is_file() else DESCRIPTION
     raise FileNotFoundError(
         f"{given / missing} is missing; a model is a folder written by save_separator, with "
-        f"{DESCRIPTION} and {WEIGHTS} in it, the folder of a run, or one of: "
-        f"{', '.join(list_models())}"
+        f"{DESCRIPTION} and {WEIGHTS} in it, the folder of a run, a file of tfswa-lab export, or "
+        f"one of: {', '.join(list_models())}"
     )
 
 
@@ -135,23 +150,39 @@ def list_models() -> dict[str, Path]:
 def _from_description(path: Path) -> Separator:
     try:
         d = json.loads(path.read_text("utf-8"))
-        if not (isinstance(d["sample_rate"], int) and d["sample_rate"] > 0):
-            raise ValueError(f"sample_rate={d['sample_rate']!r} is not a number of Hz")
-        return Separator(
-            MODELS[d["model"]](**d["sizes"]),
-            STFTProcessor(d["n_fft"], d["hop_length"]),
-            d["stems"],
-            d["mask"],
-            d["mixture_consistency"],
-            d["sample_rate"],
-            d["audio_channels"],
-            d["bins"],
-            NORMALIZERS[d["normalizer"]](**d.get("normalizer_settings", {})),  # earlier: none
-        )
+        return Separator(MODELS[d["model"]](**d["sizes"]), **_around_network(d))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} does not describe a separator ({error!r}); save the model again"
         ) from error
+
+
+def _around_network(d: dict) -> dict:
+    """The arguments of a `Separator` but for its network, from `describe`.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no description.
+    """
+    if not (isinstance(d["sample_rate"], int) and d["sample_rate"] > 0):
+        raise ValueError(f"sample_rate={d['sample_rate']!r} is not a number of Hz")
+    names = ("stems", "mask", "mixture_consistency", "sample_rate", "audio_channels", "bins")
+    return {name: d[name] for name in names} | {
+        "stft": STFTProcessor(d["n_fft"], d["hop_length"]),
+        "normalizer": NORMALIZERS[d["normalizer"]](**d.get("normalizer_settings", {})),
+    }  # earlier descriptions have no settings
+
+
+def from_program(program: Program) -> Separator:
+    """A separator around an exported program, whose metadata are those of `describe` and more."""
+    network, d = ExportedNetwork(program), program.metadata
+    try:
+        kind = ExportedSeparator if d["with_stft"] else Separator
+        separator = kind(network, **_around_network(d))
+        state = {name: torch.tensor(values) for name, values in d["normalizer_state"].items()}
+        separator.normalizer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{program.path} holds no separator ({error!r}); export one") from error
+    return separator
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

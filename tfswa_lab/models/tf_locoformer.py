@@ -58,7 +58,7 @@ class RMSGroupNorm(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(…, c)` to the same shape."""
-        groups = tokens.unflatten(-1, (self.num_groups, -1))
+        groups = rearrange(tokens, "... (g d) -> ... g d", g=self.num_groups)
         # a norm rather than the root of a mean of squares: that has no gradient at zero
         norm = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
         rms = norm / groups.shape[-1] ** 0.5

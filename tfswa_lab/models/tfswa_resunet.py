@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tfswa_lab.models.attention import MultiHeadAttention, ShiftedWindowAttention, mlp
+from tfswa_lab.models.symbolic import round_up
 
 SUB_BANDS = 4
 CHANNELS = (32, 64, 128, 256, 384)
@@ -148,7 +149,8 @@ class TFSWAResUNet(nn.Module):
         """Magnitudes `(b, in_channels, t, f)` to `(b, out_channels, t, f)`, none negative."""
         t, f = magnitude.shape[2:]
         multiple = 2 ** len(self.encoder)
-        x = F.pad(magnitude, (0, -f % (SUB_BANDS * multiple), 0, -t % multiple))
+        bins, frames = round_up(f, SUB_BANDS * multiple), round_up(t, multiple)
+        x = F.pad(magnitude, (0, bins - f, 0, frames - t))
         x = rearrange(x, "b c t (k f) -> b (c k) t f", k=SUB_BANDS)
         skips = []
         for block in self.encoder:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfswa_lab.models.checkpointing import checkpointed
+from tfswa_lab.models.symbolic import at_least, round_up
 from tfswa_lab.models.tfswa_block import DownsampleBlock, TFSWABlock, UpsampleBlock
 
 # Arguments of TFSWAUNet. "tiny" and "small" keep attention heads at least 8 channels wide;
@@ -153,7 +154,8 @@ def pad_for_three_halvings(x: Tensor) -> Tensor:
     which has no variance.
     """
     t, f = x.shape[2:]
-    return F.pad(x, (0, -f % 8, 0, max(-t % 8, 16 - t)))
+    frames = at_least(2, round_up(t, 8) // 8) * 8
+    return F.pad(x, (0, round_up(f, 8) - f, 0, frames - t))
 
 
 def initialise(module: nn.Module) -> None:
