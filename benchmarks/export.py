@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from record import record, table
+from torch import nn
 
 from tfswa_lab.data.band import ensure_band
 from tfswa_lab.device import compute_threads
@@ -72,16 +73,17 @@ def rows_of(report: ExportReport, took: float) -> dict:
 
 
 def exports(
-    separator: Separator, precisions: dict[str, tuple[str, ...]], songs: Path | None
+    network: nn.Module, bins: int, precisions: dict[str, tuple[str, ...]], songs: Path | None
 ) -> dict:
-    """Reports by format and precision."""
+    """Reports by format and precision, of a separator or, without songs, of a network."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for form, wanted in precisions.items():
             for precision in wanted:
                 began = time.perf_counter()
                 path = Path(folder, f"{precision}{FILES[form]}")
-                report = export(separator, path, form, precision, accept_loss=True, songs=songs)
+                options = {"songs": songs} if songs else {"bins": bins}
+                report = export(network, path, form, precision, accept_loss=True, **options)
                 print(report, "\n", flush=True)
                 took = time.perf_counter() - began
                 found[f"{form} {precision}"] = rows_of(report, took)
@@ -91,13 +93,19 @@ def exports(
 def measured(name: str, separator: Separator, compile_all: bool) -> dict:
     """All of one network."""
     trained = name == "MaskResUNet"
-    precisions = {"onnx": ("fp32", "fp16", "int8") if trained else ("fp32",), "pt2": ("fp32",)}
+    precisions = {"onnx": ("fp32", "fp16", "int8") if trained else ("fp32", "int8")}
+    precisions["pt2"] = ("fp32",)
     with torch.no_grad():
         subject = Subject.of(separator, with_stft=False, bins=None)
         return {
             "parameters": sum(p.numel() for p in separator.model.parameters()),
             "bins": subject.bins,
-            "exports": exports(separator, precisions, ensure_band() if trained else None),
+            "exports": exports(
+                separator if trained else separator.model,
+                subject.bins,
+                precisions,
+                ensure_band() if trained else None,
+            ),
             "compiled": compiled(separator) if trained or compile_all else None,
         }
 
@@ -107,23 +115,25 @@ def show(result: dict) -> None:
     rows = []
     for name, network in result["networks"].items():
         reports = network["exports"].items()
-        timed = (report["variants"][0] for _, report in reports)
-        eager = min(timed, key=lambda variant: variant["seconds"])
+        eager = network["exports"]["onnx fp32"]["variants"][0]
         rows.append(row(name, "eager", eager, eager))
         if network["compiled"]:
             seconds = f"{1000 * network['compiled']['seconds']:.0f}"
             rows.append((name, "torch.compile", "", "", seconds, ""))
         for form, report in reports:
             error = f"{report['worst_error']:.1e} at {report['at']}"
-            rows.append(row(name, form, report["variants"][1], eager, error))
-            rows += [row(name, other["name"], other, eager) for other in report["variants"][2:]]
-    columns = ["network", "run as", "bytes", "worst error", "ms", "SDR, or its change"]
+            own, file, *others = report["variants"]
+            rows.append(row(name, form, file, own, error))
+            rows += [row(name, other["name"], other, own) for other in others]
+    columns = ["network", "run as", "bytes", "worst error", "ms (eager then)", "SDR, or its change"]
     print(table(columns, rows))
 
 
 def row(name: str, way: str, variant: dict, eager: dict, error: str = "") -> tuple:
     """One line of the table."""
     seconds = "" if variant["seconds"] is None else f"{1000 * variant['seconds']:.0f}"
+    if seconds and variant is not eager:
+        seconds += f" ({1000 * eager['seconds']:.0f})"
     measured = None not in (variant["sdr"], eager["sdr"])
     change = f"{variant['sdr'] - eager['sdr']:+.2f} dB" if measured else ""
     if measured and variant is eager:

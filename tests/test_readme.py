@@ -41,8 +41,8 @@ def readers_names():
         "make_step": make_step,
         "step": make_step(),
         **trained(),
-        **{name: nn.Identity for name in ("load_one", "load_other")},
-        **{name: nn.Module.__call__ for name in ("run_one", "run_other")},
+        **dict.fromkeys(("load_one", "load_other"), nn.Identity),
+        **dict.fromkeys(("run_one", "run_other"), nn.Module.__call__),
     }
 
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -874,6 +875,7 @@ def test_what_cannot_be_compared_is_no_error(output):
 
 
 def test_a_comparison_leaves_the_generators_alone():
+    """A stage that draws noise runs twice where its dtype is compared, and draws the same."""
     noise = []
 
     def run(model, value):
@@ -883,7 +885,7 @@ def test_a_comparison_leaves_the_generators_alone():
     for dtype in (None, torch.bfloat16):
         torch.manual_seed(0)
         stages = [Stage("a", linear, run, dtype=dtype), Stage("b", linear, run)]
-        StagedPipeline(stages, "cpu").run(torch.ones(1, 64))
+        StagedPipeline(stages, "cpu").measure(torch.ones(1, 64))
     without, with_comparison = noise[:2], noise[2:]
     assert with_comparison == [without[0], without[0], without[1]]
 
@@ -1008,3 +1010,27 @@ def test_the_host_holds_what_lives_there_or_what_is_loaded():
     plan = Plan(tuple(sizes), Room(budget=260, host=170))
     assert plan.modes == {"a": "offload", "b": "offload", "c": "resident"}
     assert plan.policy("auto").host == 150
+
+
+def test_a_run_compares_nothing():
+    """Only `measure` runs a stage with a dtype twice."""
+    runs = []
+    stage = Stage("a", linear, lambda model, x: runs.append(1) or model(x), dtype=torch.bfloat16)
+    StagedPipeline([stage], "cpu").run(torch.ones(1, 64))
+    assert len(runs) == 1
+
+
+def test_a_file_may_go_once_its_model_is_loaded(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(linear().state_dict(), path)
+    pipeline = StagedPipeline([Stage("a", linear, apply, weights=path)], "cpu", "resident")
+    pipeline.run(torch.ones(1, 64))
+    path.unlink()
+    pipeline.run(torch.ones(1, 64))
+
+
+def test_a_missing_file_names_its_stage(tmp_path):
+    stage = Stage("a", linear, apply, weights=tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError) as error:
+        StagedPipeline([stage], "cpu").plan()
+    assert error.value.__notes__ == ["in stage 'a', while its weights were counted"]

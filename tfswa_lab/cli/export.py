@@ -1,6 +1,6 @@
 """`tfswa-lab export`: a model as an ONNX file, a program of `torch.export`, or a TorchScript file.
 
-Notebook: 03_tfswa_unet
+Notebook: 10_staged_pipelines
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class ExportOptions:
         Path | None, FILE("--out", "-o", help="File; default MODEL.onnx, .pt2 or .ts.")
     ] = None
     format: Annotated[
-        str | None, FILE(help="onnx, pt2 or torchscript; default: what --out ends in, or onnx.")
+        str | None,
+        FILE(help="onnx, pt2 or torchscript; default: by the ending of --out, else onnx."),
     ] = None
     with_stft: Annotated[
         bool, FILE("--with-stft", help="From waveform to stems, with the STFT as convolutions.")

@@ -79,7 +79,7 @@ class SeparateOptions:
     ] = None
     model: Annotated[
         str,
-        MODEL("--model", "-m", help="A name, a model's or run's folder, an export; default band."),
+        MODEL("--model", "-m", help="A name, a folder, or an exported file; default band."),
     ] = "band"
     list_models: Annotated[
         bool,

@@ -111,7 +111,7 @@ def load_separator(model: str | Path) -> Separator:
             missing for an ONNX file.
     """
     folder = find_model(model)
-    if folder.is_file():
+    if is_exported(folder) and not folder.is_dir():
         return from_program(open_program(folder)).eval()
     separator = _from_description(folder / DESCRIPTION)
     _load_weights(separator, folder / WEIGHTS)
@@ -125,8 +125,8 @@ def find_model(model: str | Path) -> Path:
         FileNotFoundError: there is none.
     """
     given = Path(model).expanduser()
-    if is_exported(given) and given.is_file():
-        return given
+    if is_exported(given) and not given.is_dir():
+        return given  # `open_program` says whether it is there
     for folder in (given, given / "best", list_models().get(str(model), given)):
         if (folder / DESCRIPTION).is_file() and (folder / WEIGHTS).is_file():
             return folder

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from types import FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tfswa_lab.performance.stage import Stage
 
@@ -70,6 +71,11 @@ class Wrapped(nn.Module):
         super().__init__()
         self.call = _method(thing, call)
         self.held = nn.ModuleList(modules_in(thing))
+        if not self.held:
+            raise ValueError(
+                f"{type(thing).__name__} holds no module once it is loaded; name the method that "
+                "loads it as load"
+            )
 
     def forward(self, value: Any) -> Any:
         """The next value."""
@@ -123,17 +129,23 @@ def _method(thing: Any, name: str) -> Callable[..., Any]:
 
 
 def modules_in(thing: Any) -> list[nn.Module]:
-    """The modules that an object holds: in its attributes, or in lists and dicts there.
+    """The modules that an object holds: in attributes, lists and dicts, however deep.
 
-    >>> modules_in((nn.ReLU(), "a tokenizer"))
-    [ReLU()]
+    >>> modules_in((nn.ReLU(), {"more": ["a tokenizer", nn.Tanh()]}))
+    [ReLU(), Tanh()]
     """
-    if isinstance(thing, nn.Module):
-        return [thing]
-    inside = thing if isinstance(thing, list | tuple | Mapping) else getattr(thing, "__dict__", ())
-    found = []
-    for value in inside.values() if isinstance(inside, Mapping) else inside:
-        parts = value.values() if isinstance(value, Mapping) else value
-        parts = parts if isinstance(value, Mapping | list | tuple) else [value]
-        found += [each for each in parts if isinstance(each, nn.Module)]
+    found, seen, ahead = [], set(), [thing]
+    while ahead:
+        each = ahead.pop(0)
+        if id(each) in seen or isinstance(each, type | Tensor):
+            continue
+        seen.add(id(each))
+        if isinstance(each, nn.Module):
+            found.append(each)
+        elif isinstance(each, Mapping):
+            ahead += each.values()
+        elif isinstance(each, list | tuple | set):
+            ahead += each
+        elif not isinstance(each, ModuleType | FunctionType):
+            ahead += getattr(each, "__dict__", {}).values()
     return found

@@ -1,7 +1,7 @@
 """A separator as a program that runs without this package, checked before the file appears.
 
 Exported is the spectrogram network: real tensors in and out, any batch, any number of frames. The
-transform, the normalizer and the head stay outside, or go along as convolutions (`with_stft`).
+transform, the normalizer and the head stay outside, or are exported too (`with_stft`).
 
 Weights of linear layers and convolutions can be stored as float16, or as whole numbers of 8 bits
 with one scale per output channel. The program turns them back into float32 before it computes, so
@@ -30,7 +30,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from tfswa_lab.durable import hidden_files, parts_of, refuse_existing
 from tfswa_lab.memory.display import Shown
@@ -57,6 +57,7 @@ from tfswa_lab.performance.export_cost import (
     seconds_per_call,
     tensor_bytes,
 )
+from tfswa_lab.performance.plan import aligned, html_table
 from tfswa_lab.performance.real_separator import RealSeparator
 from tfswa_lab.performance.timing import format_seconds
 
@@ -132,13 +133,8 @@ class ExportReport(Shown):
         return f"{self.path.name}, {self.precision}, worst error {self.worst_error:.1e}"
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.precision}", f"check: {self.check}", ""]
-        rows = [COLUMNS, *map(self._row, self.variants)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for name, *cells in rows:
-            right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join([name.ljust(widths[0]), *right]))
-        return "\n".join([*lines, *self.notes])
+        head = [f"{self.path}: {self.precision}", f"check: {self.check}", ""]
+        return "\n".join([*head, *aligned([COLUMNS, *map(self._row, self.variants)]), *self.notes])
 
     def _row(self, variant: Variant) -> tuple[str, ...]:
         seconds = "–" if variant.seconds is None else format_seconds(variant.seconds)
@@ -148,17 +144,11 @@ class ExportReport(Shown):
         return variant.name, format_bytes(variant.bytes), seconds, sdr, shown
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in self._row(variant)) + "</tr>"
-            for variant in self.variants
-        )
-        head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-        notes = "".join(
-            f"<li>{escape(note)}</li>" for note in (f"check: {self.check}", *self.notes)
-        )
+        notes = (f"check: {self.check}", *self.notes)
         return (
-            f"<b>{escape(str(self.path))}: {self.precision}</b><table><thead><tr>{head}</tr>"
-            f"</thead><tbody>{rows}</tbody></table><ul>{notes}</ul>"
+            f"<b>{escape(str(self.path))}: {self.precision}</b>"
+            + html_table([COLUMNS, *map(self._row, self.variants)])
+            + "".join(f"<p>{escape(note)}</p>" for note in notes)
         )
 
 
@@ -179,6 +169,9 @@ def export(
 
     The program is written under a hidden name, loaded again, and compared at sizes that the
     exporter has not seen. The file appears if all agree. The model is copied and left alone.
+
+    ONNX has no fused attention here: the program keeps all scores, whose bytes grow with the square
+    of the frames. Where memory runs out, separate in shorter segments.
 
     Args:
         model: a separator in evaluation mode, or a network `(b, c, t, f)` with `sizes`.
@@ -205,16 +198,17 @@ def export(
     if not overwrite:
         refuse_existing([path])
     subject = Subject.of(model, with_stft, bins)
+    excerpts, notes = _excerpts(model, precision, songs, accept_loss)
     with _untouched(), parts_of([path], overwrite, _folder_of(path)) as (part,):
         network = lightened(subject.network, precision, per_channel)
         metadata = subject.metadata | {"precision": precision, "per_channel": per_channel}
         write_program(network, subject.example, part, format, metadata)
         program = open_program(part)
-        check = check_program(program, network, subject.channels, subject.bins)
+        right = subject.reference if precision == "fp32" else network
+        check = check_program(program, right, subject.channels, subject.bins)
         check.refuse(path)
-        excerpts, notes = _excerpts(model, precision, songs, accept_loss)
-        variants = _variants(subject, model, program, excerpts)
-        report = ExportReport(path, format, precision, check, variants, notes)
+        variants, more = _variants(subject, model, program, excerpts)
+        report = ExportReport(path, format, precision, check, variants, (*notes, *more))
         if not accept_loss:
             _refuse_loss(report)
     return report
@@ -242,10 +236,11 @@ def check_exported(
     program = open_program(Path(path).expanduser())
     about = program.metadata
     subject = Subject.of(model, about.get("with_stft", False), bins)
+    precision, right = about.get("precision", "fp32"), subject.reference
     with _untouched():
-        precision = about.get("precision", "fp32")
-        network = lightened(subject.network, precision, about.get("per_channel", True))
-        check = check_program(program, network, subject.channels, subject.bins)
+        if precision != "fp32":
+            right = lightened(subject.network, precision, about.get("per_channel", True))
+        check = check_program(program, right, subject.channels, subject.bins)
     return Check(check.errors, check.reasons, check.fixed, tolerance, check.unit)
 
 
@@ -258,12 +253,14 @@ class Subject:
 
     Args:
         network: a copy of the spectrogram network, or of the separator in real numbers.
+        reference: what the program has to give: the network, or the separator as it is.
         channels: of its input.
         bins: of its input; None for waveforms.
         metadata: what a loader must know.
     """
 
     network: nn.Module
+    reference: nn.Module
     channels: int
     bins: int | None
     metadata: dict[str, Any]
@@ -287,7 +284,8 @@ class Subject:
         if bins is None:
             raise ValueError(f"{name} is no Separator: give bins, the f of its input (b, c, t, f)")
         about = {"model": name, "sizes": dict(model.sizes)}
-        return cls(_copy(model), model.sizes["in_channels"], bins, about)
+        network = _copy(model)
+        return cls(network, network, model.sizes["in_channels"], bins, about)
 
     @classmethod
     def _of_separator(cls, separator: Separator, with_stft: bool) -> Subject:
@@ -297,10 +295,12 @@ class Subject:
             "normalizer_state": {name: tensor.tolist() for name, tensor in state.items()},
         }
         if with_stft:
-            whole = RealSeparator(_copy(separator))
-            return cls(whole.eval().requires_grad_(False), separator.audio_channels, None, about)
+            whole = _copy(separator)
+            real = RealSeparator(whole).eval().requires_grad_(False)
+            return cls(real, whole, separator.audio_channels, None, about)
         bins = separator.bins or separator.stft.n_fft // 2 + 1
-        return cls(_copy(separator.model), separator.model.sizes["in_channels"], bins, about)
+        network = _copy(separator.model)
+        return cls(network, network, separator.model.sizes["in_channels"], bins, about)
 
     @property
     def example(self) -> Tensor:
@@ -331,6 +331,11 @@ def refuse_unready(model: nn.Module) -> None:
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if any(getattr(module, kind) for kind in kinds):
             raise ValueError(f"{where} has hooks, which no program keeps; remove them first")
+        if is_parametrized(module):
+            raise ValueError(
+                f"{where} is parametrized, so its weights cannot be stored in fewer bytes; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
 
 
 @contextmanager
@@ -461,7 +466,7 @@ def write_program(
 def _write_onnx(network: nn.Module, example: Tensor, path: Path, metadata: str) -> None:
     onnx, unit = needed("onnx"), "frames" if example.ndim == 4 else "samples"
     axes, out_axes = {0: "batch", 2: unit}, {0: "batch", 2 if example.ndim == 4 else 3: unit}
-    # Without `dynamo`: that exporter needs onnxscript, and took 12 times as long for TFSWA-UNet.
+    # Without `dynamo`: that exporter needs onnxscript, and takes much longer.
     with mock.patch("torch._C._jit_onnx_log"):  # prints the whole graph after an error
         torch.onnx.export(
             network,
@@ -493,6 +498,7 @@ def _write_pt2(network: nn.Module, example: Tensor, path: Path, metadata: str) -
             prefer_deferred_runtime_asserts_over_guards=True,
         )
     _forget_assumptions(program)
+    program.example_inputs = None  # random numbers, which would go into the file
     torch.export.save(program, path, extra_files={METADATA: metadata})
 
 
@@ -540,8 +546,8 @@ def _excerpts(
 
 def _variants(
     subject: Subject, model: nn.Module, program: Program, excerpts: list[Excerpt]
-) -> tuple[Variant, ...]:
-    """The network in eager mode, the file, and for int8 what else could have been done."""
+) -> tuple[tuple[Variant, ...], tuple[str, ...]]:
+    """The network in eager mode, the file, and for int8 what else could have been done; notes."""
     x, about = subject.random(1, TIMED_FRAMES), program.metadata
     sdr = mean_sdr(model, excerpts)
     eager = model.model if isinstance(model, Separator) and subject.bins else model
@@ -556,9 +562,14 @@ def _variants(
         other = lightened(_copy(model.model), "int8", not about["per_channel"])
         scales = "tensor" if about["per_channel"] else "channel"
         found.append(of_network(model, other, excerpts, f"int8 per {scales}, eager"))
+    notes = []
     if precision == "int8" and suffix == ".onnx":
-        found.append(_dynamic(subject, program, x, excerpts))
-    return tuple(found)
+        try:
+            found.append(_dynamic(subject, program, x, excerpts))
+        except Exception as error:  # of onnxruntime's tool; the file itself is good
+            reason = " ".join(str(error).split())[:160]
+            notes.append(f"dynamic int8 by onnxruntime: not possible ({reason})")
+    return tuple(found), tuple(notes)
 
 
 def _dynamic(subject: Subject, program: Program, x: Tensor, excerpts: list[Excerpt]) -> Variant:

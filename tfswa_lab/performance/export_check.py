@@ -1,4 +1,4 @@
-"""Whether an exported program computes what its network computes, at sizes that it was not made at.
+"""Whether an exported program computes what its network computes, at other sizes, too.
 
 A tracer records what the network did for one input. What Python decided from its size is frozen,
 and the program may still run at other sizes, with wrong values (PyTorch issues 152018 and 99701).
@@ -21,7 +21,7 @@ from tfswa_lab.memory.display import Shown
 from tfswa_lab.models.exported import Program
 
 TOLERANCE = 1e-4  # the largest error, as a share of the largest value
-EXAMPLE = (2, 37)  # batch and frames that a program is made at, which are not checked
+EXAMPLE = (2, 37)  # batch and frames of the exporter's input, which are not checked
 FEW = (1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17)  # frames, for a batch of one, two and three
 MANY = (24, 31, 40, 63, 64, 65, 87, 120)  # frames, for a batch of one
 NAMED = 4  # failing sizes that an error shows
@@ -141,7 +141,7 @@ def sizes(network: object, hop: int | None = None) -> list[Size]:
     if hop is None:
         return found
     # lengths whose remainder after the last whole hop differs
-    return [(b, max(1, (t - 1) * hop + (t * 37) % hop)) for b, t in found]
+    return [(1, 1), *((b, max(1, (t - 1) * hop + (t * 37) % hop)) for b, t in found)]
 
 
 def random_input(batch: int, channels: int, length: int, bins: int | None) -> Tensor:

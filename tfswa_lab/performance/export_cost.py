@@ -8,9 +8,7 @@ Notebook: 10_staged_pipelines
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from tfswa_lab.inference.separate import separate_track
 from tfswa_lab.models.exported import Program, needed, open_program
 from tfswa_lab.models.separator import Separator
 from tfswa_lab.models.storage import from_program
+from tfswa_lab.performance.precision import quiet
 from tfswa_lab.performance.timing import seconds_of
 
 SONGS, SONG_SECONDS = 3, 6.0  # test songs that are separated, and how much of each
@@ -76,7 +75,7 @@ def read_excerpts(separator: nn.Module, songs: str | Path | None = None) -> list
     if not isinstance(separator, Separator):
         raise ValueError(f"{type(separator).__name__} is no Separator and separates no song")
     parts = stem_parts(separator.stems)
-    sources = ("mixture", *dict.fromkeys(part for names in parts.values() for part in names))
+    sources = _sources(parts)
     tracks = find_tracks(ensure_band() if songs is None else songs, "test", sources)
     return [_excerpt(separator, track, parts) for track in tracks[:SONGS]]
 
@@ -85,11 +84,14 @@ def _excerpt(separator: Separator, track: Track, parts: dict[str, tuple[str, ...
     rate = separator.sample_rate
     whole, wanted = track.length(rate), round(SONG_SECONDS * rate)
     start = max(0, (whole - wanted) // 2)
-    sources = ("mixture", *dict.fromkeys(part for names in parts.values() for part in names))
-    heard = track.read(sources, start, min(wanted, whole), rate)
+    heard = track.read(_sources(parts), start, min(wanted, whole), rate)
     heard = {x: audio.to_channels(sound, separator.audio_channels) for x, sound in heard.items()}
     stems = [sum(heard[part] for part in names) for names in parts.values()]
     return Excerpt(heard["mixture"], torch.stack(stems))
+
+
+def _sources(parts: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return ("mixture", *dict.fromkeys(part for names in parts.values() for part in names))
 
 
 def mean_sdr(separator: nn.Module, excerpts: list[Excerpt]) -> float | None:
@@ -137,17 +139,6 @@ def dynamic_int8(plain: Path, file: Path, metadata: dict[str, Any]) -> Program:
         metadata: of the program, which the tool drops.
     """
     quantization = needed("onnxruntime.quantization")
-    with _quiet():
+    with quiet():
         quantization.quantize_dynamic(plain, file, weight_type=quantization.QuantType.QUInt8)
     return replace(open_program(file), metadata=metadata)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that the tool logs of shapes which it cannot infer."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -28,8 +28,8 @@ class StageSizes:
     Args:
         name: of the stage.
         weights: on the device while the stage runs; None where unknown.
-        activations: at most, beyond the weights and what earlier stages handed on; with the
-            stage's own output. None where unknown.
+        activations: the most that it holds beside the weights and what earlier stages have handed
+            on. Its own output counts among them. None where unknown.
         hands_on: storages of its output; None where unknown.
         host: bytes of the weights on the host, where the device does not hold all of them.
         halved: bytes of the weights on the device in half precision; None where they are in it.

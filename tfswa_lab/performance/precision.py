@@ -148,7 +148,7 @@ def int8_weights(module: nn.Module) -> nn.Module:
         ValueError: the module has no linear layer.
     """
     try:
-        with _quiet():
+        with quiet():
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ImportError("int8 weights need torchao: pip install torchao") from error
@@ -162,8 +162,8 @@ def int8_weights(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """torchao 0.18 warns of kernels for other GPUs when it is imported."""
+def quiet() -> Iterator[None]:
+    """Without warnings in logs: torchao 0.18 warns of other GPUs, onnxruntime of unknown shapes."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -43,8 +43,8 @@ class Voice(NamedTuple):
 def song_stages(separator: str | Path = BAND, segment_seconds: float = 6.0) -> list[Stage]:
     """Stages that take a song `(2, s)` at 44.1 kHz, and end with a `Voice`.
 
-    The refiner is a small TF-Locoformer with random weights and adds a hundredth of its output: it
-    takes memory and time as a trained one does, and the voice remains as it was. Voice activity and
+    The refiner is a small TF-Locoformer with random weights, and adds a hundredth of its output: it
+    takes memory and time as a trained one does, and changes the voice little. Voice activity and
     pitch are stand-ins from librosa.
 
     Args:

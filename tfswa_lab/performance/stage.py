@@ -104,7 +104,8 @@ class Stage:
 
         Args:
             model: of this stage.
-            holder: its attribute `value` is the value; so no caller holds it on the device.
+            holder: an object whose attribute `value` is the value. The caller passes a holder, so
+                that it keeps no reference to the value itself.
             device: where the stage runs.
             half: that inputs are cast to; then outputs become float32.
         """

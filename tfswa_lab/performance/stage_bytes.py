@@ -61,6 +61,7 @@ class StageBytes:
         self.input, self.given = 0, set()
         self._in_float32: set[str] = set()  # stages that half precision failed in
         self._drafts: dict[str, nn.Module] = {}  # on the meta device
+        self._headers: dict[tuple, dict[str, int]] = {}
 
     # Counted -------------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ class StageBytes:
 
     def _halved(self, stage: Stage, weights: Storages | None) -> int | None:
         """Bytes of the weights on the device in half precision."""
-        if weights is None or stage.dtype not in (None, torch.float32):
+        if weights is None or self.is_cast(stage):
             return None
         if isinstance(stage.weights, Real) or stage.weights is None:
             return total(weights) // 2
@@ -105,13 +106,19 @@ class StageBytes:
         dtype = None if stage.name in self._in_float32 else stage.dtype
         if callable(given):  # a module, too
             return self.of_module(self._draft(stage), dtype, self.is_by_layer(stage))
-        sizes = weight_bytes(given, dtype)
+        sizes = self._in_files(stage, dtype)
         if not self.is_by_layer(stage):
             return {(stage.name, name): size for name, size in sizes.items()}, None
         layers = Counter()
         for name, size in sizes.items():
             layers[name.rpartition(".")[0]] += size
         return {("layer", stage.name): max(layers.values(), default=0)}, sum(sizes.values())
+
+    def _in_files(self, stage: Stage, dtype: torch.dtype | None) -> dict[str, int]:
+        """Bytes by tensor; a file that has been read may go, as its model may stay."""
+        if (stage.name, dtype) not in self._headers:
+            self._headers[stage.name, dtype] = weight_bytes(stage.weights, dtype)
+        return self._headers[stage.name, dtype]
 
     def _draft(self, stage: Stage) -> nn.Module:
         """The module of a stage without its numbers."""
@@ -192,8 +199,9 @@ class StageBytes:
         return stage.dtype if stage.is_half and stage.name not in self._in_float32 else None
 
     def is_cast(self, stage: Stage) -> bool:
-        """Whether a stage has a dtype of its own, and can have it."""
-        return stage.dtype is not None and stage.name not in self._in_float32
+        """Whether a stage has another dtype than float32, and can have it."""
+        plain = stage.dtype in (None, torch.float32)
+        return not plain and stage.name not in self._in_float32
 
     def stay_float32(self, stage: Stage, why: str) -> None:
         """A stage has failed in half precision."""

@@ -53,7 +53,8 @@ class _Run:
     value: Any  # the next stage's input
     plan: Plan
     modes: dict[str, str]
-    measuring: bool = False
+    measuring: bool = False  # activations
+    comparing: bool = False  # outputs of stages with a dtype, with those without it
 
 
 class StagedPipeline:
@@ -70,7 +71,8 @@ class StagedPipeline:
       others are offloaded if the host has room, else sequential. Where a size is unknown, the
       first run is sequential, and measures.
 
-    On a CPU the device is the host: "offload" is the same as "resident" there.
+    On a CPU the device is the host: "offload" is the same as "resident" there. On a GPU, each stage
+    starts torch's count of the peak anew.
 
     Args:
         stages: in their order.
@@ -263,7 +265,7 @@ class StagedPipeline:
         self.cleanup()
         self.outputs, self._done = {}, 0
         plan = self._plan()
-        self._go(_Run(value, plan, plan.modes_of("sequential"), measuring=True), first=0)
+        self._go(_Run(value, plan, plan.modes_of("sequential"), measuring=True, comparing=True), 0)
         return self.plan()
 
     def _go(self, run: _Run, first: int) -> Any:
@@ -272,7 +274,7 @@ class StagedPipeline:
         self._keep_only(run.modes)
         try:
             with torch.no_grad():
-                for stage in self.stages:
+                for stage in self.stages[first:]:
                     if run.modes[stage.name] == "resident":
                         self._bring(stage, "resident")
                 for index in range(first, len(self.stages)):
@@ -309,7 +311,7 @@ class StagedPipeline:
     def _warn(self, run: _Run, index: int) -> None:
         running = [moment for moment in run.plan.moments(run.modes) if moment.doing != "loading"]
         if len(running) > len(self.stages) and self.stages[-1].name in self._held:
-            index += len(self.stages)  # all have stayed from an earlier run
+            index += len(self.stages)  # all models are there since an earlier run
         size, name = running[index].size, running[index].stage
         if size > run.plan.room.budget and self._warned.get(name) != size:
             self._warned[name] = size
@@ -450,7 +452,8 @@ class StagedPipeline:
         model = self._held[stage.name]
         half = self._bytes.half_of(stage)
         work = partial(stage.called, model, run, self.device, half)
-        generators = get_rng_state() if run.measuring else None
+        compares = run.comparing and self._bytes.is_cast(stage) and not stage.layerwise
+        generators = _rng_state() if compares else None
         on_gpu = self.device.type == "cuda"
         before = gauges.allocated(self.device) if on_gpu else 0
         if on_gpu:
@@ -468,17 +471,15 @@ class StagedPipeline:
         _named(partial(self._bytes.look_at, stage, output), stage, "looking at its output")
         if half is not None and not _is_finite(output):
             self._bytes.note(stage, f"in {half}, its output has numbers that are not finite")
-        if run.measuring and self._bytes.is_cast(stage):
+        if compares:
             self._compare(stage, run, output, generators)
         return output
 
     def _compare(self, stage: Stage, run: _Run, output: Any, generators: Any) -> None:
         """Run the stage as it was loaded, and note how much its dtype changes the output."""
-        if stage.layerwise:
-            return  # there may be no room for all of it
         self._drop(stage.name)
-        after = get_rng_state()
-        set_rng_state(generators)  # a run that draws noise draws the same
+        after = _rng_state()
+        _set_rng_state(generators)  # a run that draws noise draws the same
         plain = None
         try:
             plain = Model(stage.load(), self.device)
@@ -491,7 +492,7 @@ class StagedPipeline:
         else:
             self._bytes.note(stage, f"in {stage.dtype}, its output has an SNR of {change:.1f} dB")
         finally:
-            set_rng_state(after)
+            _set_rng_state(after)
             if plain is not None:
                 plain.let_go()
 
@@ -524,14 +525,14 @@ class StagedPipeline:
         return f"StagedPipeline({names}; {self.policy} on {self.device})"
 
 
-def get_rng_state() -> tuple:
+def _rng_state() -> tuple:
     """The states of torch's generators, of the host and of all GPUs in use."""
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return torch.get_rng_state(), on_gpus
 
 
-def set_rng_state(states: tuple) -> None:
-    """What `get_rng_state` has returned."""
+def _set_rng_state(states: tuple) -> None:
+    """What `_rng_state` has returned."""
     torch.set_rng_state(states[0])
     if states[1]:
         torch.cuda.set_rng_state_all(states[1])
