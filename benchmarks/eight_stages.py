@@ -4,8 +4,8 @@
 
 Loaded together within 9.21 GB, the budget that a public error report leaves to tensors, they should
 fail in the last one. Then each policy runs twice within 11.75 GB; the plan's peak stands beside the
-allocator's. Weights are random and made on the GPU; no file is read, and no second counts for reading.
-moving and running. GB are 10^9 bytes. The CPU's figures are those of staged.py.
+allocator's. Weights are random and made on the GPU; no file is read. GB are 10^9 bytes. The CPU's
+figures are those of staged.py.
 """
 
 from __future__ import annotations
