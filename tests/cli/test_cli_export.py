@@ -87,4 +87,5 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
     result = run("export", tmp_path / "nothing")
     assert result.exit_code == 1
     assert "nothing/separator.json is missing" in result.output
-    assert "no such file; write one with tfswa-lab export" in run("separate", "song.wav", "--model", tmp_path / "no.onnx").output
+    result = run("separate", "song.wav", "--model", tmp_path / "no.onnx")
+    assert "no such file; write one with tfswa-lab export" in result.output
