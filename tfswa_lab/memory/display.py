@@ -6,7 +6,7 @@ Notebook: 05_where_memory_goes
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -106,3 +106,30 @@ def linked(text: str) -> str:
     shown = f"{path.name}:{found['line']}{text[found.end() :]}"
     address = f"{path.resolve().as_uri()}#L{found['line']}"
     return f"<a href='{escape(address)}' title='{escape(text)}'>{escape(shown)}</a>"
+
+
+def shown(size: int | None) -> str:
+    """Bytes in words; a dash where unknown.
+
+    >>> shown(2048), shown(None)
+    ('2.00 KiB', '—')
+    """
+    return "—" if size is None else format_bytes(size)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines with the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table in HTML whose first row is the head."""
+    head, *body = (
+        "".join(f"<{tag}>{escape(text)}</{tag}>" for text in row)
+        for tag, row in zip(("th", *["td"] * (len(rows) - 1)), rows, strict=True)
+    )
+    lines = "".join(f"<tr>{row}</tr>" for row in body)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tfswa_lab.memory import gauges
-from tfswa_lab.memory.display import Shown
+from tfswa_lab.memory.display import Shown, html_table
 from tfswa_lab.memory.out_of_memory import attempt
 from tfswa_lab.memory.predict import max_batch_size
 from tfswa_lab.memory.sizes import format_bytes, is_whole
@@ -102,9 +102,9 @@ class BatchSize(Shown):
 
     def _repr_html_(self) -> str:
         names = ("size", "", "ms per step", "items per second", "peak")
-        body = "".join(_html_row("td", self._cells(trial)) for trial in self.tried)
+        table = html_table([names, *map(self._cells, self.tried)])
         notes = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
-        return f"<b>{escape(self.head)}</b><table>{_html_row('th', names)}{body}</table>{notes}"
+        return f"<b>{escape(self.head)}</b>{table}{notes}"
 
     def _shown(self) -> list[Trial]:
         """The named sizes, the smallest that failed, and others a tenth apart."""
@@ -124,10 +124,6 @@ class BatchSize(Shown):
             return str(trial.size), outcome, "", "", peak
         rate = trial.size / trial.seconds
         return str(trial.size), outcome, f"{1000 * trial.seconds:.4g}", f"{rate:.4g}", peak
-
-
-def _html_row(kind: str, cells: Iterable[str]) -> str:
-    return f"<tr>{''.join(f'<{kind}>{escape(cell)}</{kind}>' for cell in cells)}</tr>"
 
 
 def knee(rows: Iterable[Sequence]) -> int:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from tfswa_lab.durable import hidden_files, parts_of, refuse_existing
-from tfswa_lab.memory.display import Shown
+from tfswa_lab.memory.display import Shown, aligned, html_table
 from tfswa_lab.memory.sizes import format_bytes
 from tfswa_lab.models.exported import (
     FORMATS,
@@ -57,7 +57,6 @@ from tfswa_lab.performance.export_cost import (
     seconds_per_call,
     tensor_bytes,
 )
-from tfswa_lab.performance.plan import aligned, html_table
 from tfswa_lab.performance.real_separator import RealSeparator
 from tfswa_lab.performance.timing import format_seconds
 

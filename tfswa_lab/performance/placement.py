@@ -139,11 +139,14 @@ class Model:
         if lives_on_host and device.type == "cuda":
             self._pin()
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its parameters and buffers, each once."""
+        return tensors_in(self.module) if isinstance(self.module, nn.Module) else []
+
     def is_elsewhere(self, device: torch.device) -> bool:
         """Whether a tensor of it is on another device."""
-        return isinstance(self.module, nn.Module) and any(
-            not on(tensor, device) for tensor in tensors_in(self.module)
-        )
+        return any(not on(tensor, device) for tensor in self.tensors)
 
     def _pin(self) -> None:
         """Page-locked memory is copied to a GPU faster, and while the GPU works."""
@@ -184,12 +187,13 @@ class Model:
                 continue
             if now is not came_as:  # the run has put another one there
                 held[name] = moved(now, HOST) if isinstance(now, Tensor) else now
-            elif isinstance(now, nn.Parameter):
-                if version is None or version_of(now) != version:
-                    at_home.copy_(now.detach())
+                continue
+            if may_differ(now, version):
+                at_home.copy_(now.detach())
+            if isinstance(now, nn.Parameter):
                 now.data = at_home
-            else:  # batch norm does not tell of its changes
-                held[name] = at_home.copy_(now)
+            else:
+                held[name] = at_home
         self._home = []
         if isinstance(self.module, nn.Module):
             attributes_to_host(self.module)
@@ -245,6 +249,14 @@ def version_of(tensor: Tensor) -> int | None:
     1
     """
     return None if tensor.is_inference() else tensor._version
+
+
+def may_differ(tensor: Tensor, version: int | None) -> bool:
+    """Whether a parameter or buffer may have been changed since it had this version.
+
+    For a buffer the version tells nothing: batch norm does not count its changes.
+    """
+    return not isinstance(tensor, nn.Parameter) or version is None or version_of(tensor) != version
 
 
 def on(tensor: Tensor, device: torch.device) -> bool:

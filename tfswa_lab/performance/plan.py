@@ -6,12 +6,12 @@ Notebook: 10_staged_pipelines
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import NamedTuple
 
-from tfswa_lab.memory.display import Shown
+from tfswa_lab.memory.display import Shown, aligned, html_table, shown
 from tfswa_lab.memory.sizes import format_bytes
 
 # What happens to a stage's model: loaded before the first stage runs, and stays; loaded when first
@@ -32,7 +32,8 @@ class StageSizes:
             on. Its own output counts among them. None where unknown.
         hands_on: storages of its output; None where unknown.
         host: bytes of the weights on the host, where the device does not hold all of them.
-        halved: bytes of the weights on the device in half precision; None where they are in it.
+        halved: finds the bytes of the weights on the device in half precision; None where they
+            are in it. It is asked only if nothing fits.
         by_layer: whether the device holds one layer at a time.
     """
 
@@ -42,7 +43,7 @@ class StageSizes:
     hands_on: Storages | None = None
     host: int | None = None
     by_layer: bool = False
-    halved: int | None = None
+    halved: Callable[[], int | None] = lambda: None
 
     @property
     def whole(self) -> int:
@@ -188,6 +189,10 @@ class Plan(Shown):
                     stays |= sizes.weights or {}
                 yield Moment(sizes.name, doing, self.room.context + held)
 
+    def running(self, modes: Mapping[str, str]) -> list[Moment]:
+        """The points at which stages run, without those at which models are loaded."""
+        return [moment for moment in self.moments(modes) if moment.doing != "loading"]
+
     def peak(self, modes: Mapping[str, str]) -> Moment:
         """When the device holds most."""
         return max(self.moments(modes), key=lambda moment: moment.size)
@@ -243,9 +248,8 @@ class Plan(Shown):
             return False
         if self.room.host is not None:
             return self._offloaded(modes) + following.whole <= self.room.host
-        running = [moment for moment in self.moments(modes) if moment.doing != "loading"]
         known = self.sizes[index].activations is not None
-        return known and running[index].size + following.whole <= self.room.budget
+        return known and self.running(modes)[index].size + following.whole <= self.room.budget
 
     # Rows ----------------------------------------------------------------------------------------
 
@@ -298,15 +302,12 @@ class Plan(Shown):
     def _refusal(self) -> str:
         row = max(self.stages, key=lambda row: row.peak)
         sizes = next(sizes for sizes in self.sizes if sizes.name == row.name)
-        weights, activations = row.weights or 0, row.activations or 0
-        others = [f"{format_bytes(row.carried_in)} handed on by earlier stages"] * bool(
-            row.carried_in
-        ) + [f"{format_bytes(self.room.context)} of context"] * bool(self.room.context)
-        parts = [
-            f"{format_bytes(weights)} of weights",
-            f"{format_bytes(activations)} of activations",
-            *others,
-        ]
+        parts = [f"{format_bytes(row.weights or 0)} of weights"]
+        parts.append(f"{format_bytes(row.activations or 0)} of activations")
+        if row.carried_in:
+            parts.append(f"{format_bytes(row.carried_in)} handed on by earlier stages")
+        if self.room.context:
+            parts.append(f"{format_bytes(self.room.context)} of context")
         needs, budget = format_bytes(row.peak), format_bytes(self.room.budget)
         if needs == budget:
             needs, budget = f"{row.peak} B", f"{self.room.budget} B"
@@ -318,12 +319,11 @@ class Plan(Shown):
     def _help(self, row: StageRow, sizes: StageSizes) -> Iterator[str]:
         """What would help, and how much."""
         weights, activations = row.weights or 0, row.activations or 0
-        if sizes.halved is not None:
-            half = row.peak - weights - activations + sizes.halved + activations // 2
+        if (halved := sizes.halved()) is not None:
+            half = row.peak - weights - activations + halved + activations // 2
             yield f"dtype=torch.float16 would need about {format_bytes(half)}{self._verdict(half)}"
-        others = row.peak - activations
-        if others < self.room.budget and activations:
-            left = self.room.budget - others
+        left = self.room.budget - (row.peak - activations)  # for activations
+        if left > 0 and activations:
             yield (
                 f"a smaller input fits if it makes {format_bytes(left)} of activations, "
                 f"{left / activations:.0%} of now"
@@ -337,9 +337,9 @@ class Plan(Shown):
                 f"keep_on_host=True takes {format_bytes(kept)} of outputs off the device, "
                 f"{format_bytes(without)} remain{self._verdict(without)}"
             )
-        others = [each.name for each in self.stages if each.peak > self.room.budget]
-        if len(others) > 1:
-            yield f"{len(others)} stages are too large: {', '.join(others)}"
+        too_large = [each.name for each in self.stages if each.peak > self.room.budget]
+        if len(too_large) > 1:
+            yield f"{len(too_large)} stages are too large: {', '.join(too_large)}"
 
     def _verdict(self, size: int) -> str:
         return ", which fits" if size <= self.room.budget else ", still too much"
@@ -396,30 +396,3 @@ class Plan(Shown):
     def _repr_html_(self) -> str:
         parts = [html_table(rows) for rows in self._tables()]
         return "".join(parts) + "".join(f"<p>{escape(text)}</p>" for text in self._sentences())
-
-
-def shown(size: int | None) -> str:
-    """Bytes in words; a dash where unknown.
-
-    >>> shown(2048), shown(None)
-    ('2.00 KiB', '—')
-    """
-    return "—" if size is None else format_bytes(size)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines with the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
-
-
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table in HTML whose first row is the head."""
-    head, *body = (
-        "".join(f"<{tag}>{escape(text)}</{tag}>" for text in row)
-        for tag, row in zip(("th", *["td"] * (len(rows) - 1)), rows, strict=True)
-    )
-    lines = "".join(f"<tr>{row}</tr>" for row in body)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tfswa_lab.memory.out_of_memory import is_out_of_memory
 from tfswa_lab.performance.lean_load import bytes_in, move
-from tfswa_lab.performance.placement import map_tensors, tensors_in, version_of
+from tfswa_lab.performance.placement import map_tensors, may_differ, tensors_in, version_of
 
 # Half precision ----------------------------------------------------------------------------------
 
@@ -236,8 +236,7 @@ class _Layer:
             self.uses[tensor] = max(0, self.uses.get(tensor, 0) - 1)
             if self.uses[tensor] == 0 and tensor in self._homes:
                 home, version = self._homes.pop(tensor)
-                is_buffer = not isinstance(tensor, nn.Parameter)  # batch norm tells of no change
-                if is_buffer or version is None or version_of(tensor) != version:
+                if may_differ(tensor, version):
                     home.copy_(tensor.data)
                 tensor.data = home
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from html import escape
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader
 from tfswa_lab.device import compute_threads, pick_device
 from tfswa_lab.doctor import check_cuda
 from tfswa_lab.memory import gauges
-from tfswa_lab.memory.display import Shown
+from tfswa_lab.memory.display import Shown, html_table
 from tfswa_lab.memory.sizes import MIB, format_bytes
 from tfswa_lab.models.tfswa_block import TFSWABlock
 from tfswa_lab.performance.events import record
@@ -73,9 +72,7 @@ class SetUp(Shown):
         return "\n".join(f"{s.name:18} {s.now} → {s.change}" for s in self.settings)
 
     def _repr_html_(self) -> str:
-        rows = ["<th>setting</th><th>now</th><th>a change, measured here</th>"]
-        rows += ["".join(f"<td>{escape(text)}</td>" for text in row) for row in self.settings]
-        return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+        return html_table([("setting", "now", "a change, measured here"), *self.settings])
 
 
 def diagnose(

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tfswa_lab.memory.display import Shown
+from tfswa_lab.memory.display import Shown, aligned, html_table, shown
 from tfswa_lab.performance import precision
 from tfswa_lab.performance.placement import Model, map_tensors, moved
-from tfswa_lab.performance.plan import aligned, html_table, shown
 from tfswa_lab.performance.timing import format_seconds, now
 
 DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.int8)

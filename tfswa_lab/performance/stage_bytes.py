@@ -77,7 +77,7 @@ class StageBytes:
         hands_on = found.hands_on
         if stage.carries is not None:
             hands_on = {("output", stage.name): int(stage.carries)}
-        by_layer, halved = self.is_by_layer(stage), self._halved(stage, weights)
+        by_layer, halved = self.is_by_layer(stage), partial(self._halved, stage, weights)
         return StageSizes(stage.name, weights, activations, hands_on, host, by_layer, halved)
 
     def _halved(self, stage: Stage, weights: Storages | None) -> int | None:

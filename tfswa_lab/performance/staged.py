@@ -41,6 +41,7 @@ from tfswa_lab.performance.plan import (
 from tfswa_lab.performance.stage import Stage, StageStatus, Status, is_bytes
 from tfswa_lab.performance.stage_bytes import StageBytes, add_note
 from tfswa_lab.performance.timing import peak_bytes, profiler_runs
+from tfswa_lab.performance.training_state import random_states
 
 log = logging.getLogger(__name__)
 _measuring = threading.Lock()  # torch has one profiler for all threads
@@ -197,9 +198,8 @@ class StagedPipeline:
 
     def _own_bytes(self) -> int:
         """Bytes of models and outputs on the device."""
-        models = [model.module for model in self._held.values() if not model.lives_on_host]
-        modules = [module for module in models if isinstance(module, nn.Module)]
-        held = [x for thing in (*modules, self.outputs) for x in tensors_in(thing)]
+        models = (model for model in self._held.values() if not model.lives_on_host)
+        held = [x for model in models for x in model.tensors] + tensors_in(self.outputs)
         return total(self._bytes.keys.storages([x for x in held if on(x, self.device)]))
 
     # Run -----------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class StagedPipeline:
         self._leave(stage, run.modes[stage.name])
 
     def _warn(self, run: _Run, index: int) -> None:
-        running = [moment for moment in run.plan.moments(run.modes) if moment.doing != "loading"]
+        running = run.plan.running(run.modes)
         if len(running) > len(self.stages) and self.stages[-1].name in self._held:
             index += len(self.stages)  # all models are there since an earlier run
         size, name = running[index].size, running[index].stage
@@ -425,9 +425,8 @@ class StagedPipeline:
 
     def _staying(self, leaving: Model) -> set[int]:
         """Tensors of the other models on the device, which a model that leaves may share."""
-        others = (m.module for m in self._held.values() if m is not leaving and not m.lives_on_host)
-        modules = (module for module in others if isinstance(module, nn.Module))
-        return {id(tensor) for module in modules for tensor in tensors_in(module)}
+        others = (m for m in self._held.values() if m is not leaving and not m.lives_on_host)
+        return {id(tensor) for model in others for tensor in model.tensors}
 
     def _empty_cache(self) -> None:
         if self.device.type == "cuda":
@@ -453,7 +452,7 @@ class StagedPipeline:
         half = self._bytes.half_of(stage)
         work = partial(stage.called, model, run, self.device, half)
         compares = run.comparing and self._bytes.is_cast(stage) and not stage.layerwise
-        generators = _rng_state() if compares else None
+        generators = random_states() if compares else []
         on_gpu = self.device.type == "cuda"
         before = gauges.allocated(self.device) if on_gpu else 0
         if on_gpu:
@@ -475,11 +474,12 @@ class StagedPipeline:
             self._compare(stage, run, output, generators)
         return output
 
-    def _compare(self, stage: Stage, run: _Run, output: Any, generators: Any) -> None:
+    def _compare(self, stage: Stage, run: _Run, output: Any, generators: list) -> None:
         """Run the stage as it was loaded, and note how much its dtype changes the output."""
         self._drop(stage.name)
-        after = _rng_state()
-        _set_rng_state(generators)  # a run that draws noise draws the same
+        after = random_states()
+        for put_back in generators:  # a run that draws noise draws the same
+            put_back()
         plain = None
         try:
             plain = Model(stage.load(), self.device)
@@ -492,7 +492,8 @@ class StagedPipeline:
         else:
             self._bytes.note(stage, f"in {stage.dtype}, its output has an SNR of {change:.1f} dB")
         finally:
-            _set_rng_state(after)
+            for put_back in after:
+                put_back()
             if plain is not None:
                 plain.let_go()
 
@@ -517,25 +518,11 @@ class StagedPipeline:
     def _place(self, stage: Stage, model: Model) -> str:
         if stage.layerwise:
             return "cpu, layer by layer"
-        tensors = tensors_in(model.module) if isinstance(model.module, nn.Module) else []
-        return str(tensors[0].device) if tensors else "loaded"
+        return str(model.tensors[0].device) if model.tensors else "loaded"
 
     def __repr__(self) -> str:
         names = ", ".join(stage.name for stage in self.stages)
         return f"StagedPipeline({names}; {self.policy} on {self.device})"
-
-
-def _rng_state() -> tuple:
-    """The states of torch's generators, of the host and of all GPUs in use."""
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), on_gpus
-
-
-def _set_rng_state(states: tuple) -> None:
-    """What `_rng_state` has returned."""
-    torch.set_rng_state(states[0])
-    if states[1]:
-        torch.cuda.set_rng_state_all(states[1])
 
 
 def refuse_hidden_modules(thing: Any) -> None:

@@ -239,11 +239,15 @@ def _same_memory(tensor: Tensor, before: Tensor) -> bool:
 
 
 def _global_state() -> list[PutBack]:
+    return [*random_states(), _bound(torch.set_grad_enabled, torch.is_grad_enabled())]
+
+
+def random_states() -> list[PutBack]:
+    """Functions that put Python's, NumPy's and torch's generators back into their states of now."""
     found = [
         _bound(random.setstate, random.getstate()),
         _bound(np.random.set_state, np.random.get_state(legacy=False)),  # noqa: NPY002
         _bound(torch.set_rng_state, torch.get_rng_state()),
-        _bound(torch.set_grad_enabled, torch.is_grad_enabled()),
     ]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         found.append(_bound(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
