@@ -49,6 +49,19 @@ SNIPPETS = {
             else:
                 raise AssertionError(data_set)
     """,
+    "sequences": """
+        import torch
+        from tfswa_lab.sequence import (
+            EM, CategoricalHMM, GaussianHMM, MixtureGaussianHMM, NeuralHMM, collate_padded, filter,
+            from_hmmlearn, hsmm, load, log_likelihood, pad_sequences, posteriors, sample_paths,
+            save, to_hmmlearn, viterbi,
+        )
+        x = torch.zeros(4, 1)
+        model = GaussianHMM(num_states=2, feature_dim=1)
+        assert model.viterbi(x).states.shape == (4,)
+        assert model.fit([x, x], settings=EM(iterations=1, initialise=False)).log_likelihoods
+        assert log_likelihood(torch.zeros(1, 2), [1.0, 0.0], torch.eye(2)) == 0
+    """,
     "a training": """
         import tempfile, torch
         from tfswa_lab.models import MaskResUNet, Separator, load_separator
