@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tfswa_lab.sequence import hsmm
 from tfswa_lab.sequence.em import EM
 from tfswa_lab.sequence.hmm import CategoricalHMM, GaussianHMM, MixtureGaussianHMM
 from tfswa_lab.sequence.inference import log_likelihood, posteriors, viterbi
@@ -249,3 +250,42 @@ def test_features_far_from_zero():
     model.means, model.covariances = given.means, given.variances
     found = model.log_emissions(given.x)
     assert float((found - right.log_emissions).abs().max()) < tolerance
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hsmm_plain", "hsmm_censored", "hsmm_longer_than_sequence", "hsmm_min_duration"],
+)
+def test_explicit_durations(name):
+    given, right, tolerance = case(name)
+    arguments = (given.log_emissions, given.startprob, given.transmat, given.duration_pmf)
+    options = {"right_censored": bool(given.right_censored)}
+    close(hsmm.log_likelihood(*arguments, **options), right.loglik, tolerance)
+    close(hsmm.posteriors(*arguments, **options).states, right.posteriors, tolerance)
+    best = hsmm.viterbi(*arguments, **options)
+    assert torch.equal(best.states, right.paths[0])
+    assert torch.equal(best.segments[0], right.segments)
+    close(best.log_probability, right.score, tolerance)
+
+
+def test_durations_that_do_not_fit():
+    given, right, tolerance = case("hsmm_infeasible")
+    arguments = (given.log_emissions, given.startprob, given.transmat, given.duration_pmf)
+    assert float(hsmm.log_likelihood(*arguments)) == -torch.inf
+    for function in (hsmm.posteriors, hsmm.viterbi, hsmm.sample_paths):
+        with pytest.raises(ValueError, match=r"4 frames fits durations of 3 to 3 frames"):
+            function(*arguments)
+    found = hsmm.log_likelihood(*arguments, right_censored=True)
+    close(found, right.loglik_censored, tolerance)
+    states = hsmm.posteriors(*arguments, right_censored=True).states
+    close(states, right.posteriors_censored, tolerance)
+    path = hsmm.viterbi(*arguments, right_censored=True).states
+    assert torch.equal(path, right.paths_censored[0])
+
+
+def test_geometric_durations():
+    given, right, tolerance = case("hsmm_geometric")
+    arguments = (given.log_emissions, given.startprob, given.transmat, given.duration_pmf)
+    options = {"right_censored": True, "survival": given.survival}
+    close(hsmm.log_likelihood(*arguments, **options), right.loglik, tolerance)
+    close(hsmm.posteriors(*arguments, **options).states, right.posteriors, tolerance)

@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "em": ["EM", "History"],
         "exchange": ["from_hmmlearn", "load", "save", "to_hmmlearn"],
         "hmm": ["CategoricalHMM", "GaussianHMM", "MixtureGaussianHMM"],
+        "hsmm_models": ["GaussianHSMM"],
         "inference": ["filter", "log_likelihood", "posteriors", "sample_paths", "viterbi"],
         "neural": ["NeuralHMM"],
         "padding": ["BucketSampler", "collate_padded", "pad_sequences"],

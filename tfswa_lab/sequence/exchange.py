@@ -14,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tfswa_lab.sequence.hmm import HMM, CategoricalHMM, GaussianHMM, MixtureGaussianHMM
+from tfswa_lab.sequence.hsmm_models import GaussianHSMM
 
 if TYPE_CHECKING:
     from hmmlearn.base import _AbstractHMM
 
-MODELS = {cls.__name__: cls for cls in (GaussianHMM, MixtureGaussianHMM, CategoricalHMM)}
+MODELS = {
+    cls.__name__: cls for cls in (GaussianHMM, MixtureGaussianHMM, CategoricalHMM, GaussianHSMM)
+}
 
 
 def save(model: HMM, path: str | Path) -> Path:

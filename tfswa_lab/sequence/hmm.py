@@ -278,8 +278,8 @@ class HMM(nn.Module):
         weights = nn.functional.one_hot(chosen, self.num_states).double() * valid[..., None]
         starts = weights[:, 0].sum(0) + pseudo_count
         steps = weights[:, :-1].flatten(0, 1).T @ weights[:, 1:].flatten(0, 1) + pseudo_count
-        _set_from_counts(self.startprob_logits, starts)
-        _set_from_counts(self.transmat_logits, steps)
+        set_from_counts(self.startprob_logits, starts)
+        set_from_counts(self.transmat_logits, steps)
         weights = weights.to(self.startprob_logits)
         self.emissions.update(batch.x, batch.lengths, weights, variance_floor, "mcwe")
 
@@ -313,9 +313,9 @@ class HMM(nn.Module):
         steps = expected.transitions.double().sum(0)
         start_prior, step_prior = self._priors(settings)
         if "s" in settings.update:
-            _set_from_counts(self.startprob_logits, starts, start_prior - 1)
+            set_from_counts(self.startprob_logits, starts, start_prior - 1)
         if "t" in settings.update:
-            _set_from_counts(self.transmat_logits, steps, step_prior - 1)
+            set_from_counts(self.transmat_logits, steps, step_prior - 1)
         parts = settings.update
         self.emissions.update(x, lengths, expected.states, settings.variance_floor, parts)
 
@@ -363,7 +363,7 @@ class HMM(nn.Module):
         return self.num_parameters * math.log(frames) - fit
 
 
-def _set_from_counts(logits: Tensor, counts: Tensor, extra: Tensor | float = 0.0) -> None:
+def set_from_counts(logits: Tensor, counts: Tensor, extra: Tensor | float = 0.0) -> None:
     """Rows proportional to counts + extra; a row without counts keeps its probabilities.
 
     `extra` is not given to what is forbidden: a hard zero stays one.

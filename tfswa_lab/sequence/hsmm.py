@@ -1,0 +1,432 @@
+"""Hidden semi-Markov models: each segment of a state has a duration with a law of its own.
+
+A hidden Markov model forgets how long it has been in a state, so its durations are geometric: the
+shortest is the most probable. Here `durations` `(k, d)` gives p(duration) of each state; index
+d - 1 holds duration d. Functions of log emissions, on the CPU, in O(T · K · (K + D)); they promise
+what `tfswa_lab.sequence` says.
+
+The last segment ends with the sequence. With `right_censored`, it may go on behind it, and counts
+p(duration ≥ what was seen).
+
+Axis letters: `b` sequences, `t` frames, `k` states, `d` durations, `n` samples.
+
+Source: Yu, "Hidden semi-Markov models", 2010.
+
+Notebook: 11_hmm
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfswa_lab.sequence import hsmm_kernels as kernels
+from tfswa_lab.sequence.inputs import Problem, check_distributions, checked
+
+
+class Posteriors(NamedTuple):
+    """What the frames say about states and segments.
+
+    Attributes:
+        states: `(b, t, k)`, p(z_t = k | x).
+        transitions: `(b, k, k)`, the expected number of steps from one segment to the next.
+        durations: `(b, k, d)`, the expected number of segments of each duration; a censored one
+            counts for all durations that it may still get.
+        log_likelihood: `(b)`.
+    """
+
+    states: Tensor
+    transitions: Tensor
+    durations: Tensor
+    log_likelihood: Tensor
+
+
+class Decoded(NamedTuple):
+    """The most probable segmentation.
+
+    Attributes:
+        states: `(b, t)`, -1 in padding.
+        log_probability: `(b)`, log p(segments, x).
+        segments: for each sequence `(n, 2)`, state and duration; a censored one has what was seen.
+    """
+
+    states: Tensor
+    log_probability: Tensor
+    segments: list[Tensor]
+
+
+def log_likelihood(
+    log_emissions: Tensor,
+    startprob: Tensor,
+    transmat: Tensor,
+    durations: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    right_censored: bool = False,
+    survival: Tensor | None = None,
+) -> Tensor:
+    """The logarithm of the probability of each sequence; -inf if no segmentation fits.
+
+    Its gradient is given by the posteriors, as in `inference.log_likelihood`.
+
+    Args:
+        log_emissions: `(b, t, k)` or `(t, k)`.
+        startprob: `(k)`, of the first segment's state.
+        transmat: `(k, k)`, from one segment to the next; the diagonal is usually 0.
+        durations: `(k, d)`, p(duration).
+        lengths: `(b)`.
+        right_censored: whether the last segment may go on behind the end.
+        survival: `(k, d)`, p(duration ≥ d), for laws that are longer than `durations`; rows of
+            `durations` need not sum to one then.
+
+    Returns:
+        `(b)`, or one number without the axis `b`.
+
+    Raises:
+        ValueError: a shape, length, probability or emission that cannot be.
+    """
+    problem, laws, batched = _checked(
+        log_emissions, startprob, transmat, durations, lengths, right_censored, survival
+    )
+    if survival is not None and laws.durations.requires_grad:
+        raise ValueError("durations have no gradient where survival is given: detach them")
+    result = _LogLikelihood.apply(*problem, *laws)
+    result = result.to(problem.log_emissions)
+    return result if batched else result[0]
+
+
+class _LogLikelihood(torch.autograd.Function):
+    """The forward pass, with the smoother as its gradient."""
+
+    @staticmethod
+    def forward(ctx, log_emissions, startprob, transmat, lengths, durations, survival, censored):
+        problem = Problem(log_emissions, startprob, transmat, lengths)
+        ctx.save_for_backward(*problem, durations, survival)
+        ctx.censored = censored
+        sequences = _sequences(problem.detached(), _Laws(durations, survival, censored))
+        return torch.tensor([one.log_likelihood for one in sequences], dtype=torch.float64)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        # A censored segment counts for all durations d that it may get, with p(d) / survival, and
+        # divided by p(d) that is the derivative through the survival as well.
+        *fields, durations, survival = ctx.saved_tensors
+        problem = Problem(*fields).detached()
+        laws = _Laws(durations, survival, ctx.censored)
+        wanted = (gradient != 0).cpu()
+        found = _smoothed(problem, laws, wanted.tolist())
+        weight = gradient.cpu().to(torch.float64)[:, None, None]
+        states = found.states * weight
+        counts = (states[:, 0], found.transitions * weight, found.durations * weight)
+        given = (problem.startprob, problem.transmat, durations)
+        start, steps, laws_ = map(_by_probability, counts, given)
+        return states.to(problem.log_emissions), start, steps, None, laws_, None, None
+
+
+def _by_probability(counts: Tensor, probability: Tensor) -> Tensor:
+    """Expected counts divided by the probability they belong to; 0 at a hard zero."""
+    counts = counts if counts.ndim == probability.ndim else counts.sum(0)
+    counts = counts.to(probability)
+    return torch.where(probability > 0, counts / torch.where(probability > 0, probability, 1), 0)
+
+
+def posteriors(
+    log_emissions: Tensor,
+    startprob: Tensor,
+    transmat: Tensor,
+    durations: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    right_censored: bool = False,
+    survival: Tensor | None = None,
+) -> Posteriors:
+    """The probability of each state in each frame, and the expected segments, given all frames.
+
+    Args and errors: as `log_likelihood`. The results carry no gradient.
+
+    Raises:
+        ValueError: no segmentation of a sequence fits.
+    """
+    problem, laws, batched = _checked(
+        log_emissions, startprob, transmat, durations, lengths, right_censored, survival
+    )
+    found = _smoothed(problem.detached(), laws)
+    found = Posteriors(*(tensor.to(problem.log_emissions) for tensor in found))
+    return found if batched else Posteriors(*(tensor[0] for tensor in found))
+
+
+def smooth(
+    log_emissions: Tensor,
+    startprob: Tensor,
+    transmat: Tensor,
+    durations: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    right_censored: bool = False,
+) -> Posteriors:
+    """The posteriors of a batch in float64 on the CPU, for EM.
+
+    Args and errors: as `posteriors`.
+    """
+    problem, laws, _ = _checked(
+        log_emissions, startprob, transmat, durations, lengths, right_censored, None
+    )
+    return _smoothed(problem.detached(), laws)
+
+
+def viterbi(
+    log_emissions: Tensor,
+    startprob: Tensor,
+    transmat: Tensor,
+    durations: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    right_censored: bool = False,
+    survival: Tensor | None = None,
+) -> Decoded:
+    """The most probable segmentation.
+
+    Args and errors: as `posteriors`.
+    """
+    problem, laws, batched = _checked(
+        log_emissions, startprob, transmat, durations, lengths, right_censored, survival
+    )
+    states = torch.full(problem.log_emissions.shape[:2], -1)
+    scores, segments = [], []
+    for row, one in enumerate(_sequences(problem, laws, best=True)):
+        _refuse_impossible(one, row)
+        path, cut, weight = one.trace_back(np.empty((0, 2)))
+        states[row, : one.length] = torch.from_numpy(path)
+        segments.append(torch.from_numpy(cut))
+        scores.append(weight + one.offset)
+    emissions = problem.log_emissions
+    found = Decoded(
+        states.to(emissions.device),
+        torch.tensor(scores, dtype=torch.float64).to(emissions),
+        segments,
+    )
+    return found if batched else Decoded(found.states[0], found.log_probability[0], segments[:1])
+
+
+def sample_paths(
+    log_emissions: Tensor,
+    startprob: Tensor,
+    transmat: Tensor,
+    durations: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    num_samples: int = 1,
+    right_censored: bool = False,
+    survival: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Whole paths `(b, n, t)` drawn from p(z | x); -1 in padding.
+
+    Args and errors: as `posteriors`; `generator` is one of the CPU.
+    """
+    problem, laws, batched = _checked(
+        log_emissions, startprob, transmat, durations, lengths, right_censored, survival
+    )
+    b, t, _ = problem.log_emissions.shape
+    paths = torch.full((b, num_samples, t), -1)
+    for row, one in enumerate(_sequences(problem, laws)):
+        _refuse_impossible(one, row)
+        for sample in range(num_samples):
+            uniforms = torch.rand(one.length, 2, generator=generator, dtype=torch.float64)
+            path, _, _ = one.trace_back(uniforms.numpy())
+            paths[row, sample, : one.length] = torch.from_numpy(path)
+    paths = paths.to(problem.log_emissions.device)
+    return paths if batched else paths[0]
+
+
+# Inputs ----------------------------------------------------------------------------------------
+
+
+class _Laws(NamedTuple):
+    """Durations `(k, d)`, their survival `(k, d)`, and whether the last segment may go on."""
+
+    durations: Tensor
+    survival: Tensor
+    censored: bool
+
+
+def _checked(
+    log_emissions, startprob, transmat, durations, lengths, censored, survival
+) -> tuple[Problem, _Laws, bool]:
+    problem, batched = checked(log_emissions, startprob, transmat, lengths)
+    k = problem.log_emissions.shape[-1]
+    if problem.varies:
+        raise ValueError("transmat must be (k, k): transitions of segments do not change with time")
+    durations = torch.as_tensor(durations)
+    if durations.ndim != 2 or durations.shape[0] != k or not durations.shape[1]:
+        raise ValueError(
+            f"durations have shape {tuple(durations.shape)}, expected ({k}, longest duration)"
+        )
+    durations = durations.to(problem.log_emissions.device)
+    if survival is None:
+        check_distributions("durations", durations)
+        survival = survival_of(durations)
+    survival = torch.as_tensor(survival).to(durations)
+    if survival.shape != durations.shape or not bool(((survival >= 0) & (survival <= 1.001)).all()):
+        raise ValueError(
+            f"survival has shape {tuple(survival.shape)}, expected probabilities of shape "
+            f"{tuple(durations.shape)}"
+        )
+    return problem, _Laws(durations, survival.detach(), censored), batched
+
+
+def survival_of(durations: Tensor) -> Tensor:
+    """p(duration ≥ d) `(k, d)`."""
+    return durations.flip(-1).cumsum(-1).flip(-1)
+
+
+# One sequence at a time ------------------------------------------------------------------------
+
+
+class _Tables(NamedTuple):
+    """Probabilities and logarithms of a model in float64, in the orders that the kernels read."""
+
+    start: np.ndarray
+    transmat: np.ndarray
+    from_to: np.ndarray  # logarithms
+    to_from: np.ndarray
+    durations: np.ndarray
+    log_durations: np.ndarray
+    reverse: np.ndarray
+    log_reverse: np.ndarray
+    log_survival: np.ndarray
+    censored: bool
+
+
+def _tables(problem: Problem, laws: _Laws) -> _Tables:
+    transmat, durations = _double(problem.transmat), _double(laws.durations)
+    with np.errstate(divide="ignore"):
+        logs, log_durations = np.log(transmat), np.log(durations)
+        return _Tables(
+            np.log(_double(problem.startprob)),
+            transmat,
+            logs,
+            np.ascontiguousarray(logs.T),
+            durations,
+            log_durations,
+            np.ascontiguousarray(durations[:, ::-1]),
+            np.ascontiguousarray(log_durations[:, ::-1]),
+            np.log(_double(laws.survival)),
+            laws.censored,
+        )
+
+
+def _double(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.float64).contiguous().numpy()
+
+
+def _sequences(problem: Problem, laws: _Laws, best: bool = False) -> list[_Sequence]:
+    tables = _tables(problem, laws)
+    emissions = problem.log_emissions.detach().cpu()
+    return [
+        _Sequence(_double(emissions[row, :length]), tables, best)
+        for row, length in enumerate(problem.lengths.tolist())
+    ]
+
+
+class _Sequence:
+    """One sequence without padding, after its forward pass: of sums, or of the best."""
+
+    def __init__(self, emissions: np.ndarray, tables: _Tables, best: bool):
+        self.length, states = emissions.shape
+        self.tables, self.best = tables, best
+        self.before = np.empty((self.length + 1, states))
+        self.possible_from = np.empty((self.length, states), np.int64)
+        self.offset = kernels.cumulated(emissions, self.before, self.possible_from)
+        self.starts = np.empty((states, self.length))
+        self.ends = np.empty((states, self.length))
+        frames = (self.before, self.possible_from)
+        to_from, start, log_reverse = tables.to_from, tables.start, tables.log_reverse
+        if best:
+            kernels.best_forward(*frames, to_from, start, log_reverse, self.starts, self.ends)
+        else:
+            laws = (tables.reverse, log_reverse)
+            kernels.forward(*frames, tables.transmat, to_from, start, *laws, self.starts, self.ends)
+        # Of the best segmentations, the sum over the last segment alone: -inf if there is none.
+        self.relative = kernels.log_likelihood(
+            *frames, self.starts, self.ends, tables.log_survival, tables.censored
+        )
+
+    @property
+    def log_likelihood(self) -> float:
+        return self.relative + self.offset
+
+    def smoothed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The posteriors `(t, k)`, expected transitions `(k, k)` and durations `(k, d)`."""
+        tables = self.tables
+        states = np.empty((self.length, len(self.starts)))
+        transitions, counts = np.zeros_like(tables.transmat), np.zeros_like(tables.durations)
+        kernels.backward(
+            self.before,
+            self.possible_from,
+            tables.transmat,
+            tables.from_to,
+            tables.durations,
+            tables.log_durations,
+            tables.log_survival,
+            tables.censored,
+            self.relative,
+            self.starts,
+            self.ends,
+            states,
+            transitions,
+            counts,
+        )
+        return states, transitions, counts
+
+    def trace_back(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """A path `(t)`, its segments `(n, 2)` and log weight: the best, or drawn by `uniforms`."""
+        tables = self.tables
+        path = np.empty(self.length, np.int64)
+        segments = np.empty((self.length, 2), np.int64)
+        number, weight = kernels.trace_back(
+            self.before,
+            self.possible_from,
+            tables.to_from,
+            tables.log_reverse,
+            tables.log_survival,
+            tables.censored,
+            self.starts,
+            self.ends,
+            uniforms,
+            path,
+            segments,
+        )
+        return path, segments[:number][::-1].copy(), weight
+
+
+def _smoothed(problem: Problem, laws: _Laws, wanted: list[bool] | None = None) -> Posteriors:
+    """The posteriors in float64 on the CPU; zeros for sequences that are not wanted."""
+    b, t, k = problem.log_emissions.shape
+    states = torch.zeros(b, t, k, dtype=torch.float64)
+    transitions = torch.zeros(b, k, k, dtype=torch.float64)
+    durations = torch.zeros(b, *laws.durations.shape, dtype=torch.float64)
+    likelihood = torch.zeros(b, dtype=torch.float64)
+    for row, one in enumerate(_sequences(problem, laws)):
+        likelihood[row] = one.log_likelihood
+        if wanted is None or wanted[row]:
+            _refuse_impossible(one, row)
+            found = map(torch.from_numpy, one.smoothed())
+            states[row, : one.length], transitions[row], durations[row] = found
+    return Posteriors(states, transitions, durations, likelihood)
+
+
+def _refuse_impossible(one: _Sequence, row: int) -> None:
+    if one.relative > -np.inf:
+        return
+    possible = np.flatnonzero(one.tables.durations.any(0)) + 1
+    censored = "" if one.tables.censored else "; the last segment may be cut: right_censored=True"
+    raise ValueError(
+        f"sequence {row} has probability 0: no segmentation of its {one.length} frames fits "
+        f"durations of {possible[0]} to {possible[-1]} frames with these startprob, transmat and "
+        f"log_emissions{censored}"
+    )
