@@ -17,6 +17,7 @@ Notebook: 11_hmm
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -197,9 +198,9 @@ def viterbi(
     )
     states = torch.full(problem.log_emissions.shape[:2], -1)
     scores, segments = [], []
-    for row, one in enumerate(_sequences(problem, laws, best=True)):
+    for row, one in enumerate(_sequences(problem, laws)):
         _refuse_impossible(one, row)
-        path, cut, weight = one.trace_back(np.empty((0, 2)))
+        path, cut, weight = one.trace_back(one.best(), np.empty((0, 2)))
         states[row, : one.length] = torch.from_numpy(path)
         segments.append(torch.from_numpy(cut))
         scores.append(weight + one.offset)
@@ -237,7 +238,7 @@ def sample_paths(
         _refuse_impossible(one, row)
         for sample in range(num_samples):
             uniforms = torch.rand(one.length, 2, generator=generator, dtype=torch.float64)
-            path, _, _ = one.trace_back(uniforms.numpy())
+            path, _, _ = one.trace_back(one.logs, uniforms.numpy())
             paths[row, sample, : one.length] = torch.from_numpy(path)
     paths = paths.to(problem.log_emissions.device)
     return paths if batched else paths[0]
@@ -324,37 +325,52 @@ def _double(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float64).contiguous().numpy()
 
 
-def _sequences(problem: Problem, laws: _Laws, best: bool = False) -> list[_Sequence]:
+def _sequences(problem: Problem, laws: _Laws) -> list[_Sequence]:
     tables = _tables(problem, laws)
     emissions = problem.log_emissions.detach().cpu()
     return [
-        _Sequence(_double(emissions[row, :length]), tables, best)
+        _Sequence(_double(emissions[row, :length]), tables)
         for row, length in enumerate(problem.lengths.tolist())
     ]
 
 
 class _Sequence:
-    """One sequence without padding, after its forward pass: of sums, or of the best."""
+    """One sequence without padding, after its forward pass."""
 
-    def __init__(self, emissions: np.ndarray, tables: _Tables, best: bool):
+    def __init__(self, emissions: np.ndarray, tables: _Tables):
         self.length, states = emissions.shape
-        self.tables, self.best = tables, best
+        self.tables = tables
         self.before = np.empty((self.length + 1, states))
         self.possible_from = np.empty((self.length, states), np.int64)
-        self.offset = kernels.cumulated(emissions, self.before, self.possible_from)
-        self.starts = np.empty((states, self.length))
-        self.ends = np.empty((states, self.length))
         frames = (self.before, self.possible_from)
-        to_from, start, log_reverse = tables.to_from, tables.start, tables.log_reverse
-        if best:
-            kernels.best_forward(*frames, to_from, start, log_reverse, self.starts, self.ends)
-        else:
-            laws = (tables.reverse, log_reverse)
-            kernels.forward(*frames, tables.transmat, to_from, start, *laws, self.starts, self.ends)
-        # Of the best segmentations, the sum over the last segment alone: -inf if there is none.
-        self.relative = kernels.log_likelihood(
-            *frames, self.starts, self.ends, tables.log_survival, tables.censored
+        seen = np.empty((self.length, states))
+        self.offset = kernels.cumulated(emissions, *frames, seen)
+        self.weights = [np.empty((states, self.length)) for _ in range(4)]
+        laws = (tables.start, tables.reverse, tables.log_reverse)
+        kernels.forward(seen, *frames, tables.transmat, tables.to_from, *laws, *self.weights)
+        survival = (tables.log_survival, tables.censored)
+        self.relative = kernels.log_likelihood(*frames, *self.weights, *survival)
+
+    @cached_property
+    def logs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Logarithms of the weights of entering and of ending `(k, t)`."""
+        starts, start_shifts, ends, end_shifts = self.weights
+        with np.errstate(divide="ignore"):
+            return np.log(starts) + start_shifts, np.log(ends) + end_shifts
+
+    def best(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same for the best way of entering and of ending."""
+        tables, starts, ends = self.tables, *(np.empty_like(self.weights[0]) for _ in range(2))
+        kernels.best_forward(
+            self.before,
+            self.possible_from,
+            tables.to_from,
+            tables.start,
+            tables.log_reverse,
+            starts,
+            ends,
         )
+        return starts, ends
 
     @property
     def log_likelihood(self) -> float:
@@ -363,7 +379,7 @@ class _Sequence:
     def smoothed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The posteriors `(t, k)`, expected transitions `(k, k)` and durations `(k, d)`."""
         tables = self.tables
-        states = np.empty((self.length, len(self.starts)))
+        states = np.empty((self.length, len(tables.transmat)))
         transitions, counts = np.zeros_like(tables.transmat), np.zeros_like(tables.durations)
         kernels.backward(
             self.before,
@@ -375,15 +391,16 @@ class _Sequence:
             tables.log_survival,
             tables.censored,
             self.relative,
-            self.starts,
-            self.ends,
+            *self.logs,
             states,
             transitions,
             counts,
         )
         return states, transitions, counts
 
-    def trace_back(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    def trace_back(
+        self, logs: tuple[np.ndarray, np.ndarray], uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, float]:
         """A path `(t)`, its segments `(n, 2)` and log weight: the best, or drawn by `uniforms`."""
         tables = self.tables
         path = np.empty(self.length, np.int64)
@@ -395,8 +412,7 @@ class _Sequence:
             tables.log_reverse,
             tables.log_survival,
             tables.censored,
-            self.starts,
-            self.ends,
+            *logs,
             uniforms,
             path,
             segments,

@@ -26,14 +26,17 @@ import numpy as np
 from tfswa_lab.sequence.kernels import SMALLEST_SUM, SUMS, compiled, log_sum
 
 WIDEST = 300.0  # nats that a plain copy may lie above its offset
+# Sums and factors from this to its inverse are multiplied as they are: no product underflows.
+SMALLEST, MOST = 1e-80, 1e30
 
 
 @compiled({"contract"})
-def cumulated(log_emissions, before, possible_from):
-    """Fill `before` `(t + 1, k)` with the sums of log emissions before each frame.
+def cumulated(log_emissions, before, possible_from, seen):
+    """Fill `before` `(t + 1, k)` with the sums of log emissions before each frame, `seen` `(t, k)`.
 
-    Each frame is divided by its best state, and the sum of those is returned. An impossible state
-    counts as 0: `possible_from` `(t, k)` says where a segment that reaches frame t can start.
+    Each frame is divided by its best state, and the sum of those is returned; `seen` are the
+    emissions after that. An impossible state counts as 1: `possible_from` `(t, k)` says where a
+    segment that reaches frame t can start.
     """
     t_size, k_size = log_emissions.shape
     total = 0.0
@@ -45,10 +48,12 @@ def cumulated(log_emissions, before, possible_from):
             top = 0.0
         total += top
         for k in range(k_size):
-            seen = log_emissions[t, k] - top
-            before[t + 1, k] = before[t, k] + (0.0 if seen == -np.inf else seen)
+            log = log_emissions[t, k] - top
             start = possible_from[t - 1, k] if t > 0 else 0
-            possible_from[t, k] = t + 1 if seen == -np.inf else start
+            possible_from[t, k] = t + 1 if log == -np.inf else start
+            log = 0.0 if log == -np.inf else log
+            before[t + 1, k] = before[t, k] + log
+            seen[t, k] = math.exp(log)
     return total
 
 
@@ -67,11 +72,11 @@ def rebase(logs, plain, offset, first, stop):
 
 
 @compiled(SUMS)
-def dot(a, a_first, b, b_first, size):
-    """Σ a b over a part of each; parts are given by index, because rows are known to be dense."""
+def dot(a, b):
+    """Σ a b."""
     total = 0.0
-    for n in range(size):
-        total += a[a_first + n] * b[b_first + n]
+    for n in range(len(a)):
+        total += a[n] * b[n]
     return total
 
 
@@ -94,56 +99,158 @@ def step(sources, transmat, log_transmat, linear, out):
         out[j] = top + math.log(mass) if mass > SMALLEST_SUM else log_sum(sources, log_transmat[j])
 
 
-@compiled({"contract"})
+@compiled(SUMS)
 def forward(
-    before, possible_from, transmat, log_to_from, log_start, reverse, log_reverse, starts, ends
+    seen, before, possible_from, transmat, log_to_from, log_start, reverse, log_reverse,
+    starts, start_shifts, ends, end_shifts,
 ):  # fmt: skip
-    """Fill `starts` and `ends` `(k, t)`: log p of entering, less C, and of ending at each frame.
+    """Weights of entering and of ending at each frame, `(k, t)`: value · exp(shift).
 
-    `reverse` `(k, d)` holds the durations' probabilities, the longest first.
+    A start is divided by the product C of the emissions before it. `seen` `(t, k)` are emissions
+    over the frame's best, 1 where impossible. `reverse` `(k, d)` holds the durations'
+    probabilities, the longest first.
+
+    While all states are within reach of each other, a frame takes plain numbers only: `reach` is
+    what turns a sum of `plain` starts into the weight of an end, relative to `scale`. Where they
+    are not, or a sum is so small that a start may have been rounded to zero, `_by_logs` takes the
+    frame.
     """
     k_size, d_size = reverse.shape
-    t_size = len(possible_from)
-    plain = np.zeros((k_size, t_size))
-    offset = np.zeros(k_size)
-    enter, end, linear = log_start.copy(), np.empty(k_size), np.empty(k_size)
+    t_size = len(seen)
+    plain, offset = np.zeros((k_size, t_size + 1)), np.zeros(k_size)
+    reach, end, linear = np.ones(k_size), np.empty(k_size), np.empty(k_size)
+    logs, enter = np.empty(k_size), np.empty(k_size)
+    scale = 0.0
+    steps_are_plain = _are_plain(transmat)
+    for k in range(k_size):
+        plain[k, 0] = starts[k, 0] = math.exp(log_start[k])
+        start_shifts[k, 0] = 0.0
     for t in range(t_size):
+        is_plain, total = steps_are_plain, 0.0
         for k in range(k_size):
-            log = enter[k] - before[t, k]
-            starts[k, t] = log
+            reach[k] *= seen[t, k]
             first = max(possible_from[t, k], t - d_size + 1)
-            if log - offset[k] > WIDEST:
-                offset[k] = rebase(starts[k], plain[k], offset[k], min(first, t), t + 1)
-            else:
-                plain[k, t] = math.exp(log - offset[k])
-            if first > t:
-                end[k] = -np.inf
-            else:
-                skip = d_size - 1 - (t - first)
-                mass = dot(plain[k], first, reverse[k], skip, t + 1 - first)
-                if mass > SMALLEST_SUM:
-                    end[k] = math.log(mass) + offset[k] + before[t + 1, k]
+            is_plain &= SMALLEST < reach[k] < 1 / SMALLEST
+            end[k] = 0.0
+            if first <= t:
+                mass = dot(plain[k, first : t + 1], reverse[k, d_size - 1 - t + first :])
+                is_plain &= mass > SMALLEST
+                end[k] = mass * reach[k]
+            total += end[k]
+        if is_plain and total > 0:
+            for j in range(k_size):
+                enter[j] = 0.0
+                for i in range(k_size):
+                    enter[j] += end[i] * transmat[i, j]
+                # 0 is exact here: no end was rounded to it, and no step is so improbable.
+                is_plain &= enter[j] == 0 or enter[j] > SMALLEST
+        if is_plain and total > 0:
+            for k in range(k_size):
+                ends[k, t], end_shifts[k, t] = end[k], scale
+                if t + 1 < t_size:
+                    starts[k, t + 1] = plain[k, t + 1] = enter[k] / reach[k]
+                    start_shifts[k, t + 1] = offset[k]
+                    if plain[k, t + 1] > MOST:  # the state has become bad: count its starts anew
+                        offset[k] -= math.log(reach[k])
+                        for s in range(max(0, t - d_size + 1), t + 2):
+                            plain[k, s] *= reach[k]
+                        reach[k] = 1.0
+            if not 1 / MOST < total < MOST:
+                scale += math.log(total)
+                for k in range(k_size):
+                    reach[k] /= total
+            continue
+        _end_logs(
+            t, before, possible_from, reverse, log_reverse, starts, start_shifts, plain, offset,
+            logs,
+        )  # fmt: skip
+        scale = logs.max() if logs.max() > -np.inf else scale
+        for k in range(k_size):
+            ends[k, t], end_shifts[k, t] = _as_weight(logs[k])
+        if t + 1 < t_size:
+            step(logs, transmat, log_to_from, linear, enter)
+            for k in range(k_size):
+                log = enter[k] - before[t + 1, k]
+                starts[k, t + 1], start_shifts[k, t + 1] = _as_weight(log)
+                if log - offset[k] > WIDEST:
+                    first = max(0, t - d_size + 2)
+                    _rebase(starts[k], start_shifts[k], plain[k], offset, k, first, t + 2)
                 else:
-                    offset[k] = rebase(starts[k], plain[k], offset[k], first, t + 1)
-                    logs = log_sum(starts[k, first : t + 1], log_reverse[k, skip:])
-                    end[k] = logs + before[t + 1, k]
-            ends[k, t] = end[k]
-        step(end, transmat, log_to_from, linear, enter)
+                    plain[k, t + 1] = math.exp(log - offset[k])
+                reach[k] = math.exp(offset[k] + before[t + 1, k] - scale)
 
 
 @compiled({"contract"})
-def log_likelihood(before, possible_from, starts, ends, log_survival, censored):
+def _are_plain(transmat):
+    """Whether no step is so improbable that a product could underflow; 0 is exact."""
+    return not np.any((transmat > 0) & (transmat < SMALLEST))
+
+
+@compiled({"contract"})
+def _as_weight(log):
+    """A logarithm as a value and a shift."""
+    return (0.0, 0.0) if log == -np.inf else (1.0, log)
+
+
+@compiled({"contract"})
+def _rebase(values, shifts, plain, offset, k, first, stop):
+    """Make the plain starts of a state relative to their largest."""
+    top = -np.inf
+    for s in range(first, stop):
+        if values[s] > 0:
+            top = max(top, math.log(values[s]) + shifts[s])
+    offset[k] = offset[k] if top == -np.inf else top
+    for s in range(first, stop):
+        log = math.log(values[s]) + shifts[s] if values[s] > 0 else -np.inf
+        plain[s] = math.exp(log - offset[k])
+
+
+@compiled({"contract"})
+def _end_logs(
+    t, before, possible_from, reverse, log_reverse, starts, shifts, plain, offset, logs
+):  # fmt: skip
+    """Fill `logs` `(k)` with the logarithms of the weights of ending at frame t."""
+    k_size, d_size = reverse.shape
+    for k in range(k_size):
+        first = max(possible_from[t, k], t - d_size + 1)
+        skip = d_size - 1 - (t - first)
+        logs[k] = -np.inf
+        if first > t:
+            continue
+        mass = dot(plain[k, first : t + 1], reverse[k, skip:])
+        if mass > SMALLEST_SUM:
+            logs[k] = math.log(mass) + offset[k]
+        else:
+            _rebase(starts[k], shifts[k], plain[k], offset, k, first, t + 1)
+            window = np.full(t + 1 - first, -np.inf)
+            for s in range(first, t + 1):
+                if starts[k, s] > 0:
+                    window[s - first] = math.log(starts[k, s]) + shifts[k, s]
+            logs[k] = log_sum(window, log_reverse[k, skip:])
+        logs[k] += before[t + 1, k]
+
+
+@compiled({"contract"})
+def log_likelihood(
+    before, possible_from, starts, start_shifts, ends, end_shifts, log_survival, censored
+):  # fmt: skip
     """log p(x) relative to the best states: the last segment ends, or goes on."""
     k_size, t_size = starts.shape
-    if not censored:
-        return log_sum(ends[:, t_size - 1].copy(), np.zeros(k_size))
-    d_size = log_survival.shape[1]
-    logs = np.empty(k_size)
+    logs, none = np.full(k_size, -np.inf), np.zeros(k_size)
     for k in range(k_size):
-        first = max(possible_from[t_size - 1, k], t_size - d_size)
-        ages = log_survival[k, : max(0, t_size - first)][::-1].copy()
-        logs[k] = log_sum(starts[k, first:], ages) + before[t_size, k] if len(ages) else -np.inf
-    return log_sum(logs, np.zeros(k_size))
+        if not censored:
+            if ends[k, t_size - 1] > 0:
+                logs[k] = math.log(ends[k, t_size - 1]) + end_shifts[k, t_size - 1]
+            continue
+        first = max(possible_from[t_size - 1, k], t_size - log_survival.shape[1])
+        window = np.full(t_size - first, -np.inf)
+        ages = np.empty(t_size - first)
+        for s in range(first, t_size):
+            ages[s - first] = log_survival[k, t_size - s - 1]
+            if starts[k, s] > 0:
+                window[s - first] = math.log(starts[k, s]) + start_shifts[k, s]
+        logs[k] = log_sum(window, ages) + before[t_size, k]
+    return log_sum(logs, none)
 
 
 @compiled({"contract"})
@@ -178,14 +285,14 @@ def backward(
                 plain[k, s] = math.exp(log - offset[k])
             after_start[k] = -np.inf
             if stop > s:
-                mass = dot(plain[k], s, durations[k], 0, stop - s)
+                mass = dot(plain[k, s:stop], durations[k])
                 if mass > SMALLEST_SUM:
                     after_start[k] = math.log(mass) + offset[k] - before[s, k]
                 else:
                     offset[k] = rebase(logs[k], plain[k], offset[k], s, stop)
                     after_start[k] = log_sum(logs[k, s:stop], log_durations[k]) - before[s, k]
                 _count(
-                    starts[k, s], offset[k] - likelihood, plain[k], logs[k], s, stop,
+                    starts[k, s], offset[k] - likelihood, plain[k, s:stop], logs[k, s:stop],
                     likelihood, durations[k], counts[k],
                 )  # fmt: skip
             age = t_size - s
@@ -218,17 +325,17 @@ def _log_add(a, b):
 
 
 @compiled(SUMS)
-def _count(start, shift, plain, logs, first, stop, likelihood, durations, counts):
+def _count(start, shift, plain, logs, likelihood, durations, counts):
     """Add the probabilities of the segments that start at a frame, by duration."""
     log_weight = start + shift
     if log_weight < WIDEST:
         weight = math.exp(log_weight)
-        for d in range(stop - first):
-            counts[d] += weight * plain[first + d] * durations[d]
+        for d in range(len(plain)):
+            counts[d] += weight * plain[d] * durations[d]
     else:
-        for d in range(stop - first):
+        for d in range(len(plain)):
             if durations[d] > 0:
-                counts[d] += math.exp(start + logs[first + d] - likelihood) * durations[d]
+                counts[d] += math.exp(start + logs[d] - likelihood) * durations[d]
 
 
 @compiled({"contract"})
@@ -267,7 +374,7 @@ def best_forward(before, possible_from, log_to_from, log_start, log_reverse, sta
             ends[k, t] = -np.inf
             if first <= t:
                 skip = d_size - 1 - (t - first)
-                best = _largest(starts[k], first, log_reverse[k], skip, t + 1 - first)
+                best = _largest(starts[k, first : t + 1], log_reverse[k, skip:])
                 ends[k, t] = best + before[t + 1, k]
         for j in range(k_size):
             enter[j] = -np.inf
@@ -276,11 +383,11 @@ def best_forward(before, possible_from, log_to_from, log_start, log_reverse, sta
 
 
 @compiled(SUMS)
-def _largest(a, a_first, b, b_first, size):
-    """max(a + b) over a part of each."""
+def _largest(a, b):
+    """max(a + b)."""
     best = -np.inf
-    for n in range(size):
-        x = a[a_first + n] + b[b_first + n]
+    for n in range(len(a)):
+        x = a[n] + b[n]
         best = x if x > best else best
     return best
 
@@ -332,7 +439,7 @@ def _going_on(before, possible_from, starts, log_survival, state, summed):
         return -np.inf
     ages = log_survival[state, : t_size - first][::-1].copy()
     weights = starts[state, first:]
-    total = log_sum(weights, ages) if summed else _largest(weights, 0, ages, 0, len(ages))
+    total = log_sum(weights, ages) if summed else _largest(weights, ages)
     return total + before[t_size, state]
 
 
