@@ -76,7 +76,7 @@ LONE_LESSONS = {"06_leak_diagnosis": 75}
 # The longest first. 07 trains thirteen separators, and may take as long as all others together.
 LESSONS = {"07_training": 250, "03_tfswa_unet": 120, "05_where_memory_goes": 120}
 LESSONS |= {"04_tf_locoformer": 120, "08_evaluation": 120, "09_running_lean": 90}
-LESSONS |= {"10_staged_pipelines": 90}
+LESSONS |= {"10_staged_pipelines": 90, "11_hmm": 60}
 LESSONS |= {"01_sound_to_spectrogram": 60, "02_attention_blocks": 60, "00_start_here": 60}
 
 
