@@ -38,6 +38,8 @@ def readers_names():
         "waveform": references[0, :, :4_410],  # (c, s)
         "references": references,
         "estimates": references + 0.1 * noise,
+        "features": torch.randn(2, 50, 3, generator=generator),
+        "states": torch.randint(2, (2, 50), generator=generator),
         "make_step": make_step,
         "step": make_step(),
         **trained(),

@@ -17,6 +17,7 @@ import numpy as np
 from tfswa_lab.sequence.kernels import SUMS, compiled
 
 FRAMES = 4  # that are added to the moments together
+WIDTH = 32  # numbers that a loop over features takes at once
 
 
 @compiled(SUMS)
@@ -25,17 +26,25 @@ def log_density(x, means, precision, half_log, lengths, out):
 
     `half_log` `(k, d)` is ½ log(2π variance). Returns where infinity stands (b · t + t), or -1.
     """
-    b_size, t_size, _ = x.shape
+    b_size, t_size, d_size = x.shape
     k_size = len(means)
     constant = np.empty(k_size, x.dtype)
     for k in range(k_size):
         constant[k] = -half_log[k].sum()
+    # Zeros are appended, because what is left of a row behind whole registers is slow.
+    width = d_size if d_size < WIDTH else -(-d_size // WIDTH) * WIDTH
+    wide = np.zeros(width, x.dtype)
+    wide_means = np.zeros((k_size, width), x.dtype)
+    wide_precision = np.zeros((k_size, width), x.dtype)
+    wide_means[:, :d_size], wide_precision[:, :d_size] = means, precision
     place = -1
     for b in range(b_size):
         for t in range(lengths[b]):
             row = x[b, t]
+            for d in range(d_size):
+                wide[d] = row[d]
             for k in range(k_size):
-                total = _distance(row, means[k], precision[k])
+                total = _distance(wide, wide_means[k], wide_precision[k])
                 if total - total == 0:  # neither NaN nor infinite
                     out[t, k, b] = constant[k] - total / 2
                 else:

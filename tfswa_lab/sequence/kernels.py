@@ -26,6 +26,7 @@ from numba import njit
 SUMS = {"contract", "reassoc", "nsz", "arcp"}
 # A sum of numbers up to 1 that is larger than this has lost at most 1e-58 of itself to underflow.
 SMALLEST_SUM = 1e-250
+MANY_STATES = 16  # from which on BLAS multiplies faster than a loop
 
 
 def compiled(fastmath: set[str]) -> Callable:
@@ -108,6 +109,9 @@ def forward(emissions, transmat, start, filtered, scale):
 def _predict(states, transmat, predicted):
     """One step ahead: predicted[j] = Σ_i states[i] transmat[i, j]."""
     k_size, b_size = states.shape
+    if k_size >= MANY_STATES:
+        np.dot(transmat.T, states, predicted)
+        return
     for j in range(k_size):
         weight = transmat[0, j]
         for b in range(b_size):
@@ -126,20 +130,14 @@ def backward(emissions, transmat, filtered, lengths, transitions):
     """
     t_size, k_size, b_size = emissions.shape
     later = np.ones((k_size, b_size), emissions.dtype)  # p(what comes | z_t) up to a factor
+    to_from = transmat.T.copy()
     seen = np.empty((k_size, b_size), emissions.dtype)
     total = np.empty(b_size, emissions.dtype)
     transitions[:] = 0
     for t in range(t_size - 1, -1, -1):
         now = filtered[t]
         if t < t_size - 1:
-            for i in range(k_size):
-                weight = transmat[i, 0]
-                for b in range(b_size):
-                    later[i, b] = weight * seen[0, b]
-                for j in range(1, k_size):
-                    weight = transmat[i, j]
-                    for b in range(b_size):
-                        later[i, b] += weight * seen[j, b]
+            _predict(seen, to_from, later)
         for b in range(b_size):
             if t >= lengths[b] - 1:
                 for k in range(k_size):
