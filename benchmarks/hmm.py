@@ -65,6 +65,7 @@ def in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[s
         run()
     for _ in range(rounds):
         for name, run in contenders.items():
+            torch.set_num_threads(1)  # pomegranate sets OpenMP to all cores
             before, cpu_before = time.perf_counter(), time.process_time()
             run()
             wall[name].append(1e3 * (time.perf_counter() - before))
