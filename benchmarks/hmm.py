@@ -222,7 +222,7 @@ def of_pomegranate(model: GaussianHMM, x: Tensor) -> dict[str, Callable]:
     pairs = zip(model.means.detach(), model.covariances.detach(), strict=True)
     laws = [Normal(mean, variance, covariance_type="diag") for mean, variance in pairs]
     k = model.num_states
-    peer = DenseHMM(laws, model.transmat.detach(), model.startprob.detach(), torch.full((k,), 1e-9))
+    peer = DenseHMM(laws, model.transmat.detach(), model.startprob.detach(), torch.ones(k))
     return {
         "score": lambda: peer.log_probability(x),
         "posteriors": lambda: peer.predict_proba(x),
