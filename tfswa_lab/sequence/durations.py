@@ -102,6 +102,11 @@ class Durations(nn.Module):
 class CategoricalDurations(Durations):
     """Any law: a probability for each duration."""
 
+    @property
+    def num_parameters(self) -> int:
+        """Free parameters: one less than durations for each state, because they sum to one."""
+        return self.num_states * (len(self.numbers) - 1)
+
     def start(self, size: int) -> Tensor:
         """All durations are as probable."""
         return torch.zeros(size, self.num_states)
