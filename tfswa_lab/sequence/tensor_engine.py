@@ -143,17 +143,24 @@ def _distribution(states: Tensor) -> Tensor:
 
 
 class _Product(NamedTuple):
-    """Products of steps: `rows` `(b, n, k, k)` sum to one, times exp(`logs`) `(b, n, k)`."""
+    """Products of steps: `rows` `(b, n, k, k)` sum to one, times exp(`logs`) `(b, n, k)`.
+
+    `logs` are float64: they grow with T, and posteriors depend on differences between rows.
+    """
 
     rows: Tensor
     logs: Tensor
 
     def then(self, other: _Product) -> _Product:
         """This product times the other."""
-        top = _top(other.logs)
-        weighted = self.rows * (other.logs - top).exp()[..., None, :]
-        rows, logs = _scaled(weighted @ other.rows)
+        weights, top = other.weights()
+        rows, logs = _scaled((self.rows * weights[..., None, :]) @ other.rows)
         return _Product(rows, self.logs + top + logs)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """exp(`logs`) relative to the largest, in the dtype of the rows, and that log."""
+        top = _top(self.logs)
+        return (self.logs - top).exp().to(self.rows.dtype), top
 
 
 def _products(blocks: _Blocks) -> _Product | None:
@@ -162,7 +169,8 @@ def _products(blocks: _Blocks) -> _Product | None:
         return None
     b, k = blocks.first.shape
     rows = torch.eye(k, dtype=blocks.first.dtype, device=blocks.first.device)
-    rows, logs = rows.expand(b, blocks.number, k, k), rows.new_zeros(b, blocks.number, k)
+    rows = rows.expand(b, blocks.number, k, k)
+    logs = torch.zeros(b, blocks.number, k, dtype=torch.float64, device=rows.device)
     for s in range(blocks.size):
         step = (rows @ blocks.transmats[s]) * blocks.seen[s][..., None, :]
         rows = torch.where(blocks.valid[s][..., None], step, rows)
@@ -194,10 +202,9 @@ def _starts(blocks: _Blocks, products: _Product | None) -> tuple[Tensor, Tensor]
     if products is None:
         return first[:, None], blocks.offset + scale  # the caller adds the steps
     prefix = _combined(products, from_the_start=True)
-    top = _top(prefix.logs)
-    weighted = first[:, None] * (prefix.logs - top).exp()
-    ends, more = _scaled((weighted[..., None, :] @ prefix.rows)[..., 0, :])
-    total = blocks.offset + (scale + more[:, -1] + top[:, -1, 0]).to(torch.float64)
+    weights, top = prefix.weights()
+    ends, more = _scaled(((first[:, None] * weights)[..., None, :] @ prefix.rows)[..., 0, :])
+    total = blocks.offset + top[:, -1, 0] + (scale + more[:, -1])
     return torch.cat([first[:, None], ends[:, :-1]], 1), total
 
 
@@ -223,8 +230,8 @@ def _backward(blocks: _Blocks, products: _Product | None) -> Tensor:
     """p(x_{t+1} … x_T | z_t) `(b, t, k)` up to a factor for each frame."""
     now = torch.ones_like(blocks.first)[:, None].expand(-1, blocks.number, -1)
     if products is not None:
-        logs = _combined(products, from_the_start=False).logs  # of row sums: all later steps
-        now = torch.cat([(logs - _top(logs)).exp()[:, 1:], now[:, -1:]], 1)
+        later = _combined(products, from_the_start=False).weights()[0]  # rows sum to one
+        now = torch.cat([later[:, 1:], now[:, -1:]], 1)
     steps = []
     for s in range(blocks.size - 1, -1, -1):
         steps.append(now)
@@ -295,7 +302,7 @@ def _path_score(problem: Problem, path: Tensor, there: Tensor) -> Tensor:
     """log p(path, x) `(b)`, in float64."""
     seen = torch.where(there[..., None], problem.log_emissions, 0).to(torch.float64)
     total = seen.gather(2, path[..., None])[..., 0].sum(-1)
-    start = problem.startprob.to(torch.float64).log().expand(len(path), -1)
+    start = problem.startprob.to(torch.float64).log().expand(path.shape[0], -1)
     total = total + start.gather(1, path[:, :1])[:, 0]
     steps = problem.transmat.to(torch.float64).log()
     before, after = path[:, :-1], path[:, 1:]
