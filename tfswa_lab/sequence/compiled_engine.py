@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.sequence import kernels
-from tfswa_lab.sequence.inputs import Problem, Smoothed, inside
+from tfswa_lab.sequence.inputs import Problem, Smoothed, inside, replace_rows
 
 SAFE = {torch.float32: 1e-6, torch.float64: 1e-60}  # the smallest transition that allows scaling
 LOWEST = {torch.float32: -60.0, torch.float64: -600.0}  # nats below the best state
@@ -37,14 +37,13 @@ def filtered(problem: Problem) -> tuple[Tensor, Tensor]:
     """log p(x) `(b)`, and p(z_t | x_1 … x_t) `(b, t, k)`."""
     if not scaling_is_safe(problem):
         return _filtered_by_logs(problem)
-    scaled = _Scaled(problem, keep=problem.log_emissions.shape[1])
     frames = problem.log_emissions.shape[1]
+    scaled = _Scaled(problem, keep=frames)
     states = _first(scaled.filtered) * inside(problem.lengths, frames)[..., None]
-    likelihood = scaled.log_likelihood
+    results = (scaled.log_likelihood, states)
     if len(scaled.rest):
-        rest = _filtered_by_logs(problem.select(scaled.rest))
-        likelihood[scaled.rest], states[scaled.rest] = rest[0], rest[1].to(states)
-    return likelihood, states
+        replace_rows(results, scaled.rest, _filtered_by_logs(problem.select(scaled.rest)))
+    return results
 
 
 def smoothed(problem: Problem) -> Smoothed:
@@ -52,14 +51,10 @@ def smoothed(problem: Problem) -> Smoothed:
     if not scaling_is_safe(problem):
         return _smoothed_by_logs(problem)
     scaled = _Scaled(problem, keep=problem.log_emissions.shape[1])
-    states, transitions = scaled.smoothed()
-    likelihood = scaled.log_likelihood
+    results = Smoothed(scaled.log_likelihood, *scaled.smoothed())
     if len(scaled.rest):
-        rest = _smoothed_by_logs(problem.select(scaled.rest))
-        likelihood[scaled.rest] = rest.log_likelihood
-        states[scaled.rest] = rest.states.to(states)
-        transitions[scaled.rest] = rest.transitions.to(transitions)
-    return Smoothed(likelihood, states, transitions)
+        replace_rows(results, scaled.rest, _smoothed_by_logs(problem.select(scaled.rest)))
+    return results
 
 
 def viterbi(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -70,7 +65,7 @@ def viterbi(problem: Problem) -> tuple[Tensor, Tensor]:
         return states[:, 0], scores[:, 0]
     emissions, lengths = _last(problem.log_emissions), problem.lengths.numpy()
     with np.errstate(divide="ignore"):
-        steps = np.log(problem.transmat.numpy().astype(np.float64))
+        steps = np.log(double_array(problem.transmat))
         start = np.log(_start(problem).astype(np.float64))
     dtype = emissions.dtype
     path, scores = np.empty((b, t), np.int64), np.empty(b)
@@ -137,7 +132,8 @@ class _Scaled:
         self.lengths = problem.lengths.numpy()
         emissions = _last(problem.log_emissions)
         frames, states, sequences = emissions.shape
-        self.transmat = problem.transmat.numpy().astype(emissions.dtype)
+        # Dense, for numba compiles anew for every other layout.
+        self.transmat = np.ascontiguousarray(problem.transmat.numpy(), emissions.dtype)
         best = np.empty(sequences)
         self.emissions = np.empty_like(emissions)
         kernels.divide_by_best(emissions, self.lengths, LOWEST[dtype], self.emissions, best)
@@ -185,12 +181,12 @@ class _Sequence:
 
     def __init__(self, problem: Problem, row: int):
         self.length = int(problem.lengths[row])
-        self.emissions = _double(problem.log_emissions[row, : self.length])
+        self.emissions = double_array(problem.log_emissions[row, : self.length])
         start, transmat = problem.startprob, problem.transmat
         steps = transmat[row, : self.length - 1] if problem.varies else transmat[None]
-        self.transmat = _double(steps)
+        self.transmat = double_array(steps)
         with np.errstate(divide="ignore"):
-            self.log_start = np.log(_double(start[row] if start.ndim == 2 else start))
+            self.log_start = np.log(double_array(start[row] if start.ndim == 2 else start))
             self.log_transmat = np.log(self.transmat)
 
     def forward(self, logs: np.ndarray) -> tuple[float, int]:
@@ -199,8 +195,9 @@ class _Sequence:
         return kernels.log_forward(self.emissions, self.transmat, to_from, self.log_start, logs)
 
 
-def _double(tensor: Tensor) -> np.ndarray:
-    return tensor.to(torch.float64).contiguous().numpy()
+def double_array(tensor: Tensor) -> np.ndarray:
+    """A tensor as a dense array in float64."""
+    return tensor.detach().to("cpu", torch.float64).contiguous().numpy()
 
 
 def _log_filtered(problem: Problem) -> tuple[Tensor, np.ndarray]:

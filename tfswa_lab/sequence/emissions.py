@@ -16,7 +16,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from tfswa_lab.sequence import emission_kernels
-from tfswa_lab.sequence.inputs import check_distributions, inside
+from tfswa_lab.sequence.inputs import check_distributions, check_range, inside
 
 COVARIANCE_TYPES = ("diag", "spherical", "full", "tied")
 MOST_POINTS = 20_000  # that k-means looks at
@@ -527,13 +527,7 @@ class CategoricalEmissions(Emissions):
                 "shape (sequences, frames)"
             )
         valid = inside(lengths, x.shape[1], x.device)
-        wrong = (valid & ((x < 0) | (x >= self.num_symbols))).nonzero()
-        if len(wrong):
-            b, t = wrong[0].tolist()
-            raise ValueError(
-                f"symbol {int(x[b, t])} in sequence {b}, frame {t}: there are "
-                f"{self.num_symbols} symbols, 0 to {self.num_symbols - 1}"
-            )
+        check_range("symbol", x, valid, self.num_symbols)
         return torch.where(valid, x, 0).long()
 
     @torch.no_grad()

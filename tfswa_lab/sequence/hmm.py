@@ -26,7 +26,7 @@ from tfswa_lab.sequence.emissions import (
     set_distribution,
 )
 from tfswa_lab.sequence.inference import Decoded, Filtered, Posteriors
-from tfswa_lab.sequence.inputs import checked, checked_lengths, inside
+from tfswa_lab.sequence.inputs import check_range, checked, checked_lengths, inside
 from tfswa_lab.sequence.padding import pad_sequences
 
 # What other packages call our arguments.
@@ -73,7 +73,6 @@ class HMM(nn.Module):
 
     Args:
         emissions: log densities of its frames.
-        others: a wrong spelling is answered with the right one.
 
     Attributes:
         startprob: `(k)`, can be set; hard zeros stay.
@@ -82,9 +81,8 @@ class HMM(nn.Module):
 
     frame_axes = 1  # axes of a frame
 
-    def __init__(self, emissions: Emissions, **others):
+    def __init__(self, emissions: Emissions):
         super().__init__()
-        self.refuse(others)
         k = emissions.num_states
         self.emissions = emissions
         self.startprob_logits = nn.Parameter(torch.full((k,), -math.log(k)))
@@ -289,14 +287,7 @@ class HMM(nn.Module):
                 f"states have shape {tuple(states.shape)} and dtype {states.dtype}, expected "
                 f"whole numbers of shape {tuple(valid.shape)}"
             )
-        states = states.cpu()
-        wrong = (valid & ((states < 0) | (states >= self.num_states))).nonzero()
-        if len(wrong):
-            b, t = wrong[0].tolist()
-            raise ValueError(
-                f"state {int(states[b, t])} in sequence {b}, frame {t}: there are "
-                f"{self.num_states} states, 0 to {self.num_states - 1}"
-            )
+        check_range("state", states.cpu(), valid, self.num_states)
 
     # What `em.fit` needs ---------------------------------------------------------------------
 

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.sequence import hsmm_kernels as kernels
+from tfswa_lab.sequence.compiled_engine import double_array
+from tfswa_lab.sequence.inference import by_probability
 from tfswa_lab.sequence.inputs import Problem, check_distributions, checked
 
 
@@ -124,15 +126,9 @@ class _LogLikelihood(torch.autograd.Function):
         states = found.states * weight
         counts = (states[:, 0], found.transitions * weight, found.durations * weight)
         given = (problem.startprob, problem.transmat, durations)
-        start, steps, laws_ = map(_by_probability, counts, given)
-        return states.to(problem.log_emissions), start, steps, None, laws_, None, None
-
-
-def _by_probability(counts: Tensor, probability: Tensor) -> Tensor:
-    """Expected counts divided by the probability they belong to; 0 at a hard zero."""
-    counts = counts if counts.ndim == probability.ndim else counts.sum(0)
-    counts = counts.to(probability)
-    return torch.where(probability > 0, counts / torch.where(probability > 0, probability, 1), 0)
+        to_start, to_steps, to_durations = map(by_probability, counts, given)
+        to_emissions = states.to(problem.log_emissions)
+        return to_emissions, to_start, to_steps, None, to_durations, None, None
 
 
 def posteriors(
@@ -304,11 +300,11 @@ class _Tables(NamedTuple):
 
 
 def _tables(problem: Problem, laws: _Laws) -> _Tables:
-    transmat, durations = _double(problem.transmat), _double(laws.durations)
+    transmat, durations = double_array(problem.transmat), double_array(laws.durations)
     with np.errstate(divide="ignore"):
         logs, log_durations = np.log(transmat), np.log(durations)
         return _Tables(
-            np.log(_double(problem.startprob)),
+            np.log(double_array(problem.startprob)),
             transmat,
             logs,
             np.ascontiguousarray(logs.T),
@@ -316,20 +312,16 @@ def _tables(problem: Problem, laws: _Laws) -> _Tables:
             log_durations,
             np.ascontiguousarray(durations[:, ::-1]),
             np.ascontiguousarray(log_durations[:, ::-1]),
-            np.log(_double(laws.survival)),
+            np.log(double_array(laws.survival)),
             laws.censored,
         )
-
-
-def _double(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu", torch.float64).contiguous().numpy()
 
 
 def _sequences(problem: Problem, laws: _Laws) -> list[_Sequence]:
     tables = _tables(problem, laws)
     emissions = problem.log_emissions.detach().cpu()
     return [
-        _Sequence(_double(emissions[row, :length]), tables)
+        _Sequence(double_array(emissions[row, :length]), tables)
         for row, length in enumerate(problem.lengths.tolist())
     ]
 

@@ -23,7 +23,7 @@ import math
 
 import numpy as np
 
-from tfswa_lab.sequence.kernels import SMALLEST_SUM, SUMS, compiled, log_sum
+from tfswa_lab.sequence.kernels import SMALLEST_SUM, SUMS, compiled, draw, log_sum
 
 WIDEST = 300.0  # nats that a plain copy may lie above its offset
 # Sums and factors from this to its inverse are multiplied as they are: no product underflows.
@@ -414,7 +414,7 @@ def trace_back(
                 logs[k] = _going_on(before, possible_from, starts, log_survival, k, drawn)
             else:
                 logs[k] = ends[k, end] + (0.0 if state < 0 else log_to_from[state, k])
-        state = _choose(logs, k_size, uniforms[number, 0] if drawn else -1.0)
+        state = _choose(logs, uniforms[number, 0] if drawn else -1.0)
         if number == 0:
             weight = logs[state]
         first = max(possible_from[end, state], end - d_size + 1)
@@ -422,7 +422,7 @@ def trace_back(
         for n in range(size):  # by duration
             log = log_survival[state, n] if last else log_reverse[state, d_size - 1 - n]
             ages[n] = starts[state, end - n] + log
-        duration = 1 + _choose(ages, size, uniforms[number, 1] if drawn else -1.0)
+        duration = 1 + _choose(ages[:size], uniforms[number, 1] if drawn else -1.0)
         path[end - duration + 1 : end + 1] = state
         segments[number, 0], segments[number, 1] = state, duration
         number += 1
@@ -444,24 +444,6 @@ def _going_on(before, possible_from, starts, log_survival, state, summed):
 
 
 @compiled({"contract"})
-def _choose(logs, size, uniform):
+def _choose(logs, uniform):
     """The largest, or one drawn in proportion to exp(logs) if `uniform` is not negative."""
-    best = 0
-    for n in range(1, size):
-        if logs[n] > logs[best]:
-            best = n
-    if uniform < 0:
-        return best
-    total = 0.0
-    for n in range(size):
-        total += math.exp(logs[n] - logs[best])
-    rest = uniform * total
-    chosen = best
-    for n in range(size):
-        mass = math.exp(logs[n] - logs[best])
-        if mass > 0:
-            chosen = n
-            rest -= mass
-            if rest < 0:
-                break
-    return chosen
+    return np.argmax(logs) if uniform < 0 else draw(logs, uniform)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tfswa_lab.sequence import compiled_engine, log_engine, tensor_engine
-from tfswa_lab.sequence.inputs import Problem, Smoothed, checked, inside
+from tfswa_lab.sequence.inputs import Problem, Smoothed, checked, inside, replace_rows
 
 METHODS = ("auto", "compiled", "tensor", "log")
 
@@ -137,16 +137,16 @@ class _LogLikelihood(torch.autograd.Function):
         transitions = result.transitions * weight.view(shape).to(result.transitions)
         return (
             states.to(problem.log_emissions.dtype),
-            _by_probability(states[:, 0], problem.startprob),
-            _by_probability(transitions, problem.transmat),
+            by_probability(states[:, 0], problem.startprob),
+            by_probability(transitions, problem.transmat),
             None,
             None,
         )
 
 
-def _by_probability(counts: Tensor, probability: Tensor) -> Tensor:
-    """Expected counts divided by the probability they belong to; 0 at a hard zero."""
-    counts = counts.to(probability.dtype)
+def by_probability(counts: Tensor, probability: Tensor) -> Tensor:
+    """Expected counts, of all sequences or each, divided by their probability; 0 at a hard zero."""
+    counts = counts.to(probability)
     if counts.ndim > probability.ndim:
         counts = counts.sum(0)
     ratio = counts / torch.where(probability > 0, probability, 1)
@@ -297,8 +297,7 @@ def _run(engine: ModuleType, function: str, problem: Problem):
     if isinstance(results, Tensor):
         results[which] = rest.to(results)
     else:
-        for result, right in zip(results, rest, strict=True):
-            result[which] = right.to(result)
+        replace_rows(results, which, rest)
     return results
 
 

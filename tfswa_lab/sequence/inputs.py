@@ -152,6 +152,27 @@ def inside(lengths: Tensor, frames: int, device: torch.device | None = None) -> 
     return torch.arange(frames, device=device) < lengths.to(device)[:, None]
 
 
+def check_range(name: str, values: Tensor, valid: Tensor, number: int) -> None:
+    """Refuse whole numbers `(b, t)` that are not 0 … number - 1 where `valid`.
+
+    Raises:
+        ValueError: names the first of them and its place.
+    """
+    wrong = (valid & ((values < 0) | (values >= number))).nonzero()
+    if len(wrong):
+        b, t = wrong[0].tolist()
+        raise ValueError(
+            f"{name} {int(values[b, t])} in sequence {b}, frame {t}: there are "
+            f"{number} {name}s, 0 to {number - 1}"
+        )
+
+
+def replace_rows(results: tuple[Tensor, ...], which: Tensor, rest: tuple[Tensor, ...]) -> None:
+    """Put the results of some sequences, by index, in their places."""
+    for result, right in zip(results, rest, strict=True):
+        result[which] = right.to(result)
+
+
 def _without_padding(transmat: Tensor, lengths: Tensor) -> Tensor:
     """Transitions that change with time, uniform behind the end of a sequence."""
     steps = inside(lengths - 1, transmat.shape[1], transmat.device)[:, :, None, None]

@@ -446,22 +446,7 @@ def _merge(before, steps, best, origin):
 
 
 @compiled({"contract"})
-def sample_backwards(filtered, log_transmat, uniforms, paths):
-    """Draw paths `(n, t)` from p(z | x), last state first; `uniforms` `(n, t)` in [0, 1)."""
-    t_size, k_size = filtered.shape
-    varies = log_transmat.shape[0] > 1
-    logs = np.empty(k_size)
-    for n in range(len(paths)):
-        for t in range(t_size - 1, -1, -1):
-            for i in range(k_size):
-                logs[i] = filtered[t, i]
-                if t < t_size - 1:
-                    logs[i] += log_transmat[t if varies else 0, i, paths[n, t + 1]]
-            paths[n, t] = _draw(logs, uniforms[n, t])
-
-
-@compiled({"contract"})
-def _draw(logs, uniform):
+def draw(logs, uniform):
     """An index with probability proportional to exp(logs)."""
     top = logs.max()
     rest = uniform * np.exp(logs - top).sum()
@@ -474,3 +459,18 @@ def _draw(logs, uniform):
             if rest < 0:
                 break
     return last
+
+
+@compiled({"contract"})
+def sample_backwards(filtered, log_transmat, uniforms, paths):
+    """Draw paths `(n, t)` from p(z | x), last state first; `uniforms` `(n, t)` in [0, 1)."""
+    t_size, k_size = filtered.shape
+    varies = log_transmat.shape[0] > 1
+    logs = np.empty(k_size)
+    for n in range(len(paths)):
+        for t in range(t_size - 1, -1, -1):
+            for i in range(k_size):
+                logs[i] = filtered[t, i]
+                if t < t_size - 1:
+                    logs[i] += log_transmat[t if varies else 0, i, paths[n, t + 1]]
+            paths[n, t] = draw(logs, uniforms[n, t])

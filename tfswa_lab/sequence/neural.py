@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tfswa_lab.sequence import inference
 from tfswa_lab.sequence.emissions import set_distribution
 from tfswa_lab.sequence.inference import Decoded, Posteriors
-from tfswa_lab.sequence.inputs import as_batch, checked_lengths, inside
+from tfswa_lab.sequence.inputs import as_batch, check_range, checked_lengths, inside
 
 
 def scaled_likelihoods(log_posteriors: Tensor, priors: Tensor) -> Tensor:
@@ -148,13 +148,7 @@ class NeuralHMM(nn.Module):
         lengths = checked_lengths(lengths, b, t)
         there = inside(lengths, t, emissions.device)
         states = torch.as_tensor(states, device=emissions.device).view(-1, t)
-        wrong = (there & ((states < 0) | (states >= k))).nonzero()
-        if len(wrong):
-            row, frame = wrong[0].tolist()
-            raise ValueError(
-                f"state {int(states[row, frame])} in sequence {row}, frame {frame}: there are "
-                f"{k} states, 0 to {k - 1}"
-            )
+        check_range("state", states, there, k)
         states = torch.where(there, states, 0)
         transmat = self.transmat(context)
         # The frames inside are picked before the sum: padding may hold NaN.

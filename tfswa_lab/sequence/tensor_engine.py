@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tfswa_lab.sequence.compiled_engine import LOWEST
 from tfswa_lab.sequence.inputs import Problem, Smoothed, inside
 
 MOST_STATES = 16  # with which blocks are multiplied
-LOWEST = {torch.float32: -60.0, torch.float64: -600.0}  # nats below a frame's best state
 NORMALISE_EVERY = 4  # steps
 
 
