@@ -369,7 +369,32 @@ def set_from_counts(logits: Tensor, counts: Tensor, extra: Tensor | float = 0.0)
 # The models ------------------------------------------------------------------------------------
 
 
-class GaussianHMM(HMM):
+class _GaussianStates(HMM):
+    """What the models with Gaussians share: their means and covariances can be set."""
+
+    @property
+    def means(self) -> Tensor:
+        """Means `(k, d)`; of a mixture `(k, c, d)`."""
+        return self.emissions.means
+
+    @means.setter
+    def means(self, value: Tensor) -> None:
+        _set("means", self.emissions.means, value)
+
+    @property
+    def covariances(self) -> Tensor:
+        """Variances `(k, d)` or `(k)`, or matrices `(k, d, d)` or `(d, d)`, by covariance type.
+
+        Of a mixture, variances `(k, c, d)`.
+        """
+        return self.emissions.covariances
+
+    @covariances.setter
+    def covariances(self, value: Tensor) -> None:
+        self.emissions.covariances = value
+
+
+class GaussianHMM(_GaussianStates):
     """An HMM whose states emit from one Gaussian each.
 
     Args:
@@ -394,26 +419,8 @@ class GaussianHMM(HMM):
             "covariance_type": covariance_type,
         }
 
-    @property
-    def means(self) -> Tensor:
-        """Means `(k, d)`."""
-        return self.emissions.means
 
-    @means.setter
-    def means(self, value: Tensor) -> None:
-        _set("means", self.emissions.means, value)
-
-    @property
-    def covariances(self) -> Tensor:
-        """Variances `(k, d)` or `(k)`, or matrices `(k, d, d)` or `(d, d)`, by covariance type."""
-        return self.emissions.covariances
-
-    @covariances.setter
-    def covariances(self, value: Tensor) -> None:
-        self.emissions.covariances = value
-
-
-class MixtureGaussianHMM(HMM):
+class MixtureGaussianHMM(_GaussianStates):
     """An HMM whose states emit from a mixture of Gaussians with diagonal covariance.
 
     Args:
@@ -433,24 +440,6 @@ class MixtureGaussianHMM(HMM):
             "num_components": num_components,
             "feature_dim": feature_dim,
         }
-
-    @property
-    def means(self) -> Tensor:
-        """Means `(k, c, d)`."""
-        return self.emissions.means
-
-    @means.setter
-    def means(self, value: Tensor) -> None:
-        _set("means", self.emissions.means, value)
-
-    @property
-    def covariances(self) -> Tensor:
-        """Variances `(k, c, d)`."""
-        return self.emissions.covariances
-
-    @covariances.setter
-    def covariances(self, value: Tensor) -> None:
-        self.emissions.covariances = value
 
     @property
     def weights(self) -> Tensor:
