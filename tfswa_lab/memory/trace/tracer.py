@@ -394,9 +394,9 @@ def has_storage(thing: Any) -> bool:
     """
     if not issubclass(type(thing), Tensor) or isinstance(thing, UninitializedTensorMixin):
         return False
-    if thing.layout is not torch.strided or thing._has_symbolic_sizes_strides:
+    if thing.layout is not torch.strided or is_functorch_wrapped_tensor(thing):
         return False
-    return not is_functorch_wrapped_tensor(thing)
+    return isinstance(thing.untyped_storage().nbytes(), int)  # no SymInt: a part may have sizes
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
