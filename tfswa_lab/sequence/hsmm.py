@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfswa_lab.sequence import hsmm_batch_kernels as batch_kernels
 from tfswa_lab.sequence import hsmm_kernels as kernels
 from tfswa_lab.sequence.compiled_engine import double_array
 from tfswa_lab.sequence.inference import by_probability
-from tfswa_lab.sequence.inputs import Problem, check_distributions, checked
+from tfswa_lab.sequence.inputs import ROW_SUM_TOLERANCE, Problem, check_distributions, checked
 
 
 class Posteriors(NamedTuple):
@@ -109,8 +110,7 @@ class _LogLikelihood(torch.autograd.Function):
         problem = Problem(log_emissions, startprob, transmat, lengths)
         ctx.save_for_backward(*problem, durations, survival)
         ctx.censored = censored
-        sequences = _sequences(problem.detached(), _Laws(durations, survival, censored))
-        return torch.tensor([one.log_likelihood for one in sequences], dtype=torch.float64)
+        return _log_likelihoods(problem.detached(), _Laws(durations, survival, censored))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -258,6 +258,8 @@ def _checked(
     k = problem.log_emissions.shape[-1]
     if problem.varies:
         raise ValueError("transmat must be (k, k): transitions of segments do not change with time")
+    if problem.startprob.ndim == 2:
+        raise ValueError("startprob must be (k): segments start alike in all sequences")
     durations = torch.as_tensor(durations)
     if durations.ndim != 2 or durations.shape[0] != k or not durations.shape[1]:
         raise ValueError(
@@ -273,12 +275,63 @@ def _checked(
             f"survival has shape {tuple(survival.shape)}, expected probabilities of shape "
             f"{tuple(durations.shape)}"
         )
+    wrong = ~((durations >= 0) & (durations <= survival + ROW_SUM_TOLERANCE)).detach()
+    if bool(wrong.any()):
+        k, d = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"durations[{k}, {d}] is {float(durations[k, d]):.6g} and survival "
+            f"{float(survival[k, d]):.6g}, expected 0 ≤ p(duration) ≤ p(duration ≥ d)"
+        )
     return problem, _Laws(durations, survival.detach(), censored), batched
 
 
 def survival_of(durations: Tensor) -> Tensor:
     """p(duration ≥ d) `(k, d)`."""
     return durations.flip(-1).cumsum(-1).flip(-1)
+
+
+# Sequences side by side ------------------------------------------------------------------------
+
+TOGETHER = 32  # sequences, so that the starts within reach stay in the cache
+MORE_STARTS = 32  # frames after which the starts within reach move to the front again
+FEWEST = 16  # sequences from which on this is faster than one after the other
+
+
+def _log_likelihoods(problem: Problem, laws: _Laws) -> Tensor:
+    """The log-likelihoods `(b)`, side by side where that is safe."""
+    tables = _tables(problem, laws)
+    emissions, lengths = problem.log_emissions.cpu(), problem.lengths
+    found = torch.full((len(emissions),), torch.nan, dtype=torch.float64)
+    if _together_is_safe(tables):
+        for first in range(0, len(emissions) - FEWEST + 1, TOGETHER):
+            rows = slice(first, first + TOGETHER)
+            found[rows] = _together(emissions[rows], lengths[rows], tables)
+    for row in found.isnan().nonzero()[:, 0].tolist():
+        seen = double_array(emissions[row, : lengths[row]])
+        found[row] = _Sequence(seen, tables).log_likelihood
+    return found
+
+
+def _together_is_safe(tables: _Tables) -> bool:
+    """Whether no probability is so small that a product could underflow; 0 is exact."""
+    given = (np.exp(tables.start), tables.transmat, tables.durations)
+    return not any(np.any((rows > 0) & (rows < batch_kernels.SMALLEST)) for rows in given)
+
+
+def _together(emissions: Tensor, lengths: Tensor, tables: _Tables) -> Tensor:
+    """The log-likelihoods `(b)` of some sequences; NaN for those that are not safe."""
+    frames = int(lengths.max())
+    logs = emissions[:, :frames].permute(1, 2, 0).contiguous().numpy()
+    _, states, sequences = logs.shape
+    last = np.exp(tables.log_survival[:, ::-1]) if tables.censored else tables.reverse
+    laws = [np.pad(rows, ((0, 0), (-rows.shape[1] % 4, 0))) for rows in (tables.reverse, last)]
+    plain = np.zeros((states, laws[0].shape[1] + MORE_STARTS, sequences))
+    scale, best, safe = np.ones((frames, sequences)), np.zeros(sequences), np.ones(sequences)
+    lengths = lengths.numpy().astype(float)
+    model = (tables.transmat, np.exp(tables.start), *laws, tables.censored)
+    batch_kernels.forward(logs, lengths, *model, plain, scale, best, safe)
+    scale[(np.arange(frames)[:, None] >= lengths) | (scale <= 0)] = 1
+    return torch.from_numpy(np.where(safe > 0, np.log(scale).sum(0) + best, np.nan))
 
 
 # One sequence at a time ------------------------------------------------------------------------
