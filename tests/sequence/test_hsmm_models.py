@@ -60,6 +60,14 @@ def test_impossible_laws_are_refused():
         law.fit(torch.ones(2, 6))
     with pytest.raises(ValueError, match=r"counts have shape \(2, 5\)"):
         law.fit(torch.ones(2, 5))
+    for wrong in (-1.0, torch.nan, torch.inf):
+        counts = torch.zeros(2, 6)
+        counts[1, 4] = wrong
+        with pytest.raises(ValueError, match=r"counts\[1, 4\] is .*expected a number from 0"):
+            law.fit(counts)
+    for sizes in ((0, 6), (2, 5.5), (2, 6, True)):
+        with pytest.raises(ValueError, match="expected a whole number of 1 or more"):
+            CategoricalDurations(*sizes)
 
 
 def a_model(durations="categorical"):
@@ -112,3 +120,12 @@ def test_gradients_reach_the_durations():
             model.durations.numbers[0, 0] += sign * step
             scores.append(float(model.score(x).sum()))
     assert (scores[0] - scores[1]) / (2 * step) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_a_cut_run_may_be_short_but_not_longer_than_possible():
+    x, states = torch.zeros(1, 20, 1), torch.tensor([[0] * 3 + [1] * 4 + [0] * 13])
+    with pytest.raises(ValueError, match="a run of state 0 lasts 13 frames"):
+        a_model().fit_labelled(x, states)
+    a_model().fit_labelled(x[:, :8], states[:, :8])
+    with pytest.raises(ValueError, match="a run of state 0 lasts 1 frames"):
+        a_model().fit_labelled(x[:, :3], torch.tensor([[0, 1, 1]]))

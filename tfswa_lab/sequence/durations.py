@@ -12,6 +12,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from tfswa_lab.sequence.inputs import check_sizes
+
 
 class Durations(nn.Module):
     """Base class of a law p(duration) for each state, 0 outside `min_duration … max_duration`.
@@ -22,12 +24,13 @@ class Durations(nn.Module):
         min_duration: the shortest.
 
     Raises:
-        ValueError: no duration is possible.
+        ValueError: a size is no whole number from 1 on, or no duration is possible.
     """
 
     def __init__(self, num_states: int, max_duration: int, min_duration: int = 1):
         super().__init__()
-        if not 1 <= min_duration <= max_duration:
+        check_sizes(num_states=num_states, max_duration=max_duration, min_duration=min_duration)
+        if min_duration > max_duration:
             raise ValueError(
                 f"durations from {min_duration} to {max_duration} frames: expected "
                 "1 ≤ min_duration ≤ max_duration"
@@ -67,13 +70,18 @@ class Durations(nn.Module):
         """Maximise Σ counts `(k, d)` · log p(duration); a state without counts keeps its law.
 
         Raises:
-            ValueError: counts of a wrong shape, or of durations below the shortest.
+            ValueError: counts of a wrong shape, below 0 or not finite, or of durations below the
+                shortest.
         """
         if counts.shape != (self.num_states, self.max_duration):
             raise ValueError(
                 f"counts have shape {tuple(counts.shape)}, expected "
                 f"({self.num_states}, {self.max_duration})"
             )
+        wrong = ~((counts >= 0) & (counts < torch.inf))
+        if bool(wrong.any()):
+            place = wrong.nonzero()[0].tolist()
+            raise ValueError(f"counts{place} is {counts[*place]}, expected a number from 0 on")
         if bool((counts[:, : self.min_duration - 1] > 0).any()):
             raise ValueError(f"there are counts below min_duration, {self.min_duration} frames")
         counts = counts[:, self.min_duration - 1 :].detach().cpu().double()
@@ -95,7 +103,8 @@ class Durations(nn.Module):
             return float(total), gradient.numpy()
 
         bounds = [(-20.0, 20.0)] * len(before)  # logarithms; beyond, the law does not change
-        found = minimize(loss, before.numpy(), jac=True, method="L-BFGS-B", bounds=bounds)
+        exactly = {"ftol": 1e-15, "gtol": 1e-10}
+        found = minimize(loss, before.numpy(), jac=True, bounds=bounds, options=exactly)
         return torch.from_numpy(found.x) if found.fun <= loss(before.numpy())[0] else before
 
 

@@ -26,7 +26,7 @@ from tfswa_lab.sequence.emissions import (
     set_distribution,
 )
 from tfswa_lab.sequence.inference import Decoded, Filtered, Posteriors
-from tfswa_lab.sequence.inputs import check_range, checked, checked_lengths, inside
+from tfswa_lab.sequence.inputs import check_range, check_sizes, checked, checked_lengths, inside
 from tfswa_lab.sequence.padding import pad_sequences
 
 # What other packages call our arguments.
@@ -411,7 +411,7 @@ class GaussianHMM(_GaussianStates):
         self, num_states: int = 0, feature_dim: int = 0, covariance_type: str = "diag", **others
     ):
         self.refuse(others)
-        _check_sizes(num_states=num_states, feature_dim=feature_dim)
+        check_sizes(num_states=num_states, feature_dim=feature_dim)
         super().__init__(GaussianEmissions(num_states, feature_dim, covariance_type))
         self.sizes = {
             "num_states": num_states,
@@ -433,7 +433,7 @@ class MixtureGaussianHMM(_GaussianStates):
         self, num_states: int = 0, num_components: int = 0, feature_dim: int = 0, **others
     ):
         self.refuse(others)
-        _check_sizes(num_states=num_states, num_components=num_components, feature_dim=feature_dim)
+        check_sizes(num_states=num_states, num_components=num_components, feature_dim=feature_dim)
         super().__init__(MixtureEmissions(num_states, num_components, feature_dim))
         self.sizes = {
             "num_states": num_states,
@@ -463,7 +463,7 @@ class CategoricalHMM(HMM):
 
     def __init__(self, num_states: int = 0, num_symbols: int = 0, **others):
         self.refuse(others)
-        _check_sizes(num_states=num_states, num_symbols=num_symbols)
+        check_sizes(num_states=num_states, num_symbols=num_symbols)
         super().__init__(CategoricalEmissions(num_states, num_symbols))
         self.sizes = {"num_states": num_states, "num_symbols": num_symbols}
 
@@ -475,12 +475,6 @@ class CategoricalHMM(HMM):
     @emissionprob.setter
     def emissionprob(self, value: Tensor) -> None:
         self.emissions.emissionprob = value
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, expected a whole number of 1 or more")
 
 
 def _set(name: str, parameter: Tensor, value: Tensor) -> None:

@@ -316,6 +316,10 @@ def backward(
             inside -= leaving[t, k]
             if inside < 1e-11:  # what rounding leaves of a state that has certainly ended
                 inside = 0.0
+    for t in range(t_size):  # sums over many frames drift
+        total = states[t].sum()
+        for k in range(k_size):
+            states[t, k] /= total
 
 
 @compiled({"contract"})

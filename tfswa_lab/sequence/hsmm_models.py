@@ -158,17 +158,17 @@ class GaussianHSMM(GaussianHMM):
         for row, length in zip(rows, batch.lengths.tolist(), strict=True):
             values, runs = torch.unique_consecutive(row[:length], return_counts=True)
             steps.index_put_((values[:-1], values[1:]), torch.ones(len(values) - 1).double(), True)
-            last = len(values) - self.right_censored
-            self._count_runs(values[:last].tolist(), runs[:last].tolist(), counts)
+            self._count_runs(values.tolist(), runs.tolist(), counts)
         set_from_counts(self.transmat_logits, steps)
         self.durations.fit(counts)
 
     def _count_runs(self, values: list[int], runs: list[int], counts: Tensor) -> None:
         shortest, longest = self.durations.min_duration, self.durations.max_duration
-        for value, run in zip(values, runs, strict=True):
-            if not shortest <= run <= longest:
+        for place, (value, run) in enumerate(zip(values, runs, strict=True), 1):
+            cut = self.right_censored and place == len(runs)
+            if not (cut or shortest <= run) or run > longest:
                 raise ValueError(
                     f"a run of state {value} lasts {run} frames, outside min_duration and "
                     f"max_duration, {shortest} to {longest}"
                 )
-            counts[value, run - 1] += 1
+            counts[value, run - 1] += not cut

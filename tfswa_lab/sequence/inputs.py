@@ -7,6 +7,7 @@ Notebook: 11_hmm
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,17 @@ class Smoothed(NamedTuple):
     log_likelihood: Tensor
     states: Tensor
     transitions: Tensor
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes that are not whole numbers from 1 on.
+
+    Raises:
+        ValueError: with the name and the value.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected a whole number of 1 or more")
 
 
 def checked(
