@@ -15,19 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tfswa_lab.sequence import kernels
+from tfswa_lab.sequence import kernels, single_kernels
 from tfswa_lab.sequence.inputs import Problem, Smoothed, inside, replace_rows
 
 SAFE = {torch.float32: 1e-6, torch.float64: 1e-60}  # the smallest transition that allows scaling
 LOWEST = {torch.float32: -60.0, torch.float64: -600.0}  # nats below the best state
 SMALLEST_SCALE = {torch.float32: 1e-7, torch.float64: 1e-61}
+FEW = 4  # sequences, below which one after the other is faster than side by side
 
 
 def log_likelihood(problem: Problem) -> Tensor:
     """log p(x) `(b)`, float64."""
     if not scaling_is_safe(problem):
         return _log_filtered(problem)[0]
-    scaled = _Scaled(problem, keep=2)
+    scaled = _scaled(problem, keep=2)
     if len(scaled.rest):
         scaled.log_likelihood[scaled.rest] = _log_filtered(problem.select(scaled.rest))[0]
     return scaled.log_likelihood
@@ -38,8 +39,8 @@ def filtered(problem: Problem) -> tuple[Tensor, Tensor]:
     if not scaling_is_safe(problem):
         return _filtered_by_logs(problem)
     frames = problem.log_emissions.shape[1]
-    scaled = _Scaled(problem, keep=frames)
-    states = _first(scaled.filtered) * inside(problem.lengths, frames)[..., None]
+    scaled = _scaled(problem, keep=frames)
+    states = scaled.states() * inside(problem.lengths, frames)[..., None]
     results = (scaled.log_likelihood, states)
     if len(scaled.rest):
         replace_rows(results, scaled.rest, _filtered_by_logs(problem.select(scaled.rest)))
@@ -50,7 +51,7 @@ def smoothed(problem: Problem) -> Smoothed:
     """The posteriors, and the expected transitions."""
     if not scaling_is_safe(problem):
         return _smoothed_by_logs(problem)
-    scaled = _Scaled(problem, keep=problem.log_emissions.shape[1])
+    scaled = _scaled(problem, keep=problem.log_emissions.shape[1])
     results = Smoothed(scaled.log_likelihood, *scaled.smoothed())
     if len(scaled.rest):
         replace_rows(results, scaled.rest, _smoothed_by_logs(problem.select(scaled.rest)))
@@ -68,10 +69,16 @@ def viterbi(problem: Problem) -> tuple[Tensor, Tensor]:
         steps = np.log(double_array(problem.transmat))
         start = np.log(_start(problem).astype(np.float64))
     dtype = emissions.dtype
-    path, scores = np.empty((b, t), np.int64), np.empty(b)
-    kernels.viterbi(
-        emissions, steps.astype(dtype), start.astype(dtype), lengths, np.empty_like(emissions), path
-    )
+    path, scores = np.full((b, t), -1), np.empty(b)
+    tables = (steps.astype(dtype), start.astype(dtype))
+    if b < FEW:
+        rows = problem.log_emissions.contiguous().numpy()
+        for row, length in enumerate(lengths):
+            seen, first = rows[row, :length], np.ascontiguousarray(tables[1][:, row])
+            cells = np.empty_like(seen)
+            single_kernels.viterbi(seen, tables[0], first, cells, path[row, :length])
+    else:
+        kernels.viterbi(emissions, *tables, lengths, np.empty_like(emissions), path)
     kernels.path_scores(emissions, steps, start, lengths, path, scores)
     return torch.from_numpy(path), torch.from_numpy(scores)
 
@@ -115,7 +122,7 @@ def first_impossible_frame(problem: Problem, row: int) -> int:
     return one.forward(np.empty_like(one.emissions))[1]
 
 
-# Sequences side by side ------------------------------------------------------------------------
+# Scaled ----------------------------------------------------------------------------------------
 
 
 def scaling_is_safe(problem: Problem) -> bool:
@@ -124,8 +131,13 @@ def scaling_is_safe(problem: Problem) -> bool:
     return not problem.varies and bool(problem.transmat.min() >= smallest)
 
 
-class _Scaled:
-    """A forward pass with scaling: `filtered` `(t, k, b)`, and `rest`, the sequences it left."""
+def _scaled(problem: Problem, keep: int) -> _SideBySide | _OneByOne:
+    """A forward pass with scaling, that keeps so many frames; `rest` are sequences it left."""
+    return (_OneByOne if len(problem.log_emissions) < FEW else _SideBySide)(problem, keep)
+
+
+class _SideBySide:
+    """Arrays `(t, k, b)`."""
 
     def __init__(self, problem: Problem, keep: int):
         dtype = problem.log_emissions.dtype
@@ -144,10 +156,11 @@ class _Scaled:
         kernels.forward(self.emissions, self.transmat, start, self.filtered, scale)
         if self.lengths.min() < frames:
             scale[np.arange(frames)[:, None] >= self.lengths] = 1
-        self.rest = torch.from_numpy(np.flatnonzero(scale.min(0) < SMALLEST_SCALE[dtype]))
-        with np.errstate(divide="ignore"):
-            logs = np.log(scale, out=scale).sum(0, dtype=np.float64)
-        self.log_likelihood = torch.from_numpy(logs + best)
+        self.rest, self.log_likelihood = _judged(scale, best, dtype)
+
+    def states(self) -> Tensor:
+        """The filtered probabilities `(b, t, k)`; anything in padding."""
+        return _first(self.filtered)
 
     def smoothed(self) -> tuple[Tensor, Tensor]:
         """The posteriors `(b, t, k)`, and the expected transitions `(b, k, k)`."""
@@ -155,6 +168,50 @@ class _Scaled:
         counts = np.empty((states, states, sequences), self.emissions.dtype)
         kernels.backward(self.emissions, self.transmat, self.filtered, self.lengths, counts)
         return _first(self.filtered), torch.from_numpy(counts).permute(2, 0, 1)
+
+
+class _OneByOne:
+    """Arrays `(b, t, k)`, for few sequences."""
+
+    def __init__(self, problem: Problem, keep: int):
+        logs, self.lengths = problem.log_emissions.contiguous().numpy(), problem.lengths.tolist()
+        b, frames, states = logs.shape
+        dtype = problem.log_emissions.dtype
+        self.transmat = np.ascontiguousarray(problem.transmat.numpy(), logs.dtype)
+        self.emissions = np.zeros_like(logs)
+        self.filtered = np.zeros((b, min(keep, frames), states), logs.dtype)
+        scale, best = np.ones((frames, b), logs.dtype), np.empty(b)
+        start = np.ascontiguousarray(_start(problem).T, logs.dtype)
+        for row, length in enumerate(self.lengths):
+            seen, total = self.emissions[row, :length], np.empty(length, logs.dtype)
+            best[row] = single_kernels.divide_by_best(logs[row, :length], LOWEST[dtype], seen)
+            np.exp(seen, out=seen)
+            single_kernels.forward(seen, self.transmat, start[row], self.filtered[row], total)
+            scale[:length, row] = total
+        self.rest, self.log_likelihood = _judged(scale, best, dtype)
+
+    def states(self) -> Tensor:
+        """The filtered probabilities `(b, t, k)`."""
+        return torch.from_numpy(self.filtered)
+
+    def smoothed(self) -> tuple[Tensor, Tensor]:
+        """The posteriors `(b, t, k)`, and the expected transitions `(b, k, k)`."""
+        counts = np.empty((len(self.lengths), *self.transmat.shape), self.transmat.dtype)
+        to_from = np.ascontiguousarray(self.transmat.T)
+        for row, length in enumerate(self.lengths):
+            seen, states = self.emissions[row, :length], self.filtered[row, :length]
+            before = states.copy()
+            single_kernels.backward(seen, to_from, states)
+            counts[row] = self.transmat * (before[:-1].T @ seen[1:])
+        return torch.from_numpy(self.filtered), torch.from_numpy(counts)
+
+
+def _judged(scale: np.ndarray, best: np.ndarray, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sequences that scaling cannot do, by index, and the log-likelihoods `(b)` of the others."""
+    rest = np.flatnonzero(scale.min(0) < SMALLEST_SCALE[dtype])
+    with np.errstate(divide="ignore"):
+        logs = np.log(scale, out=scale).sum(0, dtype=np.float64)
+    return torch.from_numpy(rest), torch.from_numpy(logs + best)
 
 
 def _last(log_emissions: Tensor) -> np.ndarray:
