@@ -49,17 +49,18 @@ SMOKE = script("smoke", 50, "gpu_smoke.py", alone=False)  # the training reads i
 # In order of value; seconds are limits, from what we expect of an H100: 380 with the smoke.
 # Only the recordings are made while the training goes on: all others measure times as well.
 MEASURE = (
-    script("staged", 30, "eight_stages.py --device cuda"),
-    script("lean", 35, "lean.py --device cuda"),
+    script("hmm", 35, "hmm.py --device cuda"),
+    script("staged", 25, "eight_stages.py --device cuda"),
+    script("lean", 30, "lean.py --device cuda"),
     script("snapshots", 15, "gpu_snapshots.py", alone=False),
-    script("prediction", 75, "memory_prediction.py --measure"),
+    script("prediction", 65, "memory_prediction.py --measure"),
     script("default kernel", 20, "memory_prediction.py --measure --default"),
-    script("leaks", 40, "leaks.py --device cuda"),
-    script("separation", 35, "separator.py --device cuda"),
+    script("leaks", 35, "leaks.py --device cuda"),
+    script("separation", 30, "separator.py --device cuda"),
     script("bsseval", 25, "bsseval.py --device cuda"),
     script("training", 25, "training.py --device cuda"),
     script("memory_trace", 10, "memory_trace.py --device cuda"),
-    script("claims", 20, "claims.py --device cuda"),
+    script("claims", 15, "claims.py --device cuda"),
 )
 MUSEVAL = script("museval", 300, "bsseval.py --museval")  # on cores of its own, beside the others
 TRAINER = Job("mir1k", 0, ())  # its command is known when it is started

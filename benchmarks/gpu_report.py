@@ -31,6 +31,7 @@ KINDS = {
         (*CHOICES, "gpu", "claim"),
         ("predicted", "measured", "workspace", "error", "error_gross", "milliseconds"),
     ),
+    "hmm": ("hmm", ("way", "what", "task"), ("ms", "claim_ms", "peak_mib", "own_mib")),
     "staged": (
         "eight_stages",
         ("run",),

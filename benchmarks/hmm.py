@@ -1,17 +1,20 @@
-"""How fast are hidden Markov models, beside hmmlearn, pomegranate, dynamax and a loop in torch?
+"""How fast are hidden Markov models, beside hmmlearn, pomegranate, dynamax and loops in torch?
 
-    python benchmarks/hmm.py [--rounds 9] [--only NAME ...]
-    python benchmarks/hmm.py --device cuda      the guide's table on a GPU, started by gpu.py
+    python benchmarks/hmm.py [--peers FOLDER] [--only NAME ...] [--rounds 9] [--quick]
+    python benchmarks/hmm.py --device cuda      started by gpu.py
 
 One process, one thread, the same model and data; contenders take turns, and medians of wall time
-and of CPU time are kept. Ours, dynamax (jitted, with emissions by a matrix product) and the loops
-work in float32, hmmlearn and pomegranate as they do by default. A package that is not installed is
-left out. The guide is the one of crlotwhite/pytorch_hmm (9dd458a), whose times are for a GPU.
+and of CPU time are kept, beside the largest error against the same in float64. Ours, dynamax
+(jitted, with emissions by a matrix product) and the loops work in float32, pomegranate too;
+hmmlearn has float64 only. `--peers` names a folder of packages that is searched after all others,
+or `none`; what is not installed is left out. The guide is that of crlotwhite/pytorch_hmm (9dd458a):
+its milliseconds are claims for a GPU. Axis letters: `b` sequences, `t` frames, `k` states, `d`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -19,8 +22,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["NUMBA_NUM_THREADS"] = "1"
 os.environ["XLA_FLAGS"] = (
     "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
     + os.environ.get("XLA_FLAGS", "")
@@ -28,221 +38,200 @@ os.environ["XLA_FLAGS"] = (
 
 import numpy as np
 import torch
-from events import REHEARSAL
-from record import record, table
+from events import REHEARSAL, attempt
+from hmm_cases import SYSTEMS, cases
+from hmm_peers import KERNELS, LOOPS, MODELS, DurationLoop, Tasks, duration_loops
+from record import RESULTS, record, table
 from torch import Tensor
 
+from tfswa_lab.device import pick_device
 from tfswa_lab.sequence import hsmm, inference
 from tfswa_lab.sequence.compiled_engine import scaling_is_safe
 from tfswa_lab.sequence.em import EM
-from tfswa_lab.sequence.hmm import GaussianHMM, MixtureGaussianHMM
+from tfswa_lab.sequence.hmm import HMM, GaussianHMM, MixtureGaussianHMM
 from tfswa_lab.sequence.inputs import checked
 
-CLAIMS = {  # of the guide: model, sequences, frames, milliseconds
-    "MixtureGaussian": (32, 1000, 3.2),
-    "HSMM": (32, 1000, 3.5),
-    "streaming": (16, 500, 1.1),
-    "Neural": (16, 1000, 5.1),
-    "semi-Markov": (24, 800, 4.2),
+TASKS = ("score", "posteriors", "Viterbi", "EM step")
+PATIENCE = 20.0  # seconds for the rounds of a row; then fewer rounds, but never a smaller row
+DURATIONS = ((32, 1000), (24, 800))  # B, T
+STATES, SEQUENCES = (2, 5, 16, 64), (1, 32, 256)
+CLAIMS = {  # of the guide, in milliseconds
+    "MixtureGaussian, B 32, T 1000": 3.2,
+    "HSMM, B 32, T 1000": 3.5,
+    "streaming, B 16, T 500": 1.1,
+    "Neural, B 16, T 1000": 5.1,
+    "semi-Markov, B 24, T 800": 4.2,
 }
 CONFIGURATIONS = ((5, 80, 16, 500), (10, 80, 32, 1000), (15, 128, 24, 800))  # K, D, B, T
-# A first score and a first posterior, in an empty process: what the compiler takes.
-FIRST_CALL = """
-import time, torch
+FIRST_CALLS = """
+import json, time
+begun = time.perf_counter()
+import torch
+from tfswa_lab.sequence import hsmm, inference
+from tfswa_lab.sequence.em import EM
 from tfswa_lab.sequence.hmm import GaussianHMM
+torch.set_num_threads(1)
+seconds = {"imports": time.perf_counter() - begun}
 model, x = GaussianHMM(2, 3), torch.randn(8, 50, 3)
-start = time.perf_counter()
-model.score(x); model.posteriors(x); model.viterbi(x)
-print(time.perf_counter() - start)
+given = (torch.randn(8, 50, 2), torch.full((2,), 0.5), 1 - torch.eye(2), torch.full((2, 5), 0.2))
+for name, call in {
+    "score": lambda: model.score(x),
+    "posteriors": lambda: model.posteriors(x),
+    "Viterbi": lambda: model.viterbi(x),
+    "EM step": lambda: model.fit(x, settings=EM(iterations=1, initialise=False)),
+    "HSMM score": lambda: hsmm.log_likelihood(*given),
+    "HSMM posteriors": lambda: hsmm.posteriors(*given),
+    "HSMM Viterbi": lambda: hsmm.viterbi(*given),
+}.items():
+    begun = time.perf_counter()
+    call()
+    seconds[name] = time.perf_counter() - begun
+print(json.dumps(seconds))
 """
+FRAMES = 20 if REHEARSAL else None  # of a rehearsal
+MISSING: set[str] = set()  # packages that are not installed, or not asked for
 
 
-def in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict]:
-    """Medians in milliseconds, wall and CPU time, of contenders that take turns."""
+# Taking turns ----------------------------------------------------------------------------------
+
+
+def in_turns(contenders: Tasks, rounds: int) -> tuple[dict[str, dict], dict[str, object]]:
+    """Medians in milliseconds of contenders that take turns, and what each returned."""
     wall, cpu = ({name: [] for name in contenders} for _ in range(2))
-    for run in contenders.values():
-        run()  # compiles
-        run()
-    for _ in range(rounds):
+    outputs = {name: on_one_thread(run) for name, run in contenders.items()}  # compiles
+    begun = time.perf_counter()
+    for number in range(rounds + 1):  # the first warms up
         for name, run in contenders.items():
             torch.set_num_threads(1)  # pomegranate sets OpenMP to all cores
-            before, cpu_before = time.perf_counter(), time.process_time()
+            wall_before, cpu_before = time.perf_counter(), time.process_time()
             run()
-            wall[name].append(1e3 * (time.perf_counter() - before))
             cpu[name].append(1e3 * (time.process_time() - cpu_before))
+            wall[name].append(1e3 * (time.perf_counter() - wall_before))
+        if number and time.perf_counter() - begun > PATIENCE:
+            break
     return {
         name: {
-            "wall_ms": statistics.median(wall[name]),
-            "cpu_ms": statistics.median(cpu[name]),
-            "least_ms": min(wall[name]),
-            "most_ms": max(wall[name]),
+            "wall_ms": statistics.median(wall[name][1:]),
+            "cpu_ms": statistics.median(cpu[name][1:]),
+            "least_ms": min(wall[name][1:]),
+            "most_ms": max(wall[name][1:]),
+            "rounds": len(wall[name]) - 1,
         }
         for name in contenders
-    }
+    }, outputs
 
 
-def a_model(states: int, features: int) -> GaussianHMM:
-    """States that overlap, and stay for a while."""
-    torch.manual_seed(0)
-    model = GaussianHMM(states, features)
-    model.means = 0.3 * torch.randn(states, features)
+def on_one_thread(run: Callable) -> object:
+    """A result of torch's operators on one thread, whatever a package has set before."""
+    torch.set_num_threads(1)
+    return run()
+
+
+def compared(contenders: dict[str, Tasks], right: dict, rounds: int) -> dict[str, dict]:
+    """Times and errors by task and contender; `right` holds the results in float64."""
+    result = {}
+    for task in right:
+        runs = {name: tasks[task] for name, tasks in contenders.items() if task in tasks}
+        result[task], outputs = in_turns(runs, rounds)
+        for name, found in outputs.items():
+            result[task][name]["error"] = error_of(task, found, right[task])
+    return result
+
+
+def error_of(task: str, found: object, right: Tensor) -> float:
+    """Largest error: relative of a score, absolute of numbers, share of frames of a path."""
+    found = found if isinstance(found, Tensor) else torch.from_numpy(np.asarray(found).copy())
+    if task == "Viterbi":
+        return (found != right).double().mean().item()
+    found = found.detach().double()
+    if task == "score":
+        return ((found.sum() - right.sum()) / right.sum()).abs().item()
+    return (found - right).abs().max().item()
+
+
+def there(builders: dict) -> dict[str, Callable]:
+    """Builders whose package is installed."""
+    return {name: make for name, (package, make) in builders.items() if package not in MISSING}
+
+
+# Models and data -------------------------------------------------------------------------------
+
+
+def steps_of(states: int) -> Tensor:
+    """Transitions `(k, k)` of states that last for a while."""
     move = torch.rand(states, states) + 3 * torch.eye(states)
-    model.transmat = move / move.sum(1, keepdim=True)
+    return move / move.sum(1, keepdim=True)
+
+
+def a_model(states: int, features: int, components: int = 0) -> HMM:
+    """Gaussians, or mixtures of them, that overlap."""
+    torch.manual_seed(0)
+    sizes = (states, components, features) if components else (states, features)
+    model = (MixtureGaussianHMM if components else GaussianHMM)(*sizes)
+    model.means = 0.3 * torch.randn(model.means.shape)
+    model.transmat = steps_of(states)
     return model
 
 
-# Contenders ------------------------------------------------------------------------------------
+def random_durations(sequences: int, frames: int) -> tuple[Tensor, ...]:
+    """Log emissions, start, transitions, and laws of 1 to 50 frames that look like a gamma law."""
+    torch.manual_seed(0)
+    move = torch.rand(5, 5).fill_diagonal_(0)
+    ages = torch.arange(1, 51).float()
+    laws = (2 * ages.log() - ages / 5).softmax(0).expand(5, -1)
+    emissions = torch.randn(sequences, frames, 5)
+    return emissions, torch.full((5,), 0.2), move / move.sum(1, keepdim=True), laws
 
 
-def loop_score(emissions: Tensor, start: Tensor, transmat: Tensor) -> Tensor:
-    """The plain scaled loop in torch, a frame at a time."""
-    best = emissions.amax(-1, keepdim=True)
-    seen = (emissions - best).exp()
-    now, logs = start * seen[:, 0], 0.0
-    for t in range(1, seen.shape[1] + 1):
-        total = now.sum(-1, keepdim=True)
-        now, logs = now / total, logs + total.log()
-        if t < seen.shape[1]:
-            now = (now @ transmat) * seen[:, t]
-    return logs[:, 0] + best[..., 0].sum(1)
+def of_model(model: HMM, x: Tensor, method: str = "auto") -> Tasks:
+    """Our functions from features, which return what is compared."""
+    lengths, settings = torch.full((len(x),), x.shape[1]), EM()
 
+    def em_step():
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        model.maximise(x, lengths, model.expect(x, lengths)[1], settings)
+        means = model.means.detach().clone()
+        model.load_state_dict(before)
+        return means
 
-def loop_posteriors(emissions: Tensor, start: Tensor, transmat: Tensor) -> Tensor:
-    """Forward and backward, a frame at a time."""
-    seen = (emissions - emissions.amax(-1, keepdim=True)).exp().movedim(1, 0)
-    now, filtered = start * seen[0], []
-    for t in range(len(seen)):
-        if t:
-            now = (now @ transmat) * seen[t]
-        now = now / now.sum(-1, keepdim=True)
-        filtered.append(now)
-    later, smoothed = torch.ones_like(now), [now]
-    for t in range(len(seen) - 2, -1, -1):
-        later = (later * seen[t + 1]) @ transmat.T
-        later = later / later.sum(-1, keepdim=True)
-        both = filtered[t] * later
-        smoothed.append(both / both.sum(-1, keepdim=True))
-    return torch.stack(smoothed[::-1], 1)
-
-
-def loop_viterbi(emissions: Tensor, start: Tensor, transmat: Tensor) -> Tensor:
-    """Max and gather, a frame at a time."""
-    steps, score, origins = transmat.log(), start.log() + emissions[:, 0], []
-    for t in range(1, emissions.shape[1]):
-        best, origin = (score[:, :, None] + steps).max(1)
-        origins.append(origin)
-        score = best + emissions[:, t]
-    path = [score.argmax(-1)]
-    for origin in reversed(origins):
-        path.append(origin.gather(1, path[-1][:, None])[:, 0])
-    return torch.stack(path[::-1], 1)
-
-
-def loop_durations(emissions: Tensor, start: Tensor, transmat: Tensor, laws: Tensor) -> Tensor:
-    """Explicit durations in log space: one log-sum-exp over all durations a frame."""
-    longest = laws.shape[1]
-    before = torch.cat([torch.zeros_like(emissions[:, :1]), emissions.cumsum(1)], 1)
-    b, t, k = before.shape
-    starts = torch.full((b, t + longest, k), -torch.inf)
-    starts[:, longest] = start.log()
-    reverse, steps = laws.log().flip(1).T, transmat.log()
-    for frame in range(1, t):
-        ends = (starts[:, frame : frame + longest] + reverse).logsumexp(1) + before[:, frame]
-        entered = (ends[:, :, None] + steps).logsumexp(1)
-        starts[:, longest + frame] = entered - before[:, frame]
-    return ends.logsumexp(-1)
-
-
-def of_hmmlearn(model: GaussianHMM, x: Tensor) -> dict[str, Callable]:
-    """score, posteriors, Viterbi and an EM step of hmmlearn."""
-    from copy import deepcopy
-
-    from tfswa_lab.sequence.exchange import to_hmmlearn
-
-    peer = to_hmmlearn(model)
-    peer.set_params(implementation="scaling", n_iter=1, init_params="", algorithm="viterbi")
-    rows, lengths = x.flatten(0, 1).double().numpy(), [x.shape[1]] * len(x)
     return {
-        "score": lambda: peer.score(rows, lengths),
-        "posteriors": lambda: peer.predict_proba(rows, lengths),
-        "Viterbi": lambda: peer.predict(rows, lengths),
-        "EM step": lambda: deepcopy(peer).fit(rows, lengths),
+        "score": lambda: model.score(x, method=method),
+        "posteriors": lambda: model.posteriors(x, method=method).states,
+        "Viterbi": lambda: model.viterbi(x, method=method).states,
+        "EM step": em_step,
     }
 
 
-def of_dynamax(model: GaussianHMM, x: Tensor) -> dict[str, Callable]:
-    """The same in dynamax, jitted, with emissions and moments as matrix products."""
-    import jax
-    import jax.numpy as jnp
-    from dynamax.hidden_markov_model import hmm_filter, hmm_posterior_mode, hmm_smoother
-
-    precision = 1 / model.covariances.detach()
-    mean = model.means.detach()
-    weights = jnp.asarray(torch.cat([precision, -2 * mean * precision], 1).numpy().T)
-    constant = (mean**2 * precision).sum(1) + (2 * torch.pi / precision).log().sum(1)
-    constant = jnp.asarray(constant.numpy())
-    start, move = (jnp.asarray(p.detach().numpy()) for p in (model.startprob, model.transmat))
-    data = jnp.asarray(x.numpy())
-
-    def emissions(x):
-        return -(jnp.concatenate([x * x, x], -1) @ weights + constant) / 2
-
-    def step(x):
-        def one(log):
-            found = hmm_smoother(start, move, log)
-            return found.marginal_loglik, found.smoothed_probs, found.trans_probs
-
-        total, states, steps = jax.vmap(one)(emissions(x))
-        moments = jnp.einsum("btk,btd->kd", states, jnp.concatenate([x * x, x], -1))
-        return total, states.sum((0, 1)), steps.sum(0), moments
-
-    functions = {
-        "score": lambda x: jax.vmap(lambda log: hmm_filter(start, move, log).marginal_loglik)(
-            emissions(x)
-        ),
-        "posteriors": lambda x: jax.vmap(lambda log: hmm_smoother(start, move, log).smoothed_probs)(
-            emissions(x)
-        ),
-        "Viterbi": lambda x: jax.vmap(lambda log: hmm_posterior_mode(start, move, log))(
-            emissions(x)
-        ),
-        "EM step": step,
-    }
-    jitted = {name: jax.jit(function) for name, function in functions.items()}
+def of_emissions(given: tuple[Tensor, ...], method: str = "auto") -> Tasks:
+    """Our functions from log emissions."""
     return {
-        name: (lambda run=run: jax.block_until_ready(run(data))) for name, run in jitted.items()
+        "score": lambda: inference.log_likelihood(*given, method=method),
+        "posteriors": lambda: inference.posteriors(*given, method=method).states,
+        "Viterbi": lambda: inference.viterbi(*given, method=method).states,
     }
 
 
-def of_pomegranate(model: GaussianHMM, x: Tensor) -> dict[str, Callable]:
-    """The same in pomegranate; its EM step without the new parameters."""
-    from pomegranate.distributions import Normal
-    from pomegranate.hmm import DenseHMM
-
-    pairs = zip(model.means.detach(), model.covariances.detach(), strict=True)
-    laws = [Normal(mean, variance, covariance_type="diag") for mean, variance in pairs]
-    k = model.num_states
-    peer = DenseHMM(laws, model.transmat.detach(), model.startprob.detach(), torch.ones(k))
+def of_durations(given: tuple[Tensor, ...]) -> Tasks:
+    """Our functions with explicit durations."""
     return {
-        "score": lambda: peer.log_probability(x),
-        "posteriors": lambda: peer.predict_proba(x),
-        "Viterbi": lambda: peer.viterbi(x),
-        "EM step": lambda: peer.summarize(x),
+        "score": lambda: hsmm.log_likelihood(*given),
+        "posteriors": lambda: hsmm.posteriors(*given).states,
+        "Viterbi": lambda: hsmm.viterbi(*given).states,
     }
 
 
-PEERS = {"hmmlearn": of_hmmlearn, "dynamax": of_dynamax, "pomegranate": of_pomegranate}
+def loops(emissions: Callable[[], Tensor], start: Tensor, move: Tensor) -> Tasks:
+    """Plain loops in torch."""
+
+    def task(loop: Callable) -> Callable:
+        return lambda: loop(emissions(), start, move)
+
+    return {name: task(loop) for name, loop in LOOPS.items()}
 
 
-def peers(model: GaussianHMM, x: Tensor) -> dict[str, dict[str, Callable]]:
-    """What is installed."""
-    found = {}
-    for name, make in PEERS.items():
-        try:
-            found[name] = make(model, x)
-        except ImportError as error:
-            print(f"left out: {name} ({error})")
-    return found
+def in_float64(tasks: Tasks) -> dict[str, Tensor]:
+    """Right answers."""
+    return {name: run().detach() for name, run in tasks.items()}
 
 
 # Measurements ----------------------------------------------------------------------------------
@@ -252,198 +241,128 @@ def peers(model: GaussianHMM, x: Tensor) -> dict[str, dict[str, Callable]]:
 def end_to_end(rounds: int) -> dict:
     """From features to results: B 32, T 1000, K 5, D 80."""
     model = a_model(5, 80)
-    x, _ = model.sample(32, 1000, torch.Generator().manual_seed(1))
-    lengths, settings = torch.full((32,), 1000), EM()
-
-    def em_step():
-        expected = model.expect(x, lengths)[1]
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        model.maximise(x, lengths, expected, settings)
-        model.load_state_dict(before)
-
-    def by_loop(function):
-        return lambda: function(model.log_emissions(x), model.startprob, model.transmat)
-
+    x, _ = model.sample(32, FRAMES or 1000, torch.Generator().manual_seed(1))
     contenders = {
-        "ours": {
-            "score": lambda: model.score(x),
-            "posteriors": lambda: model.posteriors(x),
-            "Viterbi": lambda: model.viterbi(x),
-            "EM step": em_step,
-        },
-        "loop in torch": {
-            "score": by_loop(loop_score),
-            "posteriors": by_loop(loop_posteriors),
-            "Viterbi": by_loop(loop_viterbi),
-        },
-        **peers(model, x),
+        "ours": of_model(model, x),
+        "loop in torch": loops(lambda: model.log_emissions(x), model.startprob, model.transmat),
+        **{name: make(model, x) for name, make in there(MODELS).items()},
     }
-    return {
-        task: in_turns({name: c[task] for name, c in contenders.items() if task in c}, rounds)
-        for task in ("score", "posteriors", "Viterbi", "EM step")
-    }
-
-
-def laws_of(states: int, longest: int) -> Tensor:
-    """Gamma-like durations."""
-    ages = torch.arange(1, longest + 1).float()
-    return (2 * ages.log() - ages / 5).softmax(0).expand(states, -1)
-
-
-def without_stays(states: int) -> Tensor:
-    """Random steps from one segment to another."""
-    move = torch.rand(states, states).fill_diagonal_(0)
-    return move / move.sum(1, keepdim=True)
-
-
-def durations(rounds: int) -> dict:
-    """Explicit durations, K 5, D 50, log emissions given."""
-    result = {}
-    for sequences, frames in ((32, 1000), (24, 800)):
-        torch.manual_seed(0)
-        given = (torch.randn(sequences, frames, 5), torch.full((5,), 0.2), without_stays(5))
-        given = (*given, laws_of(5, 50))
-        result[f"B {sequences}, T {frames}"] = in_turns(
-            {
-                "ours": lambda given=given: hsmm.log_likelihood(*given),
-                "loop in torch": lambda given=given: loop_durations(*given),
-                "ours, posteriors": lambda given=given: hsmm.posteriors(*given),
-                "ours, Viterbi": lambda given=given: hsmm.viterbi(*given),
-            },
-            rounds,
-        )
-    return result
-
-
-def one_song(rounds: int) -> dict:
-    """One sequence of 24 000 frames, four minutes at 100 a second, K 5."""
-    torch.manual_seed(0)
-    move = torch.rand(5, 5) + 3 * torch.eye(5)
-    move /= move.sum(1, keepdim=True)
-    given = (torch.randn(1, 24_000, 5), torch.full((5,), 0.2), move)
-    return {
-        "posteriors": in_turns(
-            {
-                "ours": lambda: inference.posteriors(*given),
-                "loop in torch": lambda: loop_posteriors(*given),
-            },
-            min(rounds, 3),
-        ),
-        "Viterbi": in_turns(
-            {
-                "ours": lambda: inference.viterbi(*given),
-                "loop in torch": lambda: loop_viterbi(*given),
-            },
-            min(rounds, 3),
-        ),
-    }
-
-
-def sizes(rounds: int) -> dict:
-    """Log emissions given, T 1000; dynamax beside it where it is installed."""
-    result = {}
-    for k in (2, 5, 16, 64):
-        for b in (1, 32, 256):
-            torch.manual_seed(0)
-            move = (torch.rand(k, k) + 3 * torch.eye(k)).double()
-            move = (move / move.sum(1, keepdim=True)).float()
-            emissions = torch.randn(1000, k, b).permute(2, 0, 1)
-            given = (emissions, torch.full((k,), 1 / k), move)
-            contenders = {
-                "score": lambda given=given: inference.log_likelihood(*given),
-                "posteriors": lambda given=given: inference.posteriors(*given),
-                "Viterbi": lambda given=given: inference.viterbi(*given),
-                **dynamax_kernels(*given),
-            }
-            times = in_turns(contenders, max(1, min(rounds, 5)))
-            safe = scaling_is_safe(checked(*given, None)[0])
-            result[f"K {k}, B {b}"] = {"engine": "scaled" if safe else "logarithms", **times}
-    return result
-
-
-def dynamax_kernels(emissions: Tensor, start: Tensor, move: Tensor) -> dict[str, Callable]:
-    """Jitted recursions of dynamax."""
-    try:
-        import jax
-        import jax.numpy as jnp
-        from dynamax.hidden_markov_model import hmm_filter, hmm_posterior_mode, hmm_smoother
-    except ImportError:
-        return {}
-    logs, start, move = (
-        jnp.asarray(array.contiguous().numpy()) for array in (emissions, start, move)
-    )
-    functions = {
-        "score": lambda log: hmm_filter(start, move, log).marginal_loglik,
-        "posteriors": lambda log: hmm_smoother(start, move, log).smoothed_probs,
-        "Viterbi": lambda log: hmm_posterior_mode(start, move, log),
-    }
-    jitted = {name: jax.jit(jax.vmap(function)) for name, function in functions.items()}
-    return {
-        f"dynamax, {name}": (lambda run=run: jax.block_until_ready(run(logs)))
-        for name, run in jitted.items()
-    }
+    exact = a_model(5, 80).double()
+    mean, deviation = exact.means[:, None, None], exact.covariances.sqrt()[:, None, None]
+    logs = torch.distributions.Normal(mean, deviation).log_prob(x.double()).sum(-1)
+    logs = logs.permute(1, 2, 0)
+    right = in_float64(loops(lambda: logs, exact.startprob, exact.transmat))
+    weights = right["posteriors"].flatten(0, 1)
+    right["EM step"] = weights.T @ x.double().flatten(0, 1) / weights.sum(0)[:, None]
+    return compared(contenders, right, rounds)
 
 
 @torch.no_grad()
-def guide(rounds: int, device: str = "cpu") -> dict:
-    """The guide's five rows and three configurations, on one CPU thread or on a GPU."""
-    method = "auto" if device == "cpu" else "tensor"
-    small = REHEARSAL and device != "cpu"
+def durations(rounds: int) -> dict:
+    """Explicit durations, K 5, D 50, log emissions given."""
+    result = {}
+    for sequences, frames in DURATIONS:
+        given = random_durations(sequences, FRAMES or frames)
+        right = in_float64(duration_loops(*(tensor.double() for tensor in given)))
+        contenders = {"ours": of_durations(given), "loop in torch": duration_loops(*given)}
+        for task, times in compared(contenders, right, rounds).items():
+            result[f"B {sequences}, T {frames}, {task}"] = times
+    return result
 
-    def emissions(b, t, k=5):
-        return torch.randn(b, t // (20 if small else 1), k, device=device)
 
-    def run(b, t, function):
-        move = torch.rand(5, 5, device=device).softmax(-1)
-        given = (emissions(b, t), move[0], move)
-        return lambda: function(*given, method=method)
-
-    def run_durations(b, t):
-        given = (emissions(b, t).cpu(), torch.full((5,), 0.2), without_stays(5), laws_of(5, 50))
-        return lambda: hsmm.log_likelihood(*given)
-
-    mixture = MixtureGaussianHMM(5, 3, 80).to(device)
-    x = torch.randn(32, 1000 // (20 if small else 1), 80, device=device)
-    runs = {
-        "MixtureGaussian": lambda: mixture.viterbi(x, method=method),
-        "HSMM": run_durations(32, 1000),
-        "streaming": run(16, 500, inference.filter),
-        "Neural": run(16, 1000, inference.posteriors),
-        "semi-Markov": run_durations(24, 800),
+@torch.no_grad()
+def one_song(rounds: int) -> dict:
+    """One sequence of 24 000 frames, four minutes at 100 a second, K 5, log emissions given."""
+    torch.manual_seed(0)
+    given = (torch.randn(1, FRAMES or 24_000, 5), torch.full((5,), 0.2), steps_of(5))
+    exact = tuple(tensor.double() for tensor in given)
+    contenders = {
+        "ours": of_emissions(given),
+        "loop in torch": loops(lambda: given[0], *given[1:]),
+        **{name: make(*given) for name, make in there(KERNELS).items()},
     }
+    return compared(contenders, in_float64(loops(lambda: exact[0], *exact[1:])), rounds)
+
+
+@torch.no_grad()
+def sizes(rounds: int) -> dict:
+    """T 1000, log emissions `(b, t, k)` given, as a network returns them."""
+    result = {}
+    for k in STATES:
+        for b in SEQUENCES if not REHEARSAL else (1, 2):
+            torch.manual_seed(0)
+            given = (torch.randn(b, FRAMES or 1000, k), torch.full((k,), 1 / k), steps_of(k))
+            contenders = {
+                "ours": of_emissions(given),
+                **{name: make(*given) for name, make in there(KERNELS).items()},
+            }
+            row = {
+                task: in_turns({name: tasks[task] for name, tasks in contenders.items()}, rounds)[0]
+                for task in TASKS[:3]
+            }
+            safe = scaling_is_safe(checked(*given, None)[0])
+            result[f"K {k}, B {b}"] = {"kernel": "scaled" if safe else "logarithmic", **row}
+    return result
+
+
+def guides_rows(device: torch.device, method: str) -> dict[str, Tasks]:
+    """The guide's five rows and its three configurations, as our functions."""
+
+    def chain(b, t):
+        torch.manual_seed(0)
+        given = (torch.randn(b, FRAMES or t, 5), torch.full((5,), 0.2), steps_of(5))
+        return tuple(tensor.to(device) for tensor in given)
+
+    def model(k, d, b, t, components=0):
+        torch.manual_seed(1)
+        x = torch.randn(b, FRAMES or t, d).to(device)
+        tasks = of_model(a_model(k, d, components).to(device), x, method)
+        return {task: tasks[task] for task in TASKS[:3]}
+
+    def lasting(b, t):
+        return of_durations(tuple(part.to(device) for part in random_durations(b, FRAMES or t)))
+
+    stream = chain(16, 500)
+    rows = (
+        model(5, 80, 32, 1000, components=3),
+        lasting(32, 1000),
+        {"filter": lambda: inference.filter(*stream, method=method)},
+        of_emissions(chain(16, 1000), method),
+        lasting(24, 800),
+    )
+    found = dict(zip(CLAIMS, rows, strict=True))
     for k, d, b, t in CONFIGURATIONS:
-        model = a_model(k, d).to(device)
-        frames = torch.randn(b, t // (20 if small else 1), d, device=device)
-        runs[f"K {k}, D {d}, B {b}, T {t}"] = lambda m=model, f=frames: m.viterbi(f, method=method)
-    if device != "cpu":
-        runs = {name: (lambda r=r: (r(), torch.cuda.synchronize())) for name, r in runs.items()}
-    times = in_turns(runs, rounds)
-    if device != "cpu":
-        for name, one in runs.items():
-            torch.cuda.reset_peak_memory_stats()
-            one()
-            times[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+        found[f"Gaussian, K {k}, D {d}, B {b}, T {t}"] = model(k, d, b, t)
+        found[f"mixture of 3, K {k}, D {d}, B {b}, T {t}"] = model(k, d, b, t, components=3)
+    return found
+
+
+@torch.no_grad()
+def guide(rounds: int) -> dict:
+    """The guide's rows and configurations on one CPU thread."""
     return {
-        name: {**value, "claim_ms": CLAIMS.get(name, [None])[-1]} for name, value in times.items()
+        name: {"claim_ms": CLAIMS.get(name), **in_turns(tasks, rounds)[0]}
+        for name, tasks in guides_rows(torch.device("cpu"), "auto").items()
     }
 
 
 def first_call(rounds: int) -> dict:
-    """Seconds of a first score, posterior and path: compiled anew, and read from the cache."""
+    """Seconds of first calls in new processes: compiled anew, and read from numba's cache."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
-        return {
-            name: float(
-                subprocess.run(
-                    [sys.executable, "-c", FIRST_CALL],
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout
-            )
-            for name in ("compiled", "cached")
-        }
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder, "PYTHONPATH": path}
+        command = [sys.executable, "-c", FIRST_CALLS]
+        results = [
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            for _ in range(2)
+        ]
+    names = ("compiled", "cached")
+    return {name: json.loads(done.stdout) for name, done in zip(names, results, strict=True)}
+
+
+def correctness(rounds: int) -> dict:
+    """What each system answers on the cases."""
+    return cases(MISSING)
 
 
 MEASUREMENTS = {
@@ -453,45 +372,153 @@ MEASUREMENTS = {
     "sizes": sizes,
     "guide": guide,
     "first call": first_call,
+    "cases": correctness,  # the last: its peers in float64 change settings of jax
 }
 
 
-def printed(name: str, result: dict) -> str:
-    """A measurement as a table: wall milliseconds, medians."""
-    if name == "first call":
-        return table(["first call", "s"], [[key, f"{value:.2f}"] for key, value in result.items()])
-    if name == "guide":
-        rows = [
-            [key, f"{value['wall_ms']:.2f}", value.get("claim_ms", "–")]
-            for key, value in result.items()
-        ]
-        return table(["model", "ms", "claim, ms"], rows)
+# On a GPU --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def on_gpu(device: torch.device, rounds: int) -> None:
+    """A line for each row and task, with the tensor engine; explicit durations use the CPU."""
+    model = a_model(5, 80)
+    x, _ = model.sample(32, FRAMES or 1000, torch.Generator().manual_seed(1))
+    model, x = model.to(device), x.to(device)
+    features = "B 32, T 1000, K 5, D 80"
+    by_loop = loops(lambda: model.log_emissions(x), model.startprob, model.transmat)
+    rows = {("ours", features): of_model(model, x, "tensor")}
+    rows |= {("loop in torch", features): by_loop}
+    given = tuple(part.to(device) for part in random_durations(32, FRAMES or 1000))
+    in_place = {"score": DurationLoop(*given).score_in_place}
+    rows |= {("loop in torch", "HSMM, B 32, T 1000"): in_place}
+    rows |= {("ours", name): tasks for name, tasks in guides_rows(device, "tensor").items()}
+    lasts = ("HSMM", "semi-Markov")  # compiled for the CPU, which takes half a minute: the last
+    order = sorted(rows.items(), key=lambda row: row[0][1].startswith(lasts))
+    for (way, what), tasks in order:
+        for task, run in tasks.items():
+            measure = partial(milliseconds, run, rounds, CLAIMS.get(what))
+            attempt("hmm", measure, way=way, what=what, task=task)
+            torch.cuda.empty_cache()
+
+
+def milliseconds(run: Callable, rounds: int, claim: float | None) -> dict:
+    """Median over the rounds of a synchronised call, and the memory that it needs at most."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held, times = torch.cuda.memory_allocated(), []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - begun))
+    peak = torch.cuda.max_memory_allocated()
+    found = {"ms": round(statistics.median(times), 3), "claim_ms": claim}
+    return found | {"peak_mib": round(peak / 2**20, 1), "own_mib": round((peak - held) / 2**20, 1)}
+
+
+# Tables ----------------------------------------------------------------------------------------
+
+
+def times_table(result: dict) -> str:
+    """Milliseconds by task and contender, how many times ours, and the error."""
     rows = []
-    for key, contenders in result.items():
-        times = {n: v["wall_ms"] for n, v in contenders.items() if isinstance(v, dict)}
-        rows.append([key, *(f"{contender} {ms:.2f}" for contender, ms in times.items())])
-    widest = max(map(len, rows))
-    rows = [row + [""] * (widest - len(row)) for row in rows]
-    return table([name, *[""] * (widest - 1)], rows)
+    for task, contenders in result.items():
+        ours = contenders["ours"]["wall_ms"]
+        for name, found in contenders.items():
+            wall, cpu = found["wall_ms"], found["cpu_ms"]
+            ratio = "" if name == "ours" else f"{wall / ours:.1f}"
+            rows.append([task, name, f"{wall:.2f}", f"{cpu:.2f}", ratio, f"{found['error']:.0e}"])
+    return table(["task", "", "ms", "CPU ms", "times ours", "error"], rows)
+
+
+def sizes_table(result: dict) -> str:
+    """Ours beside the peers by size; who is fastest is bold."""
+    names = [*next(iter(result.values()))["score"]]
+
+    def cell(found: dict) -> str:
+        fastest = min(one["wall_ms"] for one in found.values())
+        shown = ((one["wall_ms"], f"{one['wall_ms']:.2f}") for one in found.values())
+        return " / ".join(f"**{text}**" if ms == fastest else text for ms, text in shown)
+
+    rows = [
+        [size, row["kernel"], *(cell(row[task]) for task in TASKS[:3])]
+        for size, row in result.items()
+    ]
+    return table([" / ".join(names), "kernel of `auto`", *TASKS[:3]], rows)
+
+
+def guide_table(result: dict) -> str:
+    """Milliseconds by task, beside the claim."""
+    columns = (*TASKS[:3], "filter")
+    rows = [
+        [
+            name,
+            *(f"{row[c]['wall_ms']:.2f}" if c in row else "" for c in columns),
+            row["claim_ms"] or "–",
+        ]
+        for name, row in result.items()
+    ]
+    return table(["", *columns, "claim, ms"], rows)
+
+
+def first_call_table(result: dict) -> str:
+    """Seconds."""
+    compiled, cached = result["compiled"], result["cached"]
+    rows = [[name, f"{compiled[name]:.2f}", f"{cached[name]:.2f}"] for name in compiled]
+    rows.append(["all", *(f"{sum(times.values()):.2f}" for times in (compiled, cached))])
+    return table(["first call", "compiled, s", "cached, s"], rows)
+
+
+def cases_table(result: dict) -> str:
+    """Answers."""
+    names = [*next(iter(result.values()))] if result else []
+    return table(["case", *names], [[name, *row.values()] for name, row in result.items()])
+
+
+TABLES = {
+    "sizes": sizes_table,
+    "guide": guide_table,
+    "first call": first_call_table,
+    "cases": cases_table,
+}
+
+
+def find_peers(folder: str | None) -> None:
+    """Search a folder for the peers; remember which are missing."""
+    packages = {package for _, (package, _) in (*MODELS.items(), *SYSTEMS.items())} - {"torch"}
+    if folder and folder != "none":
+        sys.path.append(str(Path(folder).resolve()))
+    MISSING.update(name for name in packages if folder == "none" or not find_spec(name))
+    print("not installed:", ", ".join(sorted(MISSING)) or "none")
 
 
 def main() -> None:
     """Measure, print tables, and keep the result if all was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=1 if REHEARSAL else 9)
-    parser.add_argument("--only", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
+    parser.add_argument("--peers", help="folder with the peers' packages, or none")
+    parser.add_argument("--only", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    parser.add_argument("--rounds", type=int, default=1 if REHEARSAL else 9)
+    parser.add_argument("--quick", action="store_true", help="one round; nothing is recorded")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    asked = parser.parse_args()
+    device = pick_device(asked.device)
+    rounds = 1 if asked.quick else asked.rounds
+    if device.type != "cpu":
+        return on_gpu(device, rounds)
     torch.set_num_threads(1)
-    np.random.seed(0)  # noqa: NPY002 - of peers
-    if options.device != "cpu":
-        result = {"guide": guide(options.rounds, options.device)}
-    else:
-        result = {name: MEASUREMENTS[name](options.rounds) for name in options.only}
-    for name, measured in result.items():
-        print(printed(name, measured), end="\n\n", flush=True)
-    if options.device != "cpu" or set(options.only) == set(MEASUREMENTS):
-        record("hmm", options.device, result)
+    find_peers(asked.peers)
+    result = {}
+    for name in asked.only:
+        result[name] = MEASUREMENTS[name](rounds)
+        print(f"{name}\n\n{TABLES.get(name, times_table)(result[name])}\n", flush=True)
+    if set(asked.only) == set(MEASUREMENTS) and not asked.quick and not REHEARSAL:
+        packages = {package for package, _ in MODELS.values()} - MISSING
+        versions = {package: version(package) for package in packages}
+        result |= {"threads": torch.get_num_threads(), "versions": versions}
+        record("hmm", "cpu", result | {"missing": sorted(MISSING)}, asked.out)
 
 
 if __name__ == "__main__":
