@@ -28,25 +28,29 @@ def log_density(x, means, precision, half_log, lengths, out):
     """
     b_size, t_size, d_size = x.shape
     k_size = len(means)
-    constant = np.empty(k_size, x.dtype)
+    constant, distance = np.empty(k_size, x.dtype), np.empty(k_size, x.dtype)
     for k in range(k_size):
         constant[k] = -half_log[k].sum()
     # Zeros are appended, because what is left of a row behind whole registers is slow.
     width = d_size if d_size < WIDTH else -(-d_size // WIDTH) * WIDTH
     wide = np.zeros(width, x.dtype)
-    wide_means = np.zeros((k_size, width), x.dtype)
-    wide_precision = np.zeros((k_size, width), x.dtype)
-    wide_means[:, :d_size], wide_precision[:, :d_size] = means, precision
+    m, p = np.zeros((k_size, width), x.dtype), np.zeros((k_size, width), x.dtype)
+    m[:, :d_size], p[:, :d_size] = means, precision
     place = -1
     for b in range(b_size):
         for t in range(lengths[b]):
             row = x[b, t]
             for d in range(d_size):
                 wide[d] = row[d]
+            for k in range(0, k_size - 3, 4):
+                distance[k], distance[k + 1], distance[k + 2], distance[k + 3] = _four_distances(
+                    wide, m[k], m[k + 1], m[k + 2], m[k + 3], p[k], p[k + 1], p[k + 2], p[k + 3]
+                )
+            for k in range(k_size - k_size % 4, k_size):
+                distance[k] = _distance(wide, m[k], p[k])
             for k in range(k_size):
-                total = _distance(wide, wide_means[k], wide_precision[k])
-                if total - total == 0:  # neither NaN nor infinite
-                    out[t, k, b] = constant[k] - total / 2
+                if distance[k] - distance[k] == 0:  # neither NaN nor infinite
+                    out[t, k, b] = constant[k] - distance[k] / 2
                 else:
                     out[t, k, b] = _with_gaps(row, means[k], precision[k], half_log[k])
                     if place < 0 and np.isinf(row).any():
@@ -65,6 +69,20 @@ def _distance(row, mean, precision):
         z = row[d] - mean[d]
         total += z * z * precision[d]
     return total
+
+
+@compiled(SUMS)
+def _four_distances(row, mean0, mean1, mean2, mean3, weight0, weight1, weight2, weight3):
+    """The same for four states: a feature is read once for them."""
+    total0 = total1 = total2 = total3 = row.dtype.type(0)
+    for d in range(len(row)):
+        x = row[d]
+        z0, z1, z2, z3 = x - mean0[d], x - mean1[d], x - mean2[d], x - mean3[d]
+        total0 += z0 * z0 * weight0[d]
+        total1 += z1 * z1 * weight1[d]
+        total2 += z2 * z2 * weight2[d]
+        total3 += z3 * z3 * weight3[d]
+    return total0, total1, total2, total3
 
 
 @compiled(SUMS)
