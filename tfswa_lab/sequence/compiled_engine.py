@@ -21,7 +21,8 @@ from tfswa_lab.sequence.inputs import Problem, Smoothed, inside, replace_rows
 SAFE = {torch.float32: 1e-6, torch.float64: 1e-60}  # the smallest transition that allows scaling
 LOWEST = {torch.float32: -60.0, torch.float64: -600.0}  # nats below the best state
 SMALLEST_SCALE = {torch.float32: 1e-7, torch.float64: 1e-61}
-FEW = 4  # sequences, below which one after the other is faster than side by side
+FEW = 4  # sequences, below which one after the other is faster than side by side,
+FEW_BY_STATES = 0.5  # or below this times the states
 
 
 def log_likelihood(problem: Problem) -> Tensor:
@@ -71,7 +72,7 @@ def viterbi(problem: Problem) -> tuple[Tensor, Tensor]:
     dtype = emissions.dtype
     path, scores = np.full((b, t), -1), np.empty(b)
     tables = (steps.astype(dtype), start.astype(dtype))
-    if b < FEW:
+    if _are_few(problem):
         rows = problem.log_emissions.contiguous().numpy()
         for row, length in enumerate(lengths):
             seen, first = rows[row, :length], np.ascontiguousarray(tables[1][:, row])
@@ -133,7 +134,12 @@ def scaling_is_safe(problem: Problem) -> bool:
 
 def _scaled(problem: Problem, keep: int) -> _SideBySide | _OneByOne:
     """A forward pass with scaling, that keeps so many frames; `rest` are sequences it left."""
-    return (_OneByOne if len(problem.log_emissions) < FEW else _SideBySide)(problem, keep)
+    return (_OneByOne if _are_few(problem) else _SideBySide)(problem, keep)
+
+
+def _are_few(problem: Problem) -> bool:
+    sequences, _, states = problem.log_emissions.shape
+    return sequences < max(FEW, FEW_BY_STATES * states)
 
 
 class _SideBySide:

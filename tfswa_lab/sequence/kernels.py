@@ -113,13 +113,19 @@ def _predict(states, transmat, predicted):
         np.dot(transmat.T, states, predicted)
         return
     for j in range(k_size):
-        weight = transmat[0, j]
         for b in range(b_size):
-            predicted[j, b] = weight * states[0, b]
-        for i in range(1, k_size):
-            weight = transmat[i, j]
+            predicted[j, b] = 0
+        for i in range(0, k_size - 3, 4):  # a sum is read and written once for four states
+            w0, w1 = transmat[i, j], transmat[i + 1, j]
+            w2, w3 = transmat[i + 2, j], transmat[i + 3, j]
             for b in range(b_size):
-                predicted[j, b] += weight * states[i, b]
+                predicted[j, b] += (w0 * states[i, b] + w1 * states[i + 1, b]) + (
+                    w2 * states[i + 2, b] + w3 * states[i + 3, b]
+                )
+        for i in range(k_size - k_size % 4, k_size):
+            w0 = transmat[i, j]
+            for b in range(b_size):
+                predicted[j, b] += w0 * states[i, b]
 
 
 @compiled(SUMS)
@@ -195,24 +201,15 @@ def viterbi(log_emissions, log_transmat, log_start, lengths, scores, path):
         if t == 0:
             now[:] = log_start
         else:
-            before = scores[t - 1]
-            for j in range(k_size):
-                step = log_transmat[0, j]
-                for b in range(b_size):
-                    now[j, b] = before[0, b] + step
-                for i in range(1, k_size):
-                    step = log_transmat[i, j]
-                    for b in range(b_size):
-                        now[j, b] = max(now[j, b], before[i, b] + step)
-        for b in range(b_size):
-            top[b] = -np.inf
+            _best_step(scores[t - 1], log_transmat, now)
+        top[:] = -np.inf
         for k in range(k_size):
             for b in range(b_size):
-                now[k, b] += seen[k, b]
-                top[b] = max(top[b], now[k, b])
+                x = now[k, b] + seen[k, b]
+                now[k, b] = x
+                top[b] = x if x > top[b] else top[b]
         for b in range(b_size):
-            if top[b] == -np.inf:
-                top[b] = 0
+            top[b] = top[b] if top[b] > -np.inf else 0
         for k in range(k_size):
             for b in range(b_size):
                 now[k, b] -= top[b]
@@ -220,25 +217,46 @@ def viterbi(log_emissions, log_transmat, log_start, lengths, scores, path):
 
 
 @compiled(SUMS)
+def _best_step(before, steps, now):
+    """now[j] = max_i before[i] + steps[i, j]."""
+    k_size, b_size = before.shape
+    for j in range(k_size):
+        for b in range(b_size):
+            now[j, b] = -np.inf
+        for i in range(0, k_size - 3, 4):  # a score is read and written once for four states
+            s0, s1, s2, s3 = steps[i, j], steps[i + 1, j], steps[i + 2, j], steps[i + 3, j]
+            for b in range(b_size):
+                x, y = before[i, b] + s0, before[i + 1, b] + s1
+                z, w = before[i + 2, b] + s2, before[i + 3, b] + s3
+                x = x if x > y else y
+                z = z if z > w else w
+                x = x if x > z else z
+                now[j, b] = x if x > now[j, b] else now[j, b]
+        for i in range(k_size - k_size % 4, k_size):
+            s0 = steps[i, j]
+            for b in range(b_size):
+                x = before[i, b] + s0
+                now[j, b] = x if x > now[j, b] else now[j, b]
+
+
+@compiled(SUMS)
 def _trace_back(scores, log_transmat, lengths, path):
     """The best last state, then the best previous state, frame by frame; padding is -1."""
-    k_size = scores.shape[1]
-    for b in range(scores.shape[2]):
-        end = lengths[b] - 1
-        path[b, end + 1 :] = -1
-        state = 0
-        for k in range(1, k_size):
-            if scores[end, k, b] > scores[end, state, b]:
-                state = k
-        path[b, end] = state
-        for t in range(end - 1, -1, -1):
-            best, most = 0, scores[t, 0, b] + log_transmat[0, state]
+    t_size, k_size, b_size = scores.shape
+    to_from = np.zeros((k_size + 1, k_size), scores.dtype)
+    to_from[:k_size] = log_transmat.T  # and zeros, for what follows the end
+    state = np.full(b_size, k_size)
+    for t in range(t_size - 1, -1, -1):  # all sequences at once, whose scores are neighbours
+        for b in range(b_size):
+            j = state[b]
+            best, most = 0, scores[t, 0, b] + to_from[j, 0]
             for i in range(1, k_size):
-                score = scores[t, i, b] + log_transmat[i, state]
+                score = scores[t, i, b] + to_from[j, i]
                 if score > most:
                     best, most = i, score
-            state = best
-            path[b, t] = state
+            inside = t < lengths[b]
+            state[b] = best if inside else k_size
+            path[b, t] = best if inside else -1
 
 
 @compiled(SUMS)
