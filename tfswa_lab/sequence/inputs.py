@@ -10,6 +10,7 @@ from __future__ import annotations
 from numbers import Integral
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -197,18 +198,18 @@ def check_distributions(name: str, rows: Tensor) -> None:
     Raises:
         ValueError: names the row, and its sum or its entry.
     """
-    rows = rows.detach()
-    if not rows.numel():  # no step, for one frame
+    rows = rows.detach().cpu().numpy()  # whose small operations take half the time of torch's
+    if not rows.size:  # no step, for one frame
         return
-    sums = rows.sum(-1, dtype=torch.float64)
-    errors = (sums - 1).abs()
-    if bool((rows.amin() >= 0) & (errors.amax() <= ROW_SUM_TOLERANCE)):  # False for NaN
+    sums = rows.sum(-1, dtype=np.float64)
+    errors = np.abs(sums - 1)
+    if rows.min() >= 0 and errors.max() <= ROW_SUM_TOLERANCE:  # False for NaN
         return
-    if not bool((rows >= 0).all()):
-        place = tuple((~(rows >= 0)).nonzero()[0].tolist())
+    if not (rows >= 0).all():
+        place = tuple(np.argwhere(~(rows >= 0))[0].tolist())
         where = ", ".join(map(str, place))
         raise ValueError(f"{name}[{where}] is {float(rows[place]):.6g}, expected a probability")
-    place = tuple((errors > ROW_SUM_TOLERANCE).nonzero()[0].tolist()) if sums.ndim else ()
+    place = tuple(np.argwhere(errors > ROW_SUM_TOLERANCE)[0].tolist())
     row = f" row {', '.join(map(str, place))}" if place else ""
     raise ValueError(f"{name}{row} sums to {float(sums[place]):.6g}, expected 1: normalise it")
 
