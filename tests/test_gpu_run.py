@@ -195,7 +195,11 @@ def copy(tmp_path_factory, band_root):
     for name in names:
         if (CHECKOUT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(CHECKOUT / name, folder / name)
+            shutil.copy2(CHECKOUT / name, folder / name)
+    for package in ("models", "sequence"):  # what numba has compiled need not be compiled again
+        (folder / "tfswa_lab" / package / "__pycache__").symlink_to(
+            CHECKOUT / "tfswa_lab" / package / "__pycache__"
+        )
     (folder / "data").mkdir()
     (folder / "data" / "band").symlink_to(band_root)
     return folder
