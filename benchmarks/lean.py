@@ -46,7 +46,7 @@ VARIANTS |= {
 def training_step(changes: dict) -> dict:
     """Seconds of a step, audio per second, and peak memory."""
     preset = replace(TINY if REHEARSAL else DEFAULT, device="cuda", num_workers=0, num_heads=4)
-    segment_seconds = 1.0 if REHEARSAL else 6.0
+    segment_seconds = 0.2 if REHEARSAL else 6.0
     preset = replace(preset, max_epochs=None, max_steps=100, segment_seconds=segment_seconds)
     preset = replace(preset, batch_size=ITEMS // changes.get("accumulate", 1), **changes)
     trainer = build_trainer(preset, None)

@@ -55,7 +55,7 @@ SECONDS = 0.05 if REHEARSAL else 3.0  # of a segment on a GPU
 REPEATS = 1 if REHEARSAL else 5
 CALLS = 10_000  # of a kernel's function whose rate is measured
 BATCHES = (1,) if REHEARSAL else (1, 8, 32)
-MINUTES = 0.05 if REHEARSAL else 4.0  # of the song that is separated from file to file
+MINUTES = 0.01 if REHEARSAL else 4.0  # of the song that is separated from file to file
 KINDS = {
     TemporalSequenceAttention: "TSA",
     FrequencySequenceAttention: "FSA",
