@@ -1,5 +1,6 @@
 """Casts against torch's own, int8 against given ratios, and what half precision cannot do."""
 
+import logging
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tfswa_lab.performance.precision import (
     int8_weights,
     needs_float32,
     output_change_db,
+    quiet,
 )
 
 CASES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "performance"
@@ -202,3 +204,12 @@ def test_bytes_from_a_header_are_those_of_the_module(tmp_path, dtype):
     elif dtype is not None:
         module.to(dtype)
     assert found == {name: bytes_as(x) for name, x in module.state_dict().items()}
+
+
+def test_while_packages_are_quiet_others_may_warn(caplog):
+    with quiet():
+        logging.getLogger("torchao.quantization").warning("of other GPUs")
+        logging.warning("of shapes")  # as onnxruntime does
+        logging.getLogger("tfswa_lab").warning("of the user's memory")
+    logging.getLogger("torchao").warning("again")
+    assert caplog.messages == ["of the user's memory", "again"]

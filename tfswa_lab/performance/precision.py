@@ -163,13 +163,26 @@ def int8_weights(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings in logs: torchao 0.18 warns of other GPUs, onnxruntime of unknown shapes."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """Without warnings in logs: torchao 0.18 warns of other GPUs, onnxruntime of unknown shapes.
+
+    Others may log in another thread meanwhile. onnxruntime writes to the root logger itself, whose
+    filters see nothing of other loggers; torch warns of what torchao does.
+    """
+    root, *noisy = map(logging.getLogger, (None, "torchao", "torch.utils._pytree"))
+    before = [logger.level for logger in noisy]
+    root.addFilter(_is_error)
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logging.disable(before)
+        root.removeFilter(_is_error)
+        for logger, level in zip(noisy, before, strict=True):
+            logger.setLevel(level)
+
+
+def _is_error(line: logging.LogRecord) -> bool:
+    return line.levelno >= logging.ERROR
 
 
 def cast_plan(

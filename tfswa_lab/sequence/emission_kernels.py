@@ -82,37 +82,38 @@ def moments(x, weights, means, lengths, count, first, second):
     """
     b_size, _, d_size = x.shape
     k_size, m = len(means), means.copy()
-    # Of one sequence, for which float32 is enough: of frames without gaps, and of the others.
-    whole = np.empty(k_size, x.dtype)
+    # Of one sequence, for which float32 is enough; `counts` are those of frames taken singly.
+    whole, counts = np.empty(k_size, x.dtype), np.empty((k_size, d_size), x.dtype)
     sums, squares = np.empty((k_size, d_size), x.dtype), np.empty((k_size, d_size), x.dtype)
-    others = np.empty((k_size, 3, d_size), x.dtype)
     for b in range(b_size):
-        whole[:], sums[:], squares[:], others[:] = 0, 0, 0, 0
-        t = 0
-        while t < lengths[b]:
-            if t + FRAMES > lengths[b] or _have_gaps(x[b], t):
-                for k in range(k_size):
-                    _add_one(x[b, t], weights[t, k, b], means[k], others[k])
-                t += 1
-                continue
-            for k in range(k_size):
-                w0, w1 = weights[t, k, b], weights[t + 1, k, b]
-                w2, w3 = weights[t + 2, k, b], weights[t + 3, k, b]
-                if w0 == 0 and w1 == 0 and w2 == 0 and w3 == 0:
+        for careful in range(2):  # again, if a feature is missing somewhere
+            whole[:], counts[:], sums[:], squares[:] = 0, 0, 0, 0
+            t = 0
+            while t < lengths[b]:
+                if t + FRAMES > lengths[b] or (careful and _have_gaps(x[b], t)):
+                    _add_one(x[b, t], weights[t, :, b], m, counts, sums, squares)
+                    t += 1
                     continue
-                whole[k] += (w0 + w1) + (w2 + w3)
-                for d in range(d_size):
-                    z0, z1 = x[b, t, d] - m[k, d], x[b, t + 1, d] - m[k, d]
-                    z2, z3 = x[b, t + 2, d] - m[k, d], x[b, t + 3, d] - m[k, d]
-                    a0, a1, a2, a3 = w0 * z0, w1 * z1, w2 * z2, w3 * z3
-                    sums[k, d] += (a0 + a1) + (a2 + a3)
-                    squares[k, d] += (a0 * z0 + a1 * z1) + (a2 * z2 + a3 * z3)
-            t += FRAMES
+                for k in range(k_size):
+                    w0, w1 = weights[t, k, b], weights[t + 1, k, b]
+                    w2, w3 = weights[t + 2, k, b], weights[t + 3, k, b]
+                    if w0 == 0 and w1 == 0 and w2 == 0 and w3 == 0:
+                        continue
+                    whole[k] += (w0 + w1) + (w2 + w3)
+                    for d in range(d_size):
+                        z0, z1 = x[b, t, d] - m[k, d], x[b, t + 1, d] - m[k, d]
+                        z2, z3 = x[b, t + 2, d] - m[k, d], x[b, t + 3, d] - m[k, d]
+                        a0, a1, a2, a3 = w0 * z0, w1 * z1, w2 * z2, w3 * z3
+                        sums[k, d] += (a0 + a1) + (a2 + a3)
+                        squares[k, d] += (a0 * z0 + a1 * z1) + (a2 * z2 + a3 * z3)
+                t += FRAMES
+            if not math.isnan(sums.sum()):
+                break
         for k in range(k_size):
             for d in range(d_size):
-                count[k, d] += whole[k] + others[k, 0, d]
-                first[k, d] += sums[k, d] + others[k, 1, d]
-                second[k, d] += squares[k, d] + others[k, 2, d]
+                count[k, d] += whole[k] + counts[k, d]
+                first[k, d] += sums[k, d]
+                second[k, d] += squares[k, d]
 
 
 @compiled(SUMS)
@@ -126,11 +127,12 @@ def _have_gaps(frames, t):
 
 
 @compiled(SUMS)
-def _add_one(row, weight, mean, sums):
+def _add_one(row, weights, means, counts, sums, squares):
     """One frame, in which features may be missing."""
-    for d in range(len(row)):
-        if not math.isnan(row[d]):
-            z = row[d] - mean[d]
-            sums[0, d] += weight
-            sums[1, d] += weight * z
-            sums[2, d] += weight * z * z
+    for k in range(len(means)):
+        for d in range(len(row)):
+            if not math.isnan(row[d]):
+                z = row[d] - means[k, d]
+                counts[k, d] += weights[k]
+                sums[k, d] += weights[k] * z
+                squares[k, d] += weights[k] * z * z
