@@ -3,8 +3,8 @@
 Two ways of computing the same:
 
 - *scaled*, for many sequences: arrays are `(t, k, b)`, sequences last, so that one instruction
-  works on several sequences. Emissions are divided by their best state. It is safe only where no
-  transition is nearly zero (`compiled.py` decides).
+  works on several sequences (`single_kernels` are for few). Emissions are divided by their best
+  state. It is safe only where no transition is nearly zero (`compiled_engine` decides).
 - *logarithmic*, a sequence at a time, in float64, for everything: logarithms are stored, sums are
   taken of plain numbers, and a sum so small that something was rounded to zero is taken again
   from the logarithms. So hard zeros and 900 nats between states cost nothing in accuracy.
