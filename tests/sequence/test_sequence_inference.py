@@ -4,6 +4,7 @@ import pytest
 import torch
 from enumeration import enumerate_paths, random_problem
 
+from tfswa_lab.sequence import compiled_engine
 from tfswa_lab.sequence.inference import (
     filter,
     log_likelihood,
@@ -31,10 +32,13 @@ def possible(problem):
     return emissions[keep], startprob, transmat, lengths[keep]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "side by side"])
 @pytest.mark.parametrize("varies", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_equals_all_paths(method, varies, dtype):
+def test_equals_all_paths(method, varies, dtype, monkeypatch):
+    if method == "side by side":  # as many sequences are computed; few go one by one
+        monkeypatch.setattr(compiled_engine, "_are_few", lambda problem: False)
+        method = "compiled"
     tolerance = 1e-10 if dtype == torch.float64 else 2e-5
     for seed in range(12):
         problem = random_problem(seed, dtype, varies, spread=1.0 if seed % 2 else 30.0)
