@@ -210,6 +210,6 @@ def test_while_packages_are_quiet_others_may_warn(caplog):
     with quiet():
         logging.getLogger("torchao.quantization").warning("of other GPUs")
         logging.warning("of shapes")  # as onnxruntime does
-        logging.getLogger("tfswa_lab").warning("of the user's memory")
+        logging.getLogger("another thread").warning("of the user's memory")
     logging.getLogger("torchao").warning("again")
     assert caplog.messages == ["of the user's memory", "again"]
