@@ -213,7 +213,7 @@ def viterbi(log_emissions, log_transmat, log_start, lengths, scores, path):
         for k in range(k_size):
             for b in range(b_size):
                 now[k, b] -= top[b]
-    _trace_back(scores, log_transmat, lengths, path)
+    trace_back(scores, log_transmat, lengths, path)
 
 
 @compiled(SUMS)
@@ -240,7 +240,7 @@ def _best_step(before, steps, now):
 
 
 @compiled(SUMS)
-def _trace_back(scores, log_transmat, lengths, path):
+def trace_back(scores, log_transmat, lengths, path):
     """The best last state, then the best previous state, frame by frame; padding is -1."""
     t_size, k_size, b_size = scores.shape
     to_from = np.zeros((k_size + 1, k_size), scores.dtype)

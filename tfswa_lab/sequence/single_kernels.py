@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tfswa_lab.sequence.kernels import SUMS, compiled
+from tfswa_lab.sequence.kernels import SUMS, compiled, trace_back
 
 
 @compiled(SUMS)
@@ -102,7 +102,6 @@ def viterbi(log_emissions, log_transmat, log_start, scores, path):
     Only scores are stored; the best previous state is searched again along the path.
     """
     t_size, k_size = log_emissions.shape
-    from_to = log_transmat.T.copy()
     for t in range(t_size):
         now, seen = scores[t], log_emissions[t]
         if t == 0:
@@ -116,19 +115,8 @@ def viterbi(log_emissions, log_transmat, log_start, scores, path):
         top = 0 if top == -np.inf else top
         for k in range(k_size):
             now[k] -= top
-    state = 0
-    for k in range(1, k_size):
-        if scores[t_size - 1, k] > scores[t_size - 1, state]:
-            state = k
-    path[t_size - 1] = state
-    for t in range(t_size - 2, -1, -1):
-        before, steps = scores[t], from_to[state]
-        state, most = 0, before[0] + steps[0]
-        for i in range(1, k_size):
-            score = before[i] + steps[i]
-            if score > most:
-                state, most = i, score
-        path[t] = state
+    one = scores.reshape((t_size, k_size, 1))
+    trace_back(one, log_transmat, np.array([t_size]), path.reshape((1, t_size)))
 
 
 @compiled(SUMS)
